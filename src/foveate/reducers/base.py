@@ -1,0 +1,133 @@
+"""What every reducer is: a frozen dataclass that says where it acts and turns a View into a decision."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from foveate.errors import FoveateError
+from foveate.signals import View
+from foveate.sites import Cut, Site
+
+SAVED_NAME = "foveate.json"
+
+
+@dataclass(frozen=True)
+class Reducer:
+    """One method. Subclasses are frozen dataclasses whose fields are the method's options; `positions` is one of them:
+    "keep" leaves each survivor its original position, "renumber" closes the gaps."""
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    version: ClassVar[int] = 1
+    positions: str = "keep"
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("keep", "renumber"):
+            raise FoveateError(f'{self.name}: positions={self.positions!r} is not possible; choose "keep" or "renumber"')
+
+    def sites(self) -> list[Site]:
+        raise NotImplementedError
+
+    def reduce(self, view: View) -> Cut:
+        raise NotImplementedError
+
+    def count(self, arriving: int) -> int:
+        """Visual tokens of one image that leave the site, when `arriving` come to it."""
+        raise NotImplementedError
+
+    # ---- cost
+
+    def visual_tokens(self, per_image: int, num_layers: int) -> list[int]:
+        """Visual tokens of one image in each decoder layer."""
+        return visual_tokens([self], per_image, num_layers)
+
+    # ---- spelling
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"method": self.name, "version": self.version, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> Self:
+        options = {k: v for k, v in options.items() if k not in ("method", "version")}
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in options:
+            if key not in known:
+                raise FoveateError(f"{cls.name} has no option {key!r}{_nearest(key, known)}; its options are {', '.join(known) or 'none'}")
+        missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in options]
+        if missing:
+            raise FoveateError(f"{cls.name} needs {', '.join(missing)}: write {cls.name}:{','.join(m + '=…' for m in missing)}")
+        return cls(**options)
+
+    def __str__(self) -> str:
+        options = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING or value != field.default or type(value) is not type(field.default):
+                options.append(f"{field.name}={value}")
+        return self.name + (":" + ",".join(options) if options else "")
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _value(text: str) -> int | float | str | bool:
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if "/" in text:
+        try:
+            return float(Fraction(text))
+        except (ValueError, ZeroDivisionError):
+            pass
+    return text
+
+
+def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
+    """Reads "name:option=value,option=value+name:…"; "" and "none" are no reducer at all."""
+    if text.strip() in ("", "none"):
+        return []
+    found: list[Reducer] = []
+    for part in text.split("+"):
+        name, _, rest = part.strip().partition(":")
+        if name not in methods:
+            raise FoveateError(f"unknown reducer {name!r}{_nearest(name, methods)}; known are {', '.join(sorted(methods))} and none")
+        options: dict[str, Any] = {}
+        for item in filter(None, rest.split(",")):
+            key, equals, value = item.partition("=")
+            if not equals or not value.strip():
+                raise FoveateError(f"reducer {part.strip()!r}: cannot read {item!r}; write option=value")
+            options[key.strip()] = _value(value.strip())
+        try:
+            found.append(methods[name].from_dict(options))
+        except TypeError as error:
+            raise FoveateError(f"reducer {part.strip()!r}: {error}") from error
+    return found
+
+
+def visual_tokens(reducers: Sequence[Reducer], per_image: int, num_layers: int) -> list[int]:
+    """Visual tokens of one image in each decoder layer under several reducers, applied in order of their layers."""
+    counts = [per_image] * num_layers
+    order = sorted(((site.layer, i) for i, r in enumerate(reducers) for site in r.sites()))
+    for layer, i in order:
+        if layer < num_layers:
+            left = reducers[i].count(counts[layer])
+            counts[layer:] = [left] * (num_layers - layer)
+    return counts
+
+
+def save_reducers(reducers: Sequence[Reducer], folder: Path) -> None:
+    """Writes `foveate.json` beside the weights; `attach(model)` without a second argument reads it."""
+    (folder / SAVED_NAME).write_text(json.dumps({"reducers": [r.to_dict() for r in reducers]}, indent=2) + "\n")

@@ -1,0 +1,52 @@
+"""Visual Context Compressor: average pooling of visual tokens inside the language model (LLaVolta, arXiv 2406.20092).
+
+    h  (n tokens) --K layers--> mean of every S consecutive visual states --other layers--> (n - L + L // S tokens)
+
+Groups are runs of `stride` tokens in raster order inside one image; the last L mod S tokens are dropped. Text keeps its
+positions; a pooled token takes the truncated mean of its group's.
+
+Where this differs from the authors' code: the mask follows the survivors instead of being cut to length (theirs is wrong
+under left padding); position means are exact integers (theirs are float16, wrong from position 1024 on); rows without an
+image stay in the batch; images are pooled each on its own at any batch size; and labels need no gathering, since the
+outputs keep the caller's length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.signals import View
+from foveate.sites import Cut, FromLayer, Site
+from foveate.tokens import TokenMap
+
+
+@dataclass(frozen=True)
+class VCC(Reducer):
+    """Pools visual tokens by `stride` in front of decoder layer index `layer` (0-based).
+
+    A layer that the model does not have never pools, and stride 1 changes nothing: both are the paper's "no compression".
+    """
+
+    name: ClassVar[str] = "vcc"
+    paper: ClassVar[str] = "2406.20092"
+    layer: int = 2
+    stride: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, least in (("layer", 0), ("stride", 1)):
+            value = getattr(self, option)
+            if type(value) is not int or value < least:
+                raise FoveateError(f"vcc: {option}={value!r} is not possible; give an integer >= {least}")
+
+    def sites(self) -> list[Site]:
+        return [FromLayer(self.layer)]
+
+    def reduce(self, view: View) -> Cut:
+        return Cut(TokenMap.pool(view.layout, self.stride))
+
+    def count(self, arriving: int) -> int:
+        return arriving // self.stride
