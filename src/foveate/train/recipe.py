@@ -1,0 +1,322 @@
+"""A training run as YAML: pydantic models, and errors that name file, line, key, value and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+
+from foveate.errors import FoveateError
+from foveate.train.schedule import NONE, Part
+
+
+def _fraction(value: Any) -> Any:
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("a share is a number or a fraction such as 1/3")
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("a share is a number or a fraction such as 1/3") from None
+
+
+Share = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str, return_type=str), Field(gt=0, le=1)]
+
+
+def _reducer(value: Any) -> Any:
+    """`none`, `null` and an empty string are no reducer; anything else has to be a reducer that exists."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", NONE)):
+        return NONE
+    if isinstance(value, str):
+        from foveate.reducers import parse
+
+        try:
+            parse(value)
+        except FoveateError as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
+ReducerString = Annotated[str, BeforeValidator(_reducer)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+
+
+class Data(Strict):
+    """Either `conversations` (LLaVA JSON) with `images` (folder), or `dataset` (a Hugging Face dataset or parquet) with `split`."""
+
+    conversations: Path | None = None
+    images: Path | None = None
+    dataset: str | None = None
+    split: str = "train"
+    limit: int | None = Field(default=None, gt=0)  # only the first N conversations
+    on_bad_image: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.conversations is None) == (self.dataset is None):
+            raise ValueError("give either `conversations` (with `images`) or `dataset`, one of the two")
+        return self
+
+
+class Lora(Strict):
+    rank: int = Field(gt=0)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class LoraOf(Strict):
+    lora: Lora
+
+
+class Trained(Strict):
+    """What a stage trains. The language model's embeddings and head belong to `lm`."""
+
+    bridge: bool = True
+    tower: bool = False
+    lm: bool | LoraOf = False
+
+    @model_validator(mode="after")
+    def _something(self) -> Trained:
+        if not (self.bridge or self.tower or self.lm):
+            raise ValueError("nothing is trained: set at least one of bridge, tower, lm")
+        return self
+
+
+class Slot(Strict):
+    """One part of a schedule: a share of the stage's optimiser steps with one reducer, or several that alternate step by step."""
+
+    share: Share
+    reducer: ReducerString = NONE
+    cycle: list[ReducerString] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Slot:
+        if ("reducer" in self.model_fields_set) == (self.cycle is not None):
+            raise ValueError("a part of the schedule has either `reducer` or `cycle`")
+        return self
+
+    @property
+    def part(self) -> Part:
+        return Part(self.share, tuple(self.cycle) if self.cycle is not None else (self.reducer,))
+
+
+class BridgeScales(Strict):
+    scales: list[tuple[int, int]] = Field(min_length=1)  # (window, queries per window), coarse to fine
+    sources: list[int] | None = None  # for each new scale, which scale of the stage before seeds it
+
+
+class Stage(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: Data
+    image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
+    bridge: BridgeScales | None = None
+    train: Trained = Trained()
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)  # default: batch_size divided by the number of processes
+    learning_rate: float = Field(gt=0)
+    lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    optimizer: str = "adamw_torch"
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    max_length: int = Field(default=2048, gt=0)
+    save_steps: int = Field(default=500, gt=0)
+    group_by_length: bool = False
+    reducers: list[Slot] = []
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Stage:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if self.reducers:
+            total = sum((slot.share for slot in self.reducers), Fraction(0))
+            if total != 1:
+                shares = " + ".join(str(slot.share) for slot in self.reducers)
+                raise ValueError(f"the shares of `reducers` must add up to 1, but {shares} = {total} (fractions such as 1/3 are exact)")
+        return self
+
+    @property
+    def parts(self) -> list[Part]:
+        return [slot.part for slot in self.reducers]
+
+
+class Model(Strict):
+    """Either `vision` + `text` + `bridge` (assembled anew), or `checkpoint` (a Foveate model, or any vision-language model of transformers).
+
+    Each name is a hub name, a local folder, or `asset:NAME` for what ships with the package."""
+
+    vision: str | None = None
+    text: str | None = None
+    bridge: dict[str, Any] | None = None
+    vision_feature_layer: list[int] | None = None
+    add_image_token: bool = False
+    checkpoint: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        built = [key for key in ("vision", "text", "bridge") if getattr(self, key) is not None]
+        if self.checkpoint is not None and built:
+            raise ValueError(f"give either `checkpoint` or `vision`, `text` and `bridge`, not both (found checkpoint and {', '.join(built)})")
+        if self.checkpoint is None and len(built) < 3:
+            missing = [key for key in ("vision", "text", "bridge") if key not in built]
+            raise ValueError(f"`{'`, `'.join(missing)}` missing: a model is `vision` + `text` + `bridge`, or a `checkpoint`")
+        if self.bridge is not None and "kind" not in self.bridge:
+            raise ValueError("`bridge` needs a `kind`")
+        return self
+
+
+class Recipe(Strict):
+    name: str
+    output: Path
+    seed: int = Field(default=0, ge=0)
+    model: Model
+    stages: list[Stage] = Field(min_length=1)
+    log_steps: int = Field(default=10, gt=0)
+    workers: int = Field(default=1, ge=0)  # processes that load data, per training process
+    report_to: list[str] = []
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"two stages are called {double[0]}: names of stages must differ")
+        return self
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------------------------
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and validate a recipe. `overrides` are `key.sub=value` (a number steps into a list: `stages.0.steps=5`), the value in YAML.
+
+    Raises FoveateError with one line per mistake: file:line, key, given value, allowed values."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FoveateError(f"recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        document = YAML().load(text)
+    except MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
+        raise FoveateError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    if not isinstance(document, dict):
+        raise FoveateError(f"{path}:1: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
+    changed = [_override(document, override) for override in overrides]
+    try:
+        return Recipe.model_validate(_plain(document))
+    except ValidationError as error:
+        messages = list(dict.fromkeys(_explain(path, document, changed, dict(detail)) for detail in error.errors()))
+        raise FoveateError("\n".join(messages)) from None
+
+
+def _override(document: Any, override: str) -> tuple[str, ...]:
+    key, equals, text = override.partition("=")
+    keys = tuple(key.split("."))
+    if not equals or not all(keys):
+        raise FoveateError(f"override {override!r}: expected key.sub=value, for example stages.0.steps=5")
+    try:
+        value = YAML(typ="safe").load(text)
+    except MarkedYAMLError:
+        value = text
+    place = document
+    for depth, step in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            if not step.isdigit() or int(step) >= len(place):
+                raise FoveateError(f"override {override!r}: {'.'.join(keys[:depth])} is a list of {len(place)}, there is no entry {step!r}")
+            if last:
+                place[int(step)] = value
+            else:
+                place = place[int(step)]
+        elif isinstance(place, dict):
+            if last:
+                place[step] = value
+            else:
+                if not isinstance(place.get(step), (dict, list)):
+                    place[step] = {}
+                place = place[step]
+    return keys
+
+
+def _plain(node: Any) -> Any:
+    """Without ruamel's types, which pydantic would take for strangers."""
+    if isinstance(node, dict):
+        return {str(key): _plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_plain(value) for value in node]
+    if isinstance(node, bool) or node is None:
+        return node
+    for plain in (int, float, str):
+        if isinstance(node, plain):
+            return plain(node)
+    return node
+
+
+def _explain(path: Path, document: Any, changed: list[tuple[str, ...]], detail: dict[str, Any]) -> str:
+    """One line for one mistake. pydantic's location also has the tags of unions in it; the path is followed as far as the document goes."""
+    keys: list[str] = []
+    node, line = document, 1
+    missing = detail["type"] == "missing"
+    for key in detail["loc"]:
+        if isinstance(node, dict) and key in node:
+            line = node.lc.key(key)[0] + 1 if hasattr(node, "lc") and key in node.lc.data else line
+        elif isinstance(node, list) and isinstance(key, int) and key < len(node):
+            line = node.lc.item(key)[0] + 1 if hasattr(node, "lc") and key in node.lc.data else line
+        else:
+            if missing and key == detail["loc"][-1]:
+                keys.append(str(key))
+            break
+        node = node[key]
+        keys.append(str(key))
+    overridden = any(tuple(keys[: len(key)]) == key for key in changed)
+    where = "command line" if overridden else f"{path}:{line}"
+    return f"{where}: {'.'.join(keys) or 'recipe'}: {_reason(detail, keys)}"
+
+
+def _reason(detail: dict[str, Any], keys: list[str]) -> str:
+    kind, given, context = detail["type"], detail.get("input"), detail.get("ctx", {})
+    if kind == "missing":
+        return "this key is required"
+    if kind == "extra_forbidden":
+        known = _known_keys(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], known, n=1)
+        return f"unknown key{f', did you mean {near[0]}?' if near else ''} (allowed: {', '.join(known)})"
+    if kind == "literal_error":
+        allowed = str(context["expected"]).replace("'", "")
+        return f"{given!r} is not allowed; allowed: {allowed}"
+    if kind == "value_error":
+        message = str(context["error"])
+        return message if isinstance(given, dict) else f"{given!r}: {message}"
+    return f"{given!r}: {detail['msg'][0].lower()}{detail['msg'][1:]}"
+
+
+def _known_keys(keys: list[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    inside: dict[str, type[BaseModel]] = {
+        "model": Model, "stages": Stage, "data": Data, "train": Trained, "lm": LoraOf, "lora": Lora, "reducers": Slot, "bridge": BridgeScales
+    }  # fmt: skip
+    for key in keys:
+        model = inside.get(key, model)
+    return list(model.model_fields)
