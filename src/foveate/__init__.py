@@ -1,3 +1,7 @@
-"""Foveate trains and runs vision-language models on fewer visual tokens."""
+"""Foveate trains and runs vision-language models (VLMs) on fewer visual tokens."""
+
+from foveate.attach import Run, attach
+from foveate.errors import FoveateError
 
 __version__ = "0.1.0"
+__all__ = ["FoveateError", "Run", "attach"]

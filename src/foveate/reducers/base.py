@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,7 +20,7 @@ SAVED_NAME = "foveate.json"
 
 
 @dataclass(frozen=True)
-class Reducer:
+class Reducer(ABC):
     """One method. Subclasses are frozen dataclasses whose fields are the method's options; `positions` is one of them:
     "keep" leaves each survivor its original position, "renumber" closes the gaps."""
 
@@ -32,15 +33,17 @@ class Reducer:
         if self.positions not in ("keep", "renumber"):
             raise FoveateError(f'{self.name}: positions={self.positions!r} is not possible; choose "keep" or "renumber"')
 
+    @abstractmethod
     def sites(self) -> list[Site]:
-        raise NotImplementedError
+        """Where it acts, and the signals that it needs there."""
 
+    @abstractmethod
     def reduce(self, view: View) -> Cut:
-        raise NotImplementedError
+        """The decision at one site."""
 
+    @abstractmethod
     def count(self, arriving: int) -> int:
         """Visual tokens of one image that leave the site, when `arriving` come to it."""
-        raise NotImplementedError
 
     # ---- cost
 

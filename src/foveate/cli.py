@@ -1,0 +1,93 @@
+"""The command line: parses, calls, prints. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from foveate.errors import FoveateError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and run vision-language models on fewer visual tokens.")
+data_app = typer.Typer(no_args_is_help=True, help="Make data.")
+app.add_typer(data_app, name="data")
+
+RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see docs/training.md.", metavar="RECIPE.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]…")]
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run a recipe, stage by stage. The same command goes on where an interrupted run was."""
+    from foveate.train.run import main as run
+
+    print(f"trained model: {run(recipe, overrides or [])}")
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, json: Annotated[bool, typer.Option(help="Print JSON.")] = False) -> None:
+    """Tokens, parameters, FLOPs and memory of a recipe, per stage, without any weights."""
+    from foveate.train.plan import main as run
+
+    run(recipe, overrides or [], json=json)
+
+
+@data_app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="Folder to write to.", metavar="OUT")],
+    train: Annotated[int, typer.Option(min=1, help="Scenes for training.")] = 4000,
+    test: Annotated[int, typer.Option(min=1, help="Scenes for testing.")] = 400,
+    seed: Annotated[int, typer.Option(help="The world's seed.")] = 0,
+    size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 128,
+) -> None:
+    """Render the embedded world: scenes with captions, questions and answers in the LLaVA format."""
+    from foveate.data.scenes import write_world
+
+    write_world(out, train=train, test=test, seed=seed, size=size)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, a hub name or asset:vlm.", metavar="MODEL")],
+    data: Annotated[Path, typer.Option(help="A world made by `foveate data scenes`.")],
+    reducers: Annotated[str | None, typer.Option(help='For example "vcc:layer=2,stride=4".')] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    blind: Annotated[bool, typer.Option(help="Show a grey image instead: what can be guessed without looking.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Write all answers to this JSON file.")] = None,
+) -> None:
+    """Accuracy per family of questions, beside the majority answer."""
+    from foveate.evaluation.run import evaluate as run
+    from foveate.evaluation.run import print_result
+
+    result = run(model, data, reducers=reducers, limit=limit, batch_size=batch_size, blind=blind)
+    if output is not None:
+        result.save(output)
+    print_result(result)
+
+
+@app.command("list")
+def list_methods() -> None:
+    """The reducers and bridges, and their papers."""
+    from foveate.bridges import BRIDGES
+    from foveate.reducers import METHODS
+
+    for name, method in sorted(METHODS.items()):
+        print(f"reducer  {name:16} {method.paper:12} {(method.__doc__ or '').strip().splitlines()[0]}")
+    for name, bridge in sorted(BRIDGES.items()):
+        print(f"bridge   {name:16} {'':12} {(bridge.__doc__ or '').strip().splitlines()[0]}")
+
+
+def main(argv: list[str] | None = None) -> Any:
+    """Exit code 0, or 2 with one message for bad input."""
+    try:
+        return app(args=argv, standalone_mode=True)
+    except FoveateError as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
