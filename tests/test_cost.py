@@ -1,0 +1,326 @@
+"""Cost from configurations: the papers' tables, and torch's own flop counter on small real models."""
+
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GPTNeoXConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from foveate import cost
+from foveate.cost import Ledger, Trained, compression_ratio, llavolta_tflops, predict, schedule_tokens, visual_tokens
+from foveate.errors import FoveateError
+from foveate.reducers import parse
+
+VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
+CLIP_L = CLIPVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, image_size=336, patch_size=14
+)
+MiB = 2**20
+
+
+def spelled(layer: int, stride: int) -> str:
+    return f"vcc:layer={layer},stride={stride}"
+
+
+# ---- LLaVolta (arXiv 2406.20092): counts, ratios, memory
+
+
+@pytest.mark.parametrize(
+    ("reducer", "tokens", "ratio", "mib"),
+    [
+        ("none", 18432, 100.0, 288),
+        (spelled(2, 2), 9792, 188.2, 153),
+        (spelled(2, 4), 5472, 336.8, 85.5),
+        (spelled(2, 8), 3312, 556.5, 51.8),
+        (spelled(2, 16), 2232, 825.8, 34.9),
+        (spelled(8, 4), 8064, 228.6, 126),
+        (spelled(8, 8), 6336, 290.9, 99),
+        (spelled(16, 2), 13824, 133.3, 216),
+        (spelled(16, 4), 11520, 160.0, 180),
+        (spelled(16, 8), 10368, 177.8, 162),
+        (spelled(16, 16), 9792, 188.2, 153),
+        (spelled(1, 64), 855, 2155.8, 13.4),
+    ],
+)
+def test_llavolta_counts_ratios_and_kv(reducer: str, tokens: int, ratio: float, mib: float) -> None:
+    counts = visual_tokens(parse(reducer), 576, 32)
+    assert sum(counts) == tokens
+    assert float(100 * compression_ratio(counts, 576, 32)) == pytest.approx(ratio, abs=0.05)
+    ledger = predict(VICUNA, per_image=576, reducers=parse(reducer))
+    assert sum(ledger.visual_tokens) == tokens
+    assert sum(ledger.visual_kv_bytes) / MiB == pytest.approx(mib, abs=0.051)
+    assert ledger.kv_bytes == ledger.visual_kv_bytes  # no text
+
+
+def test_nested_pooling() -> None:
+    nested = parse("vcc:layer=4,stride=2+vcc:layer=12,stride=2+vcc:layer=24,stride=2")
+    counts = visual_tokens(nested, 576, 32)
+    assert counts == [576] * 4 + [288] * 8 + [144] * 12 + [72] * 8
+    assert compression_ratio(counts, 576, 32) == Fraction(32, 12)
+    assert float(compression_ratio(counts, 576, 32)) == pytest.approx(2.667, abs=5e-4)
+    assert float(compression_ratio(visual_tokens(parse(spelled(8, 8)), 576, 32), 576, 32)) == pytest.approx(2.909, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "printed"),
+    [
+        (spelled(2, 8), 2.14),
+        (spelled(2, 4), 3.02),
+        (spelled(2, 2), 4.77),
+        (spelled(16, 8), 5.00),
+        (spelled(16, 4), 5.47),
+        (spelled(16, 2), 6.40),
+        ("none", 8.26),
+    ],
+)
+def test_llavolta_printed_tflops(reducer: str, printed: float) -> None:
+    tokens = sum(visual_tokens(parse(reducer), 576, 32))
+    assert llavolta_tflops(tokens) == pytest.approx(printed, abs=0.01)
+    # the slope is the linear maps of the decoder, as this module counts them
+    assert predict(VICUNA, per_image=576, reducers=parse(reducer)).flops["lm_linear"] / 1e12 == pytest.approx(4.0475e-4 * tokens, rel=1e-4)
+
+
+TWO, DEEP, WIDE, LIGHT = (visual_tokens(parse(r), 576, 32) for r in (spelled(2, 8), spelled(16, 8), spelled(2, 2), spelled(16, 2)))
+FULL = [576] * 32
+LAST = [visual_tokens(parse(spelled(k, s)), 576, 32) for k, s in ((2, 16), (16, 16), (16, 4))]
+
+
+@pytest.mark.parametrize(
+    ("parts", "mean", "ratio"),
+    [
+        ([FULL], 18432, 100.0),
+        ([TWO, FULL], 10872, 169.5),
+        ([TWO, DEEP, FULL], 10704, 172.2),
+        ([TWO, WIDE, FULL], 10512, 175.3),
+        ([TWO, WIDE, LIGHT, FULL], 11340, 162.5),
+        ([TWO, DEEP, LIGHT, FULL], 11484, 160.5),
+        (LAST, 7848, 234.9),
+    ],
+)
+def test_llavolta_schedule_means(parts: list[list[int]], mean: int, ratio: float) -> None:
+    """The epoch-weighted means. The paper's own Table 2 agrees for the last row only; the other five do not follow its definition."""
+    tokens = schedule_tokens((Fraction(1, len(parts)), part) for part in parts)
+    assert tokens == mean
+    assert float(100 * compression_ratio(tokens, 576, 32)) == pytest.approx(ratio, abs=0.05)
+
+
+@pytest.mark.parametrize(("share", "mean"), [(0, 18432), (25, 14652), (50, 10872), (75, 7092), (90, 4824), (100, 3312)])
+def test_llavolta_share_of_the_first_stage(share: int, mean: int) -> None:
+    assert schedule_tokens([(Fraction(share, 100), TWO), (Fraction(100 - share, 100), FULL)]) == mean
+
+
+# ---- the cost formula of the pruning papers
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tera_macs"),
+    [
+        (64, 0.416),
+        (72, 0.468),
+        (128, 0.833),
+        (144, 0.938),
+        (160, 1.043),
+        (192, 1.253),
+        (288, 1.887),
+        (320, 2.099),
+        (576, 3.817),
+        (640, 4.252),
+        (2880, 20.825),
+    ],
+)
+def test_published_multiply_adds_of_visual_tokens(tokens: int, tera_macs: float) -> None:
+    flops = predict(VICUNA, per_image=tokens).flops
+    assert (flops["lm_linear"] + flops["lm_attention"]) / 2e12 == pytest.approx(tera_macs, abs=5e-4)
+
+
+def test_fastv_counts_one_layer_with_a_plain_mlp() -> None:
+    for hidden, inner, heads, giga in ((4096, 11008, 32, 99.3), (5120, 13824, 40, 154.6)):
+        config = GPTNeoXConfig(hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_hidden_layers=2, vocab_size=100)
+        assert predict(config, per_image=576, text_tokens=36).layer_flops[0] / 2e9 == pytest.approx(giga, abs=0.05)
+
+
+def test_aim_counts_two_flops_and_text_and_grouped_queries() -> None:
+    assert sum(predict(VICUNA, per_image=576, text_tokens=41).layer_flops) / 1e12 == pytest.approx(8.19, abs=0.005)
+    qwen2 = Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+    assert sum(predict(qwen2, per_image=32 * 196, text_tokens=110).layer_flops) / 1e12 == pytest.approx(99.6, abs=0.05)
+
+
+def test_kv_bytes_per_token() -> None:
+    assert sum(predict(VICUNA, per_image=1).kv_bytes) == 512 * 1024
+    grouped = Qwen2Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+    assert predict(grouped, per_image=1).kv_bytes[0] == 2 * 4 * 128 * 2
+    assert predict(grouped, per_image=1, dtype_bytes=4).kv_bytes[0] == 2 * 4 * 128 * 4
+
+
+# ---- Chain-of-Sight's tower (arXiv 2407.15819): 23 blocks of CLIP-L
+
+
+@pytest.mark.parametrize(("side", "giga"), [(16, 155), (32, 693)])
+def test_clip_tower_flops(side: int, giga: int) -> None:
+    config = LlavaConfig(vision_config=CLIP_L, text_config=VICUNA, vision_feature_layer=-1)
+    assert round(cost.tower_flops(config, (side, side)) / 1e9) == giga
+
+
+# ---- torch's own counter
+
+
+def counted(run: object) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()  # type: ignore[operator]
+    return counter.get_total_flops()
+
+
+TINY = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 6, "vocab_size": 64}
+LMS = [
+    LlamaConfig(**TINY, num_key_value_heads=2, head_dim=8),
+    LlamaConfig(**TINY, num_key_value_heads=6, head_dim=8, tie_word_embeddings=True),
+    Qwen3Config(**TINY, num_key_value_heads=3, head_dim=16),
+]
+
+
+@pytest.mark.parametrize("config", LMS)
+def test_prefill_and_decode_equal_torchs_counter(config: LlamaConfig) -> None:
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.arange(11)[None]
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        prefill = counted(lambda: model(ids, logits_to_keep=1))
+
+        def decode() -> None:
+            for token in range(4):
+                model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
+
+        decoding = counted(decode)
+    assert predict(config, text_tokens=11).total_flops == prefill
+    assert predict(config, text_tokens=11, mode="decode", new_tokens=4).total_flops == decoding
+
+
+@pytest.mark.parametrize(("factor", "trained"), [(2, Trained(bridge=True)), (3, Trained(bridge=True, lm=True))])
+def test_training_step_equals_torchs_counter(factor: int, trained: Trained) -> None:
+    """Behind a trained bridge: a frozen LM needs no gradients of its weights, but both operands of attention's products need theirs."""
+    config = LMS[0]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(trained.lm)
+    embeds = torch.randn(1, 11, config.hidden_size, requires_grad=True)
+    measured = counted(lambda: model(inputs_embeds=embeds).logits.sum().backward())
+    train, forward = (predict(config, text_tokens=11, mode=mode, trained=trained, head_tokens=11) for mode in ("train", "prefill"))
+    assert train.total_flops == measured
+    assert train.flops["lm_linear"] == factor * forward.flops["lm_linear"]
+    assert train.flops["lm_attention"] == 3 * forward.flops["lm_attention"]
+    assert train.flops["head"] == factor * forward.flops["head"]
+
+
+def test_lora_step_equals_torchs_counter() -> None:
+    peft = pytest.importorskip("peft")
+    config, targets = LMS[0], ("q_proj", "down_proj")
+    lora = peft.LoraConfig(r=4, target_modules=list(targets), lora_dropout=0.0)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_config(config, attn_implementation="eager"), lora)
+    embeds = torch.randn(1, 11, config.hidden_size, requires_grad=True)
+    measured = counted(lambda: model(inputs_embeds=embeds).logits.sum().backward())
+    trained = Trained(bridge=True, lora_rank=4, lora_targets=targets)
+    assert predict(config, text_tokens=11, mode="train", trained=trained).total_flops == measured
+    assert cost.trainable(config, trained)["lora"] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_tower_and_llava_equal_torchs_counter() -> None:
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, image_size=20, patch_size=4, projection_dim=16
+    )
+    config = LlavaConfig(vision_config=vision, text_config=LMS[0], image_token_index=63)
+    config._attn_implementation = "eager"
+    pixels = torch.randn(2, 3, 20, 20)
+    with torch.no_grad():
+        tower = CLIPVisionModel._from_config(vision, attn_implementation="eager")
+        assert 2 * cost.tower_flops(config, (5, 5)) == counted(lambda: tower(pixels))
+        model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")
+        ids = torch.tensor([[1] + [63] * 25 + [2, 3] + [63] * 25 + [4]])
+        measured = counted(lambda: model(input_ids=ids, pixel_values=pixels, logits_to_keep=1))
+    ledger = predict(config, images=2, text_tokens=4)
+    assert ledger.total_flops == measured
+    assert ledger.total_tokens == (54,) * 3
+    assert ledger.visual_tokens == (50,) * 3
+    assert cost.parameters(config)["bridge"] == sum(p.numel() for p in model.model.multi_modal_projector.parameters())
+    assert sum(cost.parameters(config).values()) == model.num_parameters()
+
+
+def test_trained_tower_parameters_are_those_that_get_a_gradient() -> None:
+    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=72, num_hidden_layers=3, num_attention_heads=4, image_size=20, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=LMS[0], vision_feature_layer=-2)
+    model = CLIPVisionModel(vision)
+    model(torch.randn(1, 3, 20, 20), output_hidden_states=True).hidden_states[-2].sum().backward()
+    reached = sum(p.numel() for p in model.parameters() if p.grad is not None)
+    assert cost.trainable(config, Trained(tower=True, bridge=False)) == {"tower": reached, "bridge": 0, "lm": 0, "lora": 0}
+
+
+# ---- laws
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(0, 600), st.integers(1, 50), st.integers(0, 40), st.integers(0, 4), st.integers(1, 9), st.sampled_from(["prefill", "train"])
+)
+def test_monotone_in_tokens_and_additive_over_layers(tokens: int, more: int, text: int, layer: int, stride: int, mode: str) -> None:
+    reducers = parse(spelled(layer, stride))
+    few, many = (predict(LMS[0], per_image=n, text_tokens=text, reducers=reducers, mode=mode) for n in (tokens, tokens + more))  # type: ignore[arg-type]
+    assert all(a <= b for a, b in zip(few.layer_flops, many.layer_flops, strict=True))
+    assert few.total_flops <= many.total_flops
+    assert few.total_flops <= predict(LMS[0], per_image=tokens, text_tokens=text, mode=mode).total_flops  # type: ignore[arg-type]
+    assert sum(few.layer_flops) == few.flops["lm_linear"] + few.flops["lm_attention"]
+    assert sum(few.flops.values()) == few.total_flops
+    singles = [predict(LMS[0], per_image=n, text_tokens=text, mode=mode).layer_flops[0] for n in few.visual_tokens]  # type: ignore[arg-type]
+    assert list(few.layer_flops) == singles
+
+
+@given(st.integers(0, 700), st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), max_size=3))
+def test_reducers_compose_to_falling_counts(per_image: int, pools: list[tuple[int, int]]) -> None:
+    counts = visual_tokens([r for k, s in pools for r in parse(spelled(k, s))], per_image, 32)
+    assert len(counts) == 32
+    assert counts == sorted(counts, reverse=True)
+    product = 1
+    for layer, n in enumerate(counts):
+        product = 1
+        for k, s in pools:
+            product *= s if k <= layer else 1
+        assert n == per_image // product
+
+
+# ---- observed
+
+
+def test_observed_equals_predicted_and_takes_rows_apart() -> None:
+    predicted = predict(LMS[0], per_image=16, text_tokens=5, reducers=parse(spelled(1, 4)))
+    assert Ledger.observed(LMS[0], [16, 4, 4], [21, 9, 9]) == predicted
+    both = Ledger.observed(LMS[0], [[16, 0], [4, 0], [4, 0]], [[21, 7], [9, 7], [9, 7]])
+    text = predict(LMS[0], text_tokens=7)
+    assert both.total_flops == predicted.total_flops + text.total_flops
+    assert both.kv_bytes == tuple(a + b for a, b in zip(predicted.kv_bytes, text.kv_bytes, strict=True))
+
+
+# ---- errors
+
+
+def test_errors_name_the_thing() -> None:
+    with pytest.raises(FoveateError, match=r"add up to 5/6"):
+        schedule_tokens([(Fraction(1, 2), TWO), (Fraction(1, 3), FULL)])
+    with pytest.raises(FoveateError, match=r"counts of 2 layers.*has 3"):
+        Ledger.observed(LMS[0], [1, 1], [1, 1])
+    with pytest.raises(FoveateError, match=r"'q_prj'.*'q_proj'"):
+        cost.lora_per_layer(LMS[0], 4, ["q_prj"])
+    with pytest.raises(FoveateError, match="size 10 is smaller than one patch of 14"):
+        predict(LlavaConfig(vision_config=CLIP_L, text_config=VICUNA), image_size=10)
+    with pytest.raises(FoveateError, match="text_tokens=-1"):
+        predict(LMS[0], text_tokens=-1)
+    with pytest.raises(FoveateError, match="at least one"):
+        compression_ratio(0, 576, 32)
