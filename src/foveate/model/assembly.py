@@ -1,0 +1,129 @@
+"""Assembling a model and its processor from pretrained backbones."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from foveate.bridges import Bridge, build_bridge
+from foveate.errors import FoveateError
+from foveate.model.configuration import FoveateConfig, square
+from foveate.model.modeling import FoveateForConditionalGeneration
+from foveate.model.processing import FoveateProcessor, require_token
+
+
+def from_backbones(
+    vision: str | Path | PreTrainedModel,
+    text: str | Path | PreTrainedModel,
+    bridge: dict[str, Any] | Bridge,
+    *,
+    vision_feature_layer: list[int] | int | None = None,
+    image_size: int | None = None,
+    add_image_token: bool = False,
+    image_token: str = "<image>",
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    image_processor: Any = None,
+    tokenizer: Any = None,
+    chat_template: str | None = None,
+    model_class: type[Any] = FoveateForConditionalGeneration,
+) -> tuple[Any, FoveateProcessor]:
+    """A model and its processor from a vision tower, a causal LM (hub names, folders, or modules) and a bridge.
+
+    - `bridge`: {"kind": ..., arguments}; widths, levels and grid that are left open come from the backbones. Or a Bridge.
+    - `vision_feature_layer`: see FoveateConfig. `image_size`: pixels, the tower's own unless given.
+    - `add_image_token`: add `image_token` to a tokenizer that lacks it and a row to the embeddings at both ends.
+    - `dtype`: of all three parts; unless given, that in which the language model was saved (transformers 5's rule).
+    - `image_processor`, `tokenizer`: needed with modules, else loaded from where the backbones are. Copies are changed, not these.
+
+    FoveateError if a backbone is not there, or the parts do not fit.
+    """
+    options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if isinstance(text, PreTrainedModel):
+        language_model = text if dtype is None else text.to(resolve_dtype(dtype))
+    else:
+        language_model = load(AutoModelForCausalLM, text, "language model", dtype=dtype or "auto", **options)
+    dtype = resolve_dtype(dtype) if dtype is not None else language_model.dtype
+    tower = vision.to(dtype) if isinstance(vision, PreTrainedModel) else load_tower(vision, dtype=dtype, **options)
+
+    tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else load(AutoTokenizer, source(text, "tokenizer"), "tokenizer")
+    if image_processor is not None:
+        image_processor = copy.deepcopy(image_processor)
+    else:
+        image_processor = load(AutoImageProcessor, source(vision, "image_processor"), "image processor", backend="pil")
+    if tokenizer.pad_token is None:  # batches need one; as in LLaVA it is the unknown token where there is one
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    fit_image_token(tokenizer, language_model, image_token, add_image_token)
+
+    config = FoveateConfig(
+        vision_config=tower.config,
+        text_config=language_model.config,
+        bridge=bridge.config() if isinstance(bridge, Bridge) else dict(bridge),
+        vision_feature_layer=vision_feature_layer,
+        image_token_id=require_token(tokenizer, image_token),
+        image_size=image_size,
+        dtype=dtype,
+    )
+    module = bridge if isinstance(bridge, Bridge) else build_bridge(config.bridge)
+    module.tokens(config.grid)  # a grid that the bridge cannot take is told before anything runs
+    model = model_class(config, vision_tower=tower, bridge=module.to(dtype), causal_lm=language_model)
+    if model.generation_config is not None and language_model.generation_config is not None:
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+    processor = FoveateProcessor(
+        image_processor,
+        tokenizer,
+        chat_template=chat_template,
+        bridge=config.bridge,
+        patch_size=square(tower.config.patch_size, "patch_size of the vision tower"),
+        image_size=config.image_size,
+        image_token=image_token,
+    )
+    return model.eval(), processor
+
+
+def fit_image_token(tokenizer: Any, language_model: PreTrainedModel, token: str, add: bool) -> None:
+    """See to it that tokenizer and embeddings have the image token; only `add` allows to change them."""
+    if token not in tokenizer.get_vocab() and add:
+        tokenizer.add_tokens([token], special_tokens=True)
+    rows = language_model.get_input_embeddings().weight.shape[0]
+    if require_token(tokenizer, token) < rows:
+        return
+    if not add:
+        raise FoveateError(
+            f"token {token!r} of the tokenizer {tokenizer.name_or_path!r} has number {require_token(tokenizer, token)} "
+            f"but the language model has {rows} embeddings; add_image_token=True adds rows"
+        )
+    language_model.resize_token_embeddings(len(tokenizer))
+
+
+def load_tower(name: str | Path, **options: Any) -> PreTrainedModel:
+    """A vision tower; of a model with a text side, such as CLIP, the vision side."""
+    config = load(AutoConfig, name, "vision tower")
+    if hasattr(config, "vision_config"):
+        with torch.device("meta"):  # built only to learn its class
+            tower = type(AutoModel.from_config(config.vision_config))
+        return load(tower, name, "vision tower", **options)
+    return load(AutoModel, name, "vision tower", **options)
+
+
+def load(loader: Any, name: str | Path, what: str, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(str(name), **options)
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"the {what} {str(name)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def source(backbone: Any, argument: str) -> str | Path:
+    if isinstance(backbone, PreTrainedModel):
+        raise FoveateError(f"a backbone that is given as a module needs its {argument} beside it: from_backbones(..., {argument}=...)")
+    assert isinstance(backbone, str | Path)
+    return backbone
+
+
+def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype):
+        raise FoveateError(f"dtype {dtype!r} is not one of torch's; try float32 or bfloat16")
+    return resolved

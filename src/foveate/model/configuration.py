@@ -1,0 +1,82 @@
+"""Configuration of an assembled vision-language model."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from foveate.bridges import complete_config
+from foveate.errors import FoveateError
+
+
+class FoveateConfig(PreTrainedConfig):
+    """What `FoveateForConditionalGeneration` is made of.
+
+    - `vision_config`, `text_config`: the backbones' own configurations (any model type that transformers knows).
+    - `bridge`: {"kind": ..., constructor arguments}; widths, levels and grid that are left open are filled in from the backbones.
+    - `vision_feature_layer`: hidden states of the tower that the bridge gets, shallow before deep; 0 is the embeddings, negative
+      numbers count from the end. The default [-2] is LLaVA's.
+    - `image_token_id`: the placeholder that visual tokens replace.
+    - `image_size`: side in pixels of the (square) input image now; the tower's own size unless given. The tower's own stays in
+      `vision_config.image_size`; where the two differ position embeddings are interpolated.
+    - `always_run_vision`: run tower and bridge on a blank image in training steps without images also on one process. With several
+      processes that happens anyway.
+    """
+
+    model_type = "foveate"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+    }
+
+    # dicts, numbers or nothing on the way in, what the text above says afterwards
+    vision_config: Any = None
+    text_config: Any = None
+    bridge: Any = None
+    vision_feature_layer: Any = None
+    image_token_id: int = 32000
+    image_size: Any = None
+    always_run_vision: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        parts = {"vision_config": self.vision_config, "text_config": self.text_config}
+        own = {name: part._attn_implementation for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+        # Left to itself the base class sets the attention of ready-made parts to None, and a language model without one is not causal.
+        kwargs.setdefault("attn_implementation", {"": own.get("text_config"), **own})
+        super().__post_init__(**kwargs)
+        if self.vision_feature_layer is None:
+            self.vision_feature_layer = [-2]
+        elif isinstance(self.vision_feature_layer, int):
+            self.vision_feature_layer = [self.vision_feature_layer]
+        if self.image_size is None:
+            self.image_size = square(self.vision_config.image_size, "image_size of the vision tower")
+        self.bridge = complete_config(
+            self.bridge or {"kind": "mlp"},
+            vision_width=self.vision_config.hidden_size,
+            text_width=self.text_config.get_text_config().hidden_size,
+            levels=len(self.vision_feature_layer),
+            grid=self.grid[0],
+        )
+        # The tying itself is the language model's own affair (it is nested whole); this is what libraries around it read.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of an input image."""
+        return self.patch_grid(self.image_size, self.image_size)
+
+    def patch_grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of patches of an image of `height` x `width` pixels; the rest that fills no patch is not seen by a tower."""
+        patch = square(self.vision_config.patch_size, "patch_size of the vision tower")
+        if height < patch or width < patch:
+            raise FoveateError(f"an image of {height} x {width} pixels is smaller than one patch of {patch} pixels")
+        return height // patch, width // patch
+
+
+def square(size: Any, name: str) -> int:
+    """The side of a size that configurations spell as one number or as (height, width)."""
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    if len(sides) != 1:
+        raise FoveateError(f"{name} is {size}: only square ones are supported")
+    return int(sides.pop())

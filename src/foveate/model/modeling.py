@@ -1,0 +1,379 @@
+"""A vision-language model from any vision tower, any bridge and any causal language model of transformers.
+
+Layout: `model.vision_tower`, `model.bridge` and `model.causal_lm`. The last is the complete causal language model, head included, because
+families differ in what they do between the last hidden state and the logits (Gemma caps them, Cohere and Granite scale them, Phi adds a
+bias) and in their losses: a text-only forward pass is the LM's own, to the last bit. `model.language_model`, like `get_decoder()`, is the
+decoder inside it. (A submodule named language_model that holds a `model` would fall under a renaming rule of transformers' loader.)
+
+The public interface is that of transformers' LLaVA classes.
+"""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from foveate.bridges import Bridge, build_bridge
+from foveate.errors import FoveateError
+from foveate.model.configuration import FoveateConfig, square
+
+
+@dataclass
+class FoveateModelOutputWithPast(BaseModelOutputWithPast):
+    """The decoder's output, and `image_hidden_states`: the visual tokens (their number in the batch, width) that went in."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class FoveateCausalLMOutputWithPast(ModelOutput):
+    """Logits (batch, positions, vocabulary) and, where labels were given, the language model's loss."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+class FoveatePreTrainedModel(PreTrainedModel):
+    config_class = FoveateConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class FoveateModel(FoveatePreTrainedModel):
+    """Tower, bridge and language model; `forward` ends at the decoder's last hidden state. Parts that are not given are made, untrained."""
+
+    def __init__(
+        self,
+        config: FoveateConfig,
+        vision_tower: PreTrainedModel | None = None,
+        bridge: Bridge | None = None,
+        causal_lm: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.vision_tower = vision_tower if vision_tower is not None else AutoModel.from_config(config.vision_config)
+        self.bridge = bridge if bridge is not None else build_bridge(config.bridge)
+        self.causal_lm = causal_lm if causal_lm is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self._check_parts()
+        for part in (self.vision_tower, self.bridge, self.causal_lm):
+            keep_initialisation(part)
+        self.post_init()
+
+    def _check_parts(self) -> None:
+        layers = self.config.vision_feature_layer
+        if self.bridge.levels != len(layers):
+            kind, levels = self.bridge.kind, self.bridge.levels
+            raise FoveateError(f"the {kind} bridge takes {levels} feature levels but vision_feature_layer is {layers}")
+        accepted = inspect.signature(self.vision_tower.forward).parameters.values()
+        needed = [p.name for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
+        if needed:
+            name = type(self.vision_tower).__name__
+            raise FoveateError(f"{name} cannot be a vision tower here: besides pixel_values it needs {', '.join(needed)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of an input image of `config.image_size`."""
+        return self.config.grid
+
+    @property
+    def language_model(self) -> nn.Module:
+        """The decoder: what turns embeddings into last hidden states, with its `layers`."""
+        return self.causal_lm.get_decoder()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.causal_lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.causal_lm.set_input_embeddings(value)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Images (n, channels, height, width), normalised, -> `pooler_output`: n tensors (visual tokens, text width).
+
+        `hidden_states` holds the tower's states at `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the
+        size or does not give one state per patch.
+        """
+        height, width = pixel_values.shape[-2:]
+        grid = self.config.patch_grid(height, width)
+        output = self._run_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+        features = [patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer]
+        parameter = next(self.bridge.parameters(), None)
+        if parameter is not None:
+            features = [x.to(parameter.device, parameter.dtype) for x in features]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=list(self.bridge(features, grid)),
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _run_tower(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or list(self.config.vision_feature_layer)
+        height, width = pixel_values.shape[-2:]
+        native = square(self.config.vision_config.image_size, "image_size of the vision tower")
+        if height == width == native:
+            return self.vision_tower(pixel_values, **kwargs)
+        # transformers' towers interpolate bicubically without aligned corners; the code that goes with Chain-of-Sight aligns them.
+        if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
+            return self.vision_tower(pixel_values, interpolate_pos_encoding=True, **kwargs)
+        try:  # towers with rotary or always interpolated positions take any size
+            return self.vision_tower(pixel_values, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise FoveateError(
+                f"{type(self.vision_tower).__name__} was made for images of {native} x {native} pixels and does not take "
+                f"{height} x {width}: {error}. Set image_size to {native}"
+            ) from error
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        """Where visual tokens go: (batch, positions, 1), True at image tokens. FoveateError if their number is not that of the features."""
+        if input_ids is None:
+            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        if not torch.compiler.is_compiling():
+            placeholders, tokens = int(mask.sum()), image_features.numel() // image_features.shape[-1]
+            if placeholders != tokens:
+                raise FoveateError(
+                    f"the prompts hold {placeholders} image placeholders but the images give {tokens} visual tokens; "
+                    "processor and model must agree on image size and bridge"
+                )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def merge(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise FoveateError("give exactly one of input_ids and inputs_embeds")
+        if pixel_values is not None and mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
+            raise FoveateError("give images once: as pixel_values or encoded in mm_encoder_outputs")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
+        if encoded is None and pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, return_dict=True)
+        if encoded is not None:
+            visual = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual)
+            return inputs_embeds.masked_scatter(mask, visual), visual
+
+        # While decoding, an image token can only be one that the model itself has made.
+        if input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]))
+        if self.training and (self.config.always_run_vision or several_processes()):
+            inputs_embeds = inputs_embeds + self._blank_image().to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds, None
+
+    def _blank_image(self) -> Tensor:
+        """Zero, but by way of tower and bridge: sharded training hangs when one process skips a module that the others wait in."""
+        size = self.config.image_size
+        pixels = torch.zeros(1, getattr(self.config.vision_config, "num_channels", 3), size, size, device=self.vision_tower.device)
+        tokens = self.get_image_features(pixels, return_dict=True).pooler_output[0]
+        return (tokens * 0.0).sum()  # times zero first, lest the sum overflow
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> FoveateModelOutputWithPast:
+        inputs_embeds, visual = self.merge(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs)
+        output = self.get_decoder()(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        return FoveateModelOutputWithPast(
+            last_hidden_state=output.last_hidden_state,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=visual,
+        )
+
+    def unused_tower_parameters(self) -> list[str]:
+        """Names (inside the tower) of trainable parameters that no feature level depends on: blocks above the deepest, poolers, norms.
+
+        They never get a gradient, and DistributedDataParallel waits for one from every parameter: freeze these when the tower is trained.
+        """
+        named = [(name, p) for name, p in self.vision_tower.named_parameters() if p.requires_grad]
+        size = self.config.image_size
+        pixels = torch.zeros(1, getattr(self.config.vision_config, "num_channels", 3), size, size, device=self.vision_tower.device)
+        with torch.enable_grad():
+            output = self._run_tower(pixels.to(self.vision_tower.dtype))
+            total = sum(patch_states(output.hidden_states, layer, self.grid).float().sum() for layer in self.config.vision_feature_layer)
+            if not isinstance(total, Tensor) or not total.requires_grad:
+                return []
+            gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+        return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
+
+
+class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
+    """A vision-language model with its language-model head. `from_backbones` makes one, `from_pretrained` loads one."""
+
+    def __init__(
+        self,
+        config: FoveateConfig,
+        vision_tower: PreTrainedModel | None = None,
+        bridge: Bridge | None = None,
+        causal_lm: PreTrainedModel | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.model = FoveateModel(config, vision_tower, bridge, causal_lm)
+        self.post_init()
+
+    @classmethod
+    def from_backbones(cls, vision: Any, text: Any, bridge: Any, **options: Any) -> tuple[Self, Any]:
+        """(model, processor) from a vision tower, a causal LM and a bridge; see `foveate.model.assembly.from_backbones`."""
+        from foveate.model.assembly import from_backbones  # it needs this class
+
+        return from_backbones(vision, text, bridge, model_class=cls, **options)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches of an input image of `config.image_size`."""
+        return self.config.grid
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.model.get_decoder()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.causal_lm.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.causal_lm.set_output_embeddings(new_embeddings)
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """See `FoveateModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
+        """See `FoveateModel.get_placeholder_mask`."""
+        return self.model.get_placeholder_mask(input_ids, inputs_embeds, image_features)
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> FoveateCausalLMOutputWithPast:
+        """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (images of all prompts, channels, height, width)."""
+        inputs_embeds, visual = self.model.merge(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs)
+        output = self.model.causal_lm(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        return FoveateCausalLMOutputWithPast(
+            loss=output.loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=visual,
+        )
+
+    def scale_bridge(self, scales: Sequence[Sequence[int]], image_size: int, sources: Sequence[int] | None = None) -> None:
+        """Grow the bridge, weights inflated, to `scales` [(window, queries per window), ...] at `image_size` pixels.
+
+        The parameters of the bridge are new objects: make optimisers afterwards. The processor is told with
+        `processor.set_bridge(model.config.bridge, model.config.image_size)`.
+        """
+        old = self.model.bridge
+        rows, _ = self.config.patch_grid(image_size, image_size)
+        new = old.scaled(scales=scales, grid=rows, sources=sources)
+        like = next(old.parameters())
+        new.to(like.device, like.dtype).train(old.training).requires_grad_(any(p.requires_grad for p in old.parameters()))
+        keep_initialisation(new)
+        self.model.bridge = new
+        self.config.bridge, self.config.image_size = new.config(), image_size
+
+    def set_image_size(self, pixels: int) -> None:
+        """Take images of `pixels` x `pixels` from now on. FoveateError if the bridge is bound to its grid."""
+        self.model.bridge.tokens(self.config.patch_grid(pixels, pixels))
+        self.config.image_size = pixels
+
+
+def patch_states(hidden_states: Sequence[Tensor | None] | None, layer: int, grid: tuple[int, int]) -> Tensor:
+    """The patches (images, rows * columns, width) of hidden state `layer`: what a tower puts before them ([CLS], registers) is left out."""
+    if hidden_states is None:
+        raise FoveateError("the vision tower does not give its hidden states")
+    if not -len(hidden_states) <= layer < len(hidden_states):
+        raise FoveateError(f"vision_feature_layer {layer} is not there: the tower has hidden states 0 to {len(hidden_states) - 1}")
+    states = hidden_states[layer]
+    patches = grid[0] * grid[1]
+    if states is None or states.dim() != 3 or states.shape[1] < patches:
+        shape = None if states is None else tuple(states.shape)
+        raise FoveateError(f"the tower's hidden state {layer} of shape {shape} lacks one entry for each of {grid[0]} x {grid[1]} patches")
+    return states[:, states.shape[1] - patches :]
+
+
+def keep_initialisation(module: nn.Module) -> None:
+    """Tell transformers, which initialises what it thinks is new, that these modules have their values (unless they have none yet)."""
+    if any(p.is_meta for p in module.parameters()):
+        return
+    for part in module.modules():
+        part._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def several_processes() -> bool:
+    """Whether this process trains together with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

@@ -1,0 +1,149 @@
+"""Images and prompts -> model inputs, with exactly as many placeholders per image as the bridge makes visual tokens."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
+from transformers.processing_utils import MultiModalData
+
+from foveate.bridges import build_bridge
+from foveate.errors import FoveateError
+
+# Chat templates of language models take a message's content as text. This puts lists of parts into that form first; an image becomes the
+# marker, on a line of its own where something follows, as in LLaVA's data.
+FLATTEN = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message['content'] is string or not message['content'] -%}
+{%- set flat.messages = flat.messages + [message] -%}
+{%- else -%}
+{%- set joined = namespace(text='') -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set joined.text = joined.text + 'IMAGE_MARKER' + ('' if loop.last else '\\n') -%}
+{%- elif part['type'] == 'text' -%}
+{%- set joined.text = joined.text + part['text'] -%}
+{%- else -%}
+{{- raise_exception('content of type ' + part['type'] + ' is not supported: only text and image') -}}
+{%- endif -%}
+{%- endfor -%}
+{%- set flat.messages = flat.messages + [dict(message, content=joined.text)] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+
+# LLaVA-1.5's conversation format (arXiv 2310.03744), for tokenizers that bring no template.
+LLAVA_V1 = """\
+{%- if messages[0]['role'] == 'system' -%}
+{{- messages[0]['content'] -}}{%- set messages = messages[1:] -%}
+{%- else -%}
+{{- "A chat between a curious user and an artificial intelligence assistant. " -}}
+{{- "The assistant gives helpful, detailed, and polite answers to the user's questions." -}}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' -%}
+{{- ' USER: ' + message['content'] + ' ASSISTANT:' -}}
+{%- else -%}
+{{- ' ' -}}{%- generation -%}{{- message['content'] + (eos_token or '') -}}{%- endgeneration -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+class FoveateProcessor(ProcessorMixin):
+    """Tokenizer and image processor of a Foveate model.
+
+    Every image is resized to `image_size` x `image_size` pixels, whatever its shape, without crop or border, as Chain-of-Sight's code does.
+    `num_image_tokens` is the number of placeholders that each image marker in a prompt becomes.
+
+    `chat_template` is used as it is; without one it is the tokenizer's own (or LLaVA-1.5's), led by a part that turns
+    {"type": "image"} content into image markers.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
+        bridge: dict[str, Any] | None = None,
+        patch_size: int = 14,
+        image_size: int = 224,
+        image_token: str = "<image>",
+    ) -> None:
+        if bridge is None:
+            raise FoveateError('a FoveateProcessor needs the bridge of its model: {"kind": ..., arguments}')
+        self.image_token = image_token
+        self.image_token_id = require_token(tokenizer, image_token)
+        self.patch_size = patch_size
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or default_template(tokenizer, image_token))
+        self.set_bridge(bridge, image_size)
+
+    def set_bridge(self, bridge: Mapping[str, Any], image_size: int) -> None:
+        """From now on images are `image_size` pixels wide and high and become as many tokens as `bridge` makes of them."""
+        with torch.device("meta"):
+            tokens = build_bridge(bridge).tokens((image_size // self.patch_size, image_size // self.patch_size))
+        self.bridge, self.image_size, self.num_image_tokens = dict(bridge), image_size, tokens
+        square = {"height": image_size, "width": image_size}
+        resize = {"do_resize": True, "size": square, "crop_size": square, "do_center_crop": False, "do_pad": False, "do_convert_rgb": True}
+        for name, value in resize.items():
+            if hasattr(self.image_processor, name):
+                setattr(self.image_processor, name, value)
+
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
+        return self.image_token * self.num_image_tokens
+
+    def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
+        """Images may come flat (in the order of their markers) or as one list per prompt, which may be empty."""
+        if images is not None and text is not None:
+            check_rows(images, [text] if isinstance(text, str) else text, self.image_token)
+        if isinstance(images, list | tuple):
+            images = make_flat_list_of_images(images) if any(i not in ([], ()) for i in images) else None
+        return super().prepare_inputs_layout(images=images, text=text, **kwargs)
+
+    def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
+        if text is not None and isinstance(text, list) and all(isinstance(t, str) for t in text):
+            markers = sum(t.count(self.image_token) for t in text)
+            given = 0 if images is None else len(make_flat_list_of_images(images))
+            if markers != given:
+                raise FoveateError(
+                    f"the prompts hold {markers} {self.image_token} markers but {given} images were given: one for each image"
+                )
+        super().validate_inputs(images=images, text=text, **kwargs)
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
+        if image_sizes is None:
+            return MultiModalData()
+        return MultiModalData(num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+
+
+def require_token(tokenizer: Any, token: str) -> int:
+    """The id of a token that the vocabulary must hold. FoveateError that says how to add it."""
+    vocabulary = tokenizer.get_vocab()
+    if token not in vocabulary:
+        raise FoveateError(
+            f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no token {token!r}; "
+            "from_backbones(..., add_image_token=True) adds it and a row for it to the embeddings"
+        )
+    return int(vocabulary[token])
+
+
+def default_template(tokenizer: Any, image_token: str) -> str:
+    """The tokenizer's chat template, or LLaVA-1.5's, made to take {"type": "image"} content."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default")
+    return FLATTEN.replace("IMAGE_MARKER", image_token) + (own or LLAVA_V1)
+
+
+def check_rows(images: Any, texts: Any, marker: str) -> None:
+    """Where images come as one list per prompt, each prompt must have its own number of markers."""
+    if not isinstance(images, list | tuple) or not images or not all(isinstance(row, list | tuple) for row in images):
+        return
+    if len(images) != len(texts):
+        raise FoveateError(f"{len(images)} lists of images were given for {len(texts)} prompts: one list for each prompt")
+    for row, (given, text) in enumerate(zip(images, texts, strict=True)):
+        if text.count(marker) != len(given):
+            raise FoveateError(f"prompt {row} holds {text.count(marker)} {marker} markers but {len(given)} images were given for it")
