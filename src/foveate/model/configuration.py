@@ -54,6 +54,8 @@ class FoveateConfig(PreTrainedConfig):
         self.bridge = complete_config(
             self.bridge or {"kind": "mlp"},
             vision_width=self.vision_config.hidden_size,
+            width=self.vision_config.hidden_size,
+            head_dim=self.vision_config.hidden_size // self.vision_config.num_attention_heads,
             text_width=self.text_config.get_text_config().hidden_size,
             levels=len(self.vision_feature_layer),
             grid=self.grid[0],

@@ -209,23 +209,21 @@ class FoveateModel(FoveatePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        with_head: bool = False,
         **kwargs: Any,
-    ) -> FoveateModelOutputWithPast:
+    ) -> FoveateModelOutputWithPast | FoveateCausalLMOutputWithPast:
+        """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (images of all prompts, channels, height, width).
+
+        `with_head` runs the causal language model to its logits (and loss, for `labels`) instead of the decoder alone.
+        """
         inputs_embeds, visual = self.merge(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs)
-        output = self.get_decoder()(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        return FoveateModelOutputWithPast(
-            last_hidden_state=output.last_hidden_state,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=visual,
-        )
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values, "return_dict": True}
+        if with_head:
+            output = self.causal_lm(inputs_embeds=inputs_embeds, **kwargs)
+            ends = {"loss": output.loss, "logits": output.logits}
+            return FoveateCausalLMOutputWithPast(**ends, **common_outputs(output), image_hidden_states=visual)
+        output = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+        return FoveateModelOutputWithPast(output.last_hidden_state, **common_outputs(output), image_hidden_states=visual)
 
     def unused_tower_parameters(self) -> list[str]:
         """Names (inside the tower) of trainable parameters that no feature level depends on: blocks above the deepest, poolers, norms.
@@ -311,24 +309,20 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
-        """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (images of all prompts, channels, height, width)."""
-        inputs_embeds, visual = self.model.merge(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs)
-        output = self.model.causal_lm(
-            inputs_embeds=inputs_embeds,
+        """See `FoveateModel.forward`; `labels` and `logits_to_keep` are the language model's."""
+        return self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            with_head=True,
             labels=labels,
             logits_to_keep=logits_to_keep,
+            return_dict=True,
             **kwargs,
-        )
-        return FoveateCausalLMOutputWithPast(
-            loss=output.loss,
-            logits=output.logits,
-            past_key_values=output.past_key_values,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_hidden_states=visual,
         )
 
     def scale_bridge(self, scales: Sequence[Sequence[int]], image_size: int, sources: Sequence[int] | None = None) -> None:
@@ -350,6 +344,11 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """Take images of `pixels` x `pixels` from now on. FoveateError if the bridge is bound to its grid."""
         self.model.bridge.tokens(self.config.patch_grid(pixels, pixels))
         self.config.image_size = pixels
+
+
+def common_outputs(output: Any) -> dict[str, Any]:
+    """What a decoder and a causal language model both give back."""
+    return {name: getattr(output, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
 
 
 def patch_states(hidden_states: Sequence[Tensor | None] | None, layer: int, grid: tuple[int, int]) -> Tensor:
