@@ -159,7 +159,7 @@ class Stage(Strict):
 
 
 class Model(Strict):
-    """Either `vision` + `text` + `bridge` (assembled anew), or `checkpoint` (a Foveate model, or any vision-language model of transformers).
+    """Either `vision` + `text` + `bridge` (assembled anew), or `checkpoint` (a Foveate model, or another vision-language model).
 
     Each name is a hub name, a local folder, or `asset:NAME` for what ships with the package."""
 
@@ -176,7 +176,7 @@ class Model(Strict):
     def _one_origin(self) -> Model:
         built = [key for key in ("vision", "text", "bridge") if getattr(self, key) is not None]
         if self.checkpoint is not None and built:
-            raise ValueError(f"give either `checkpoint` or `vision`, `text` and `bridge`, not both (found checkpoint and {', '.join(built)})")
+            raise ValueError(f"give either `checkpoint` or `vision`, `text` and `bridge`, not both (found also {', '.join(built)})")
         if self.checkpoint is None and len(built) < 3:
             missing = [key for key in ("vision", "text", "bridge") if key not in built]
             raise ValueError(f"`{'`, `'.join(missing)}` missing: a model is `vision` + `text` + `bridge`, or a `checkpoint`")
@@ -314,9 +314,8 @@ def _reason(detail: dict[str, Any], keys: list[str]) -> str:
 
 def _known_keys(keys: list[str]) -> list[str]:
     model: type[BaseModel] = Recipe
-    inside: dict[str, type[BaseModel]] = {
-        "model": Model, "stages": Stage, "data": Data, "train": Trained, "lm": LoraOf, "lora": Lora, "reducers": Slot, "bridge": BridgeScales
-    }  # fmt: skip
+    inside: dict[str, type[BaseModel]] = {"model": Model, "stages": Stage, "data": Data, "train": Trained, "lm": LoraOf, "lora": Lora}
+    inside |= {"reducers": Slot, "bridge": BridgeScales}
     for key in keys:
         model = inside.get(key, model)
     return list(model.model_fields)

@@ -1,0 +1,189 @@
+"""Conversations -> batches: chat template, tokens, labels, placeholders, pixels, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from foveate.data.conversations import MARKER, Conversation
+from foveate.errors import FoveateError
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """Token ids of one conversation with one image token per image, and which of them are supervised."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+
+
+class Renderer:
+    """A conversation as the chat template of a processor writes it, and where in that text the answers are.
+
+    An answer's span ends after its end token. Templates that write none (such as LLaVA-1.5's in transformers) get the tokenizer's end of
+    sequence, because a model that never sees an end never learns to stop.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
+        if not self.template:
+            raise FoveateError("the processor has no chat template: set processor.chat_template")
+        if not self.tokenizer.is_fast:
+            raise FoveateError(f"{type(self.tokenizer).__name__} is a slow tokenizer, which cannot tell where in the text its tokens are")
+        self.image_token: str = getattr(processor, "image_token", MARKER)
+        self.image_token_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
+        if self.image_token_id == self.tokenizer.unk_token_id or self.image_token not in self.tokenizer.get_vocab():
+            raise FoveateError(f"the tokenizer has no token {self.image_token!r}")
+        probe = self._render([{"role": "user", "content": [{"type": "text", "text": "probe"}]}], tolerant=True)
+        self.parts = "probe" in probe and "'text'" not in probe
+        if "probe" in self._render([{"role": "user", "content": "probe"}], tolerant=True):
+            self.parts = False
+        self.end = "" if self._writes_end() else str(self.tokenizer.eos_token or "")
+
+    def _render(self, messages: list[dict[str, Any]], prompt: bool = False, tolerant: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # a template is a program of its own, it may raise anything
+            if tolerant:
+                return ""
+            raise FoveateError(f"the chat template cannot write this conversation: {error}") from error
+        return str(text)
+
+    def _writes_end(self) -> bool:
+        turns = [("user", "question"), ("assistant", "answer")]
+        tail = self._render(self.messages(turns, end="")).rpartition("answer")[2]
+        return any(token in tail for token in self.tokenizer.all_special_tokens) or tail.strip() != ""
+
+    def messages(self, turns: Sequence[tuple[str, str]], end: str | None = None) -> list[dict[str, Any]]:
+        """As templates want them: text with image tokens, or lists of parts where the template only takes those."""
+        end = self.end if end is None else end
+        messages: list[dict[str, Any]] = []
+        for role, text in turns:
+            if role == "assistant":
+                text = text + end
+            if not self.parts:
+                messages.append({"role": role, "content": text.replace(MARKER, self.image_token)})
+                continue
+            content: list[dict[str, str]] = []
+            for number, piece in enumerate(text.split(MARKER)):
+                if number:
+                    content.append({"type": "image"})
+                    piece = piece.removeprefix("\n")  # such templates write the line break after an image themselves
+                if piece.strip():
+                    content.append({"type": "text", "text": piece})
+            messages.append({"role": role, "content": content})
+        return messages
+
+    def render(self, turns: Sequence[tuple[str, str]]) -> tuple[str, list[tuple[int, int]]]:
+        """The whole text, and the (start, end) of every answer with its end token in it.
+
+        Found by rendering up to each answer: FoveateError if the template writes earlier turns differently once later ones follow."""
+        messages = self.messages(turns)
+        text = self._render(messages)
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], prompt=True)
+            after = text if number == len(messages) - 1 else self._render(messages[: number + 1])
+            if not (after.startswith(before) and text.startswith(after)):
+                raise FoveateError("the chat template rewrites earlier turns when later ones follow; use another chat_template")
+            answer = after[len(before) :]
+            end = len(before) + len(answer.rstrip())
+            if number < len(messages) - 1 and not text.startswith(after.rstrip()):
+                raise FoveateError("the chat template rewrites the end of an answer when another turn follows")
+            spans.append((len(before), end))
+        return text, spans
+
+    def tokenise(self, turns: Sequence[tuple[str, str]]) -> Tokenised:
+        text, spans = self.render(turns)
+        bos = self.tokenizer.bos_token
+        special = not (bos and text.startswith(bos))
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, truncation=False, padding=False)
+        ids = np.asarray(encoded["input_ids"], dtype=np.int32)
+        offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        supervised = np.zeros(len(ids), dtype=bool)
+        for start, end in spans:
+            supervised |= (offsets[:, 1] > start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
+        return Tokenised(ids, supervised)
+
+
+class Collator:
+    """Samples -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of all images, flat.
+
+    Supervised (every label that is not -100) are the answers and their end tokens. A sample longer than `max_length` tokens loses its
+    end; FoveateError if an image or all of its answers would be lost with it. `remember`: keep the tokens of every sample in memory, for
+    data that is read more than once.
+    """
+
+    def __init__(self, processor: Any, max_length: int, remember: bool = False) -> None:
+        self.renderer = Renderer(processor)
+        self.image_processor = processor.image_processor
+        self.per_image = image_tokens(processor)
+        self.max_length = max_length
+        self.pad = self.renderer.tokenizer.pad_token_id
+        if self.pad is None:
+            raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
+        self._memory: dict[int, Tokenised] | None = {} if remember else None
+
+    def encode(self, sample: Conversation) -> Tokenised:
+        """Tokens with the placeholders of every image in place, cut to `max_length`."""
+        found = self._memory.get(sample.index) if self._memory is not None else None
+        if found is None:
+            found = self.renderer.tokenise(sample.turns)
+            if self._memory is not None:
+                self._memory[sample.index] = found
+        return self.expand(found, sample.id, len(sample.images))
+
+    def expand(self, found: Tokenised, name: str, images: int) -> Tokenised:
+        is_image = found.ids == self.renderer.image_token_id
+        if is_image.sum() != images:
+            raise FoveateError(f"sample {name}: {images} images but the chat template makes {is_image.sum()} image tokens of its text")
+        repeats = np.where(is_image, self.per_image, 1)
+        ids, supervised = np.repeat(found.ids, repeats), np.repeat(found.supervised, repeats)
+        if len(ids) > self.max_length:
+            if (ids[self.max_length :] == self.renderer.image_token_id).any():
+                raise FoveateError(
+                    f"sample {name} has {len(ids)} tokens, {images} x {self.per_image} of them visual; cutting it to max_length "
+                    f"{self.max_length} would cut an image. Raise max_length or leave the sample out"
+                )
+            ids, supervised = ids[: self.max_length], supervised[: self.max_length]
+        if not supervised.any():
+            raise FoveateError(f"sample {name}: no token of an answer is left within max_length {self.max_length}")
+        return Tokenised(ids, supervised)
+
+    def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
+        encoded = [self.encode(sample) for sample in samples]
+        length = max(len(one.ids) for one in encoded)
+        ids = np.full((len(encoded), length), self.pad, dtype=np.int64)
+        labels = np.full((len(encoded), length), IGNORED, dtype=np.int64)
+        mask = np.zeros((len(encoded), length), dtype=np.int64)
+        for row, one in enumerate(encoded):
+            n = len(one.ids)
+            ids[row, :n] = one.ids
+            mask[row, :n] = 1
+            labels[row, :n] = np.where(one.supervised, one.ids, IGNORED)
+        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
+        images = [image for sample in samples for image in sample.images]
+        if images:
+            batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
+        return batch
+
+
+def image_tokens(processor: Any) -> int:
+    """Placeholders that one image becomes. FoveateError for processors where it depends on the image."""
+    if hasattr(processor, "num_image_tokens"):
+        return int(processor.num_image_tokens)
+    sizes = [[224, 224], [300, 600]]
+    counts = processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]
+    if len(set(counts)) > 1:
+        raise FoveateError(f"{type(processor).__name__}: the number of visual tokens depends on the image; training needs a fixed number")
+    return int(counts[0])

@@ -1,0 +1,160 @@
+"""What a training run leaves on disk, so written that a kill at any moment leaves it usable.
+
+output/recipe.json            the recipe the run was started with
+output/log.jsonl              one line per logged step
+output/0-pretrain/            one folder per stage
+    checkpoint-50/            counts only once its mark `complete` is there: written last, by rename
+    model/                    the finished stage: a whole model with its processor, and its mark
+output/final/                 the last stage's model
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import FoveateError
+
+MARK = "complete"
+KEPT = 2  # checkpoints of the stage under way
+HARMLESS = {"report_to", "output", "save_steps", "log_steps", "workers", "micro_batch"}  # may differ when a run goes on
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing, and on the disk when this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def mark(folder: Path) -> None:
+    """Declare a folder complete: everything in it reaches the disk before the mark does."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    write(folder / MARK, "")
+
+
+def is_complete(folder: Path) -> bool:
+    return (folder / MARK).is_file()
+
+
+def remove(folder: Path) -> None:
+    """The mark goes first, so that a half-removed folder does not count."""
+    (folder / MARK).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoints(stage: Path) -> list[Path]:
+    """Folders checkpoint-N of a stage, complete or not, oldest first."""
+    found = [path for path in stage.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def newest(stage: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return next((path for path in reversed(checkpoints(stage)) if is_complete(path)), None)
+
+
+def clean(stage: Path) -> None:
+    """Remove what a kill has left half done: checkpoints without their mark, and models under way."""
+    for path in checkpoints(stage):
+        if not is_complete(path):
+            remove(path)
+    if not is_complete(stage / "model"):
+        remove(stage / "model")
+
+
+def rotate(stage: Path) -> None:
+    complete = [path for path in checkpoints(stage) if is_complete(path)]
+    for path in complete[:-KEPT]:
+        remove(path)
+
+
+def publish(source: Path, target: Path) -> None:
+    """Copy a complete model folder; `target` is there whole or not at all."""
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary)
+    mark(temporary)
+    if target.exists():
+        remove(target)
+    os.replace(temporary, target)
+
+
+def claim(output: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Bind an output folder to a recipe and to `facts` (of the data, by stage).
+
+    FoveateError if it belongs to a run with another recipe, naming what differs."""
+    path = output / "recipe.json"
+    now = {"recipe": recipe, "facts": facts}
+    if not path.is_file():
+        output.mkdir(parents=True, exist_ok=True)
+        write(path, json.dumps(now, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changes = differences(before, json.loads(json.dumps(now)))
+    if changes:
+        raise FoveateError(
+            f"{output} holds a run that was started with another recipe:\n  " + "\n  ".join(changes) + "\n"
+            "Go back to its values to go on with it, or set another `output` (or remove the folder) to start anew"
+        )
+
+
+def differences(before: Any, now: Any, key: str = "") -> list[str]:
+    """ "key: value before, now value" for every leaf that differs and matters."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(k for k in now if k not in before)]
+        return [
+            line
+            for k in keys
+            if k not in HARMLESS
+            for line in differences(before.get(k), now.get(k), f"{key}.{k}" if key and key not in ("recipe",) else k)
+        ]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return [line for i, pair in enumerate(zip(before, now, strict=True)) for line in differences(*pair, f"{key}.{i}")]
+    return [] if before == now else [f"{key}: {json.dumps(before)} before, now {json.dumps(now)}"]
+
+
+class RunLog:
+    """`log.jsonl`. A resumed run drops the lines behind its checkpoint, so that no step stands there twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the lines that are not wanted, and a last one that a kill has cut short."""
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if wanted(row):
+                kept.append(line + "\n")
+        write(self.path, "".join(kept))
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

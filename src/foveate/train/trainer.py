@@ -1,0 +1,347 @@
+"""The Hugging Face Trainer for one stage: our order of samples, the reducer of the moment, marked checkpoints, a log that goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from foveate.attach import Run, attach
+from foveate.errors import FoveateError
+from foveate.reducers import parse, visual_tokens
+from foveate.train import files
+from foveate.train.order import Order, ProcessBatches
+from foveate.train.schedule import NONE, Part, reducer_at
+
+PROGRESS = "progress.json"
+NUMBERS = ("loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
+QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+@dataclass
+class Totals:
+    """What a run has done so far, over all its stages and processes."""
+
+    images: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0
+    supervised: int = 0
+
+
+@dataclass
+class Since:
+    """What has come together since the last logged step."""
+
+    loss: float = 0.0
+    steps: int = 0
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageInfo:
+    """What the trainer needs to know of the stage beside the arguments of the Trainer."""
+
+    index: int
+    count: int
+    name: str
+    steps: int
+    parts: Sequence[Part]
+    per_image: int
+    layers: int
+    image_token_id: int
+
+
+class Costs:
+    """FLOPs of a training step by `foveate.cost`; real tokens are counted, padding is not."""
+
+    def __init__(self, config: Any, trained: Any) -> None:
+        self.config, self.trained = config, trained
+        self._known: dict[tuple[str, int, int], float] = {}
+
+    def of(self, reducer: str, images: int, text: int) -> float:
+        key = (reducer, images, text)
+        if key not in self._known:
+            from foveate.cost import predict
+
+            ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)
+            self._known[key] = float(ledger.total_flops)
+        return self._known[key]
+
+
+class ReducerSwitch(TrainerCallback):
+    """Before each optimiser step, the reducer that the schedule names for it; hooks are only changed when it changes."""
+
+    def __init__(self, model: nn.Module, parts: Sequence[Part], steps: int) -> None:
+        self.model, self.parts, self.steps = model, parts, steps
+        self.current = NONE
+        self._run: Run | None = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.switch(reducer_at(self.parts, state.global_step, self.steps))
+
+    def switch(self, reducer: str) -> None:
+        if reducer == self.current:
+            return
+        if self._run is not None:
+            self._run.detach()
+            self._run = None
+        if reducer != NONE:
+            self._run = attach(self.model, parse(reducer), record="none")
+        self.current = reducer
+
+
+class Flow(TrainerCallback):
+    """When to log and when to save. The Trainer's own saves once more at the very end and keeps its intervals in the checkpoint."""
+
+    def __init__(self, log_steps: int, save_steps: int, steps: int) -> None:
+        self.log_steps, self.save_steps, self.steps = log_steps, save_steps, steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        step = state.global_step
+        control.should_log = step == 1 or step % self.log_steps == 0 or step == self.steps
+        control.should_save = step % self.save_steps == 0 and step < self.steps
+
+
+class ProgressLine(TrainerCallback):
+    """A bar on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, stage: StageInfo, batch_size: int, switch: ReducerSwitch) -> None:
+        self.stage, self.batch_size, self.switch = stage, batch_size, switch
+        self.loss: float | None = None
+        self._bar: Progress | None = None
+        self._task: Any = None
+        self._start = self._last = 0.0
+        self._first = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = self._last = time.monotonic()
+        self._first = state.global_step
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[now]}"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=console)
+            self._bar.start()
+            self._task = self._bar.add_task(self._name, total=self.stage.steps, completed=state.global_step, now="")
+
+    @property
+    def _name(self) -> str:
+        return f"stage {self.stage.index + 1}/{self.stage.count} {self.stage.name}"
+
+    def _now(self, step: int) -> tuple[str, float]:
+        rate = (step - self._first) * self.batch_size / max(time.monotonic() - self._start, 1e-9)
+        counts = visual_tokens(parse(self.switch.current), self.stage.per_image, self.stage.layers)
+        tokens = f"{counts[0]}" if len(set(counts)) == 1 else f"{max(counts)}→{min(counts)}"
+        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
+        return f"{tokens} tokens/image, {rate:.1f} samples/s{loss}", rate
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            now = time.monotonic()
+            if now - self._last > 0.2 or state.global_step == self.stage.steps:
+                self._last = now
+                self._bar.update(self._task, completed=state.global_step, now=self._now(state.global_step)[0])
+        elif time.monotonic() - self._last > QUIET_EVERY:
+            self._last = time.monotonic()
+            text, rate = self._now(state.global_step)
+            left = (self.stage.steps - state.global_step) * self.batch_size / rate
+            print(f"{self._name}: step {state.global_step}/{self.stage.steps}, {text}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class FoveateTrainer(Trainer):
+    """One stage. `model` is an ordinary transformers model (LoRA injected in place), never a wrapper."""
+
+    def __init__(
+        self,
+        *,
+        order: Order,
+        stage: StageInfo,
+        totals: Totals,
+        log_file: files.RunLog,
+        log_steps: int,
+        save_steps: int,
+        costs: Costs | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
+        self.order, self.stage, self.log_file, self.costs = order, stage, log_file, costs
+        self.totals, self.since = totals, Since()
+        self.switch = ReducerSwitch(self.model, stage.parts, stage.steps)
+        self.progress = ProgressLine(stage, order.batch_size, self.switch)
+        self.add_callback(self.switch)
+        self.add_callback(Flow(log_steps, save_steps, stage.steps))
+        self._reset()
+        if self.is_world_process_zero():
+            self.add_callback(self.progress)
+
+    # ---- data
+
+    def get_train_dataloader(self) -> Any:
+        args = self.args
+        batches = ProcessBatches(self.order, self.stage.steps, args.process_index, args.world_size, args.gradient_accumulation_steps)
+        return DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            generator=torch.Generator(),  # the loader draws a seed for its workers; not from the stream that dropout draws from
+        )
+
+    # ---- one step
+
+    def _reset(self) -> None:
+        """What this process has counted since the last time it was put together with the others'."""
+        self._loss: Tensor | None = None
+        self._images = self._supervised = 0
+        self._flops = 0.0
+        self._steps = 0
+        self._clock = time.monotonic()
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        images = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
+        self._images += images
+        self._supervised += int((inputs["labels"] >= 0).sum())
+        if self.costs is not None:
+            lengths = inputs["attention_mask"].sum(1)
+            visual = (inputs["input_ids"] == self.stage.image_token_id).sum(1)
+            for count, placeholders in zip(lengths.tolist(), visual.tolist(), strict=True):
+                self._flops += self.costs.of(self.switch.current, placeholders // self.stage.per_image, count - placeholders)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._loss = loss.double() if self._loss is None else self._loss + loss
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # the Trainer's own estimate walks over all modules in every step and knows nothing of fewer tokens
+
+    # ---- logging
+
+    def _gather(self) -> None:
+        """Bring what the processes have counted into `totals` and `since`. Every process calls this at the same steps."""
+        loss = torch.zeros((), dtype=torch.float64) if self._loss is None else self._loss.cpu()
+        counted = torch.stack([loss, *(torch.tensor(float(x), dtype=torch.float64) for x in (self._images, self._supervised, self._flops))])
+        if self.args.world_size > 1:
+            counted = self.accelerator.reduce(counted.to(self.args.device), reduction="sum").cpu()
+            counted[0] /= self.args.world_size  # each process' loss is already scaled to the whole batch
+        loss_sum, images, supervised, flops = counted.tolist()
+        seconds = time.monotonic() - self._clock
+        self.since.loss += loss_sum
+        self.since.images += int(images)
+        self.since.seconds += seconds
+        self.since.steps = self.state.global_step - self._logged
+        self.totals.images += int(images)
+        self.totals.supervised += int(supervised)
+        self.totals.flops += flops
+        self.totals.seconds += seconds
+        self._reset()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._gather()
+            row = self._row(logs)
+            self.progress.loss = row["loss"]
+            if self.is_world_process_zero():
+                self.log_file.append(row)
+            self._logged, self.since = self.state.global_step, Since()
+            numbers: dict[str, float] = {
+                key: row[key] for key in ("loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds") if key in row
+            }
+            per_layer = row["visual_tokens_per_layer"]
+            logs = {**logs, **numbers, "visual_tokens_per_layer": sum(per_layer) / len(per_layer)}
+        super().log(logs, start_time)
+
+    def _row(self, logs: dict[str, float]) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "stage": self.stage.name,
+            "step": self.state.global_step,
+            "loss": self.since.loss / max(self.since.steps, 1),
+            "learning_rate": logs["learning_rate"],
+        }
+        if isinstance(logs.get("grad_norm"), float):
+            row["grad_norm"] = logs["grad_norm"]
+        row |= {
+            "images": self.totals.images,
+            "images_per_s": round(self.since.images / max(self.since.seconds, 1e-9), 2),
+            "supervised_tokens": self.totals.supervised,
+            "tokens_per_image": self.stage.per_image,
+            "visual_tokens_per_layer": visual_tokens(parse(self.switch.current), self.stage.per_image, self.stage.layers),
+        }
+        if self.costs is not None:
+            row["flops"] = self.totals.flops
+        return row | {"seconds": round(self.totals.seconds, 3), "reducer": self.switch.current}
+
+    # ---- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Of the weights only those that are trained (and buffers): the others are those of the model that the stage began with.
+
+        Not by `save_pretrained`, which renames the weights of some models to an older spelling."""
+        if not self.args.should_save:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        wanted |= {name for name, _ in model.named_buffers()}
+        whole = model.state_dict() if state_dict is None else state_dict
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        kept = {name: value.detach().cpu().contiguous() for name, value in whole.items() if name in wanted}
+        save_file(kept, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Weights that are not trained are missing in a checkpoint, and that is right; one that the model does not know is not."""
+        if load_result.unexpected_keys:
+            raise FoveateError(f"the checkpoint holds weights that the model does not have, such as {load_result.unexpected_keys[0]}")
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self._gather()
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            state = {"totals": asdict(self.totals), "since": asdict(self.since), "logged": self._logged}
+            (folder / PROGRESS).write_text(json.dumps(state), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            files.mark(folder)
+            files.rotate(folder.parent)
+
+    # ---- the stage
+
+    _logged = 0
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train to the end of the stage, from `checkpoint` if there is one."""
+        if checkpoint is not None:
+            state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+            self.totals, self.since, self._logged = Totals(**state["totals"]), Since(**state["since"]), state["logged"]
+        try:
+            self._reset()
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        finally:
+            self.progress.close()
+            self.switch.switch(NONE)
