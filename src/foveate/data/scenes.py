@@ -1,0 +1,118 @@
+"""Writes the embedded world to disk: pictures, captions, conversations and test questions in the LLaVA format.
+
+    OUT/images/{train,test}/000000.png
+    OUT/pretrain.json   one caption per training picture
+    OUT/finetune.json   about ten questions per training picture, one conversation
+    OUT/test.json       one question a row: id, image, question, answer, family
+    OUT/scenes.json     the truth about the test pictures: each thing's kind, name, colour, size and box (row0, col0, row1, col1, unit)
+    OUT/world.json      the world's parameters, marked complete at the very end
+"""
+
+import json
+import multiprocessing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from foveate.data.pictures import Scene, Split, render, scene
+from foveate.data.questions import DESCRIBE, FAMILIES, Question, caption, conversation, parse_box
+from foveate.errors import FoveateError
+
+__all__ = ["FAMILIES", "Question", "Scene", "caption", "conversation", "parse_box", "render", "scene", "world_scene", "write_world"]
+
+VERSION = 1  # of the world: raised whenever the same seed would give other scenes or texts
+
+
+def world_scene(seed: int, split: Split, index: int) -> Scene:
+    """The scene behind `OUT/images/<split>/<index>.png` of the world of a seed."""
+    return scene(f"world/{seed}/{index}", split)
+
+
+def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, progress: bool = True, processes: int | None = None) -> None:
+    """Writes a world of `train` + `test` pictures of `size` px. The files are the same for any number of processes.
+
+    Running it again on a complete world of the same parameters does nothing; an interrupted one is written anew.
+    Raises FoveateError for bad numbers and for a folder that holds anything else.
+    """
+    for name, value, least in (("train", train, 0), ("test", test, 0), ("size", size, 32)):
+        if value < least:
+            raise FoveateError(f"{name}={value}: a world needs {name} >= {least}")
+    if train + test == 0:
+        raise FoveateError("train=0 and test=0: a world needs at least one picture")
+    out = Path(out)
+    parameters = {"version": VERSION, "train": train, "test": test, "seed": seed, "size": size}
+    mark = out / "world.json"
+    if out.exists() and not out.is_dir():
+        raise FoveateError(f"{out} is a file; name a folder for the scenes")
+    if mark.is_file():
+        try:
+            found = json.loads(mark.read_text())
+        except json.JSONDecodeError:
+            found = {}
+        if found == {**parameters, "complete": True}:
+            return
+        if found.get("complete", True):
+            told = {key: found.get(key) for key in parameters}
+            raise FoveateError(f"{out} holds another world ({told}, wanted {parameters}); choose another folder or delete this one")
+    elif out.is_dir() and any(out.iterdir()):
+        raise FoveateError(f"{out} is not empty and holds no world of scenes; choose an empty or new folder")
+    for split in ("train", "test"):
+        (out / "images" / split).mkdir(parents=True, exist_ok=True)
+    _write_json(mark, {**parameters, "complete": False})
+    jobs: list[tuple[Path, int, Split, int, int]] = [(out, seed, "train", i, size) for i in range(train)]
+    jobs += [(out, seed, "test", i, size) for i in range(test)]
+    rows: list[dict[str, Any]] = []
+    with multiprocessing.get_context("spawn").Pool(processes) if processes != 1 and len(jobs) > 500 else _Alone() as pool:
+        for row in tqdm(pool.imap(_write_one, jobs, chunksize=64), total=len(jobs), desc="scenes", disable=not progress):
+            rows.append(row)
+    learn, check = rows[:train], rows[train:]
+    _write_json(out / "pretrain.json", [_talk(row, [(DESCRIBE, row["caption"])]) for row in learn])
+    _write_json(out / "finetune.json", [_talk(row, [(q["question"], q["answer"]) for q in row["questions"]]) for row in learn])
+    questions = [{"id": f"{row['id']}-{i}", "image": row["image"], **q} for row in check for i, q in enumerate(row["questions"])]
+    _write_json(out / "test.json", questions)
+    _write_json(out / "scenes.json", [{key: row[key] for key in ("id", "image", "caption", "things")} for row in check])
+    _write_json(mark, {**parameters, "complete": True})
+
+
+class _Alone:
+    """A pool of this one process."""
+
+    imap = staticmethod(lambda function, jobs, chunksize: map(function, jobs))
+
+    def __enter__(self) -> "_Alone":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+def _write_one(job: tuple[Path, int, Split, int, int]) -> dict[str, Any]:
+    out, seed, split, index, size = job
+    item = world_scene(seed, split, index)
+    image = f"{split}/{index:06d}.png"
+    Image.fromarray(render(item, size)).save(out / "images" / image, compress_level=1)
+    things = []
+    for thing in item.things:
+        told = asdict(thing)
+        things.append({key: told[key] for key in ("kind", "name", "colour", "size", "box")})
+    return {
+        "id": f"{split}-{index:06d}",
+        "image": image,
+        "caption": caption(item),
+        "questions": [{"question": q.question, "answer": q.answer, "family": q.family} for q in conversation(item)],
+        "things": things,
+    }
+
+
+def _talk(row: dict[str, Any], turns: list[tuple[str, str]]) -> dict[str, Any]:
+    said = []
+    for i, (question, answer) in enumerate(turns):
+        said += [{"from": "human", "value": ("" if i else "<image>\n") + question}, {"from": "gpt", "value": answer}]
+    return {"id": row["id"], "image": row["image"], "conversations": said}
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=0 if isinstance(content, list) else None) + "\n", encoding="utf-8")

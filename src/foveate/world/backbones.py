@@ -1,0 +1,227 @@
+"""Trains the two small backbones of the embedded world from nothing: a vision tower without any language model, and a language model on
+text alone. Scenes and documents are made while training goes on, so no data is stored.
+
+    python -m foveate.world.backbones tower --out DIR --steps 3000
+    python -m foveate.world.backbones lm --out DIR --steps 9000
+
+The tower (CLIPVisionModel, 64 px, patch 8) is supervised densely: each patch names the thing on it (kind, colour, size, glyph), the
+thing's box and whether its centre is here; [CLS] names the shapes, their number and the word. Most batches are of 64 px, some of 128 px
+with interpolated position embeddings, so that one tower serves both. Weights are computed with in bfloat16 and kept in float32 while
+training, and saved in float16. Same seed and steps, same batches.
+"""
+
+import argparse
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
+
+from foveate.data.pictures import COLOURS, GLYPHS, KINDS, SHAPES, SIZES, WORDS, Scene, Split, labels, render, scene
+
+PATCH, IMAGE = 8, 64
+_PATCH_HEADS = {"kind": len(KINDS), "colour": len(COLOURS), "size": len(SIZES), "glyph": len(GLYPHS), "centre": 1, "box": 4}
+_IMAGE_HEADS = {"pairs": len(COLOURS) * len(SHAPES), "count": 6, "word": len(WORDS) + 1}
+_WEIGHTS = {"kind": 1.0, "colour": 1.0, "size": 0.5, "glyph": 1.0, "centre": 1.0, "box": 2.0, "pairs": 3.0, "count": 0.3, "word": 0.3}
+
+
+# --- shared ---------------------------------------------------------------------------------------------------------------------------
+
+
+class Optimiser:
+    """AdamW with warm-up and a cosine, on float32 masters of a module whose weights are bfloat16."""
+
+    def __init__(self, module: nn.Module, learning_rate: float, steps: int, weight_decay: float = 0.02) -> None:
+        self.weights = list(module.parameters())
+        self.masters = [weight.detach().float().clone() for weight in self.weights]
+        module.to(torch.bfloat16)
+        self.adam = torch.optim.AdamW(self.masters, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+        warmup = max(1, steps // 30)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adam, lambda i: min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps))))
+        )
+
+    def step(self, loss: Tensor) -> None:
+        loss.backward()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.adam.step()
+        self.schedule.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copies the masters into the module, in the module's own precision."""
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.copy_(master)
+
+
+class Made(IterableDataset[Any]):
+    """Batches made one after the other by `make(index)`, in a worker process beside the training."""
+
+    def __init__(self, make: Any, steps: int) -> None:
+        self.make, self.steps = make, steps
+
+    def __iter__(self) -> Iterator[Any]:
+        torch.set_num_threads(1)
+        return (self.make(i) for i in range(self.steps))
+
+
+def _batches(make: Any, steps: int, name: str) -> Iterator[Any]:
+    """The batches under a progress bar with an estimate of the time left."""
+    loader = DataLoader(Made(make, steps), batch_size=None, num_workers=1, prefetch_factor=8)
+    return iter(tqdm(loader, total=steps, desc=name, mininterval=2.0, dynamic_ncols=True))
+
+
+# --- tower ----------------------------------------------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Linear read-outs of one level of the tower: `patches` (B, N, sum of _PATCH_HEADS), and of [CLS] where `whole`."""
+
+    def __init__(self, width: int, whole: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.patches = nn.Linear(width, sum(_PATCH_HEADS.values()))
+        self.whole = nn.Linear(width, sum(_IMAGE_HEADS.values())) if whole else None
+
+    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        """hidden: (B, 1 + N, C) with [CLS] first."""
+        hidden = self.norm(hidden)
+        out = dict(zip(_PATCH_HEADS, self.patches(hidden[:, 1:]).float().split(list(_PATCH_HEADS.values()), -1), strict=True))
+        if self.whole is not None:
+            out |= dict(zip(_IMAGE_HEADS, self.whole(hidden[:, 0]).float().split(list(_IMAGE_HEADS.values()), -1), strict=True))
+        return out
+
+
+def tower_batch(scenes: list[Scene], size: int) -> dict[str, Tensor]:
+    """Pixels as the processor gives them, (B, 3, size, size) in -1..1, and every label."""
+    pictures = []
+    for item in scenes:
+        picture = Image.fromarray(render(item, 128))
+        pictures.append(np.asarray(picture if size == 128 else picture.resize((size, size), Image.Resampling.BICUBIC)))
+    dense = [labels(item, size // PATCH) for item in scenes]
+    batch = {f.name: torch.from_numpy(np.stack([getattr(one, f.name) for one in dense])) for f in fields(dense[0])}
+    colours = list(COLOURS)
+    pairs = torch.zeros(len(scenes), _IMAGE_HEADS["pairs"])
+    for row, item in enumerate(scenes):
+        for thing in item.shapes:
+            pairs[row, colours.index(str(thing.colour)) * len(SHAPES) + SHAPES.index(thing.name)] = 1
+    word = [next((WORDS.index(t.name) + 1 for t in item.things if t.kind == "word"), 0) for item in scenes]
+    batch |= {"pairs": pairs, "count": torch.tensor([len(item.shapes) for item in scenes]), "word": torch.tensor(word)}
+    batch["pixels"] = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return batch
+
+
+def _tower_loss(out: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    total = torch.zeros(())
+    for name, logits in out.items():
+        target = batch[name]
+        if name == "box":
+            on = batch["kind"] > 0
+            loss = F.l1_loss(logits[on], target[on]) * 4
+        elif name == "centre":
+            loss = F.binary_cross_entropy_with_logits(logits.squeeze(-1), target.float(), pos_weight=torch.tensor(8.0))
+        elif name == "pairs":
+            loss = F.binary_cross_entropy_with_logits(logits, target, pos_weight=torch.tensor(4.0))
+        else:
+            # Summed over what has the property and shared over the batch, so that a batch without writing gives zero, not NaN.
+            loss = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="sum") / (target >= 0).sum().clamp(min=1)
+        total = total + _WEIGHTS[name] * loss
+    return total
+
+
+def _features(model: CLIPVisionModel, pixels: Tensor) -> tuple[Tensor, ...]:
+    size = pixels.shape[-1]
+    return model(pixel_values=pixels, interpolate_pos_encoding=size != IMAGE, output_hidden_states=True).hidden_states
+
+
+def train_tower(out: Path, steps: int, seed: int, batch: int = 32, learning_rate: float = 2e-3) -> None:
+    """Trains the tower and writes it with its image processor to `out`."""
+    torch.manual_seed(seed)
+    config = CLIPVisionConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=512, projection_dim=128, image_size=IMAGE, patch_size=PATCH
+    )
+    model = CLIPVisionModel(config)
+    # The last level and one in the middle both learn to tell: bridges that read several levels find something in each.
+    heads = nn.ModuleList([Heads(config.hidden_size, whole=True), Heads(config.hidden_size, whole=False)])
+    optimiser = Optimiser(nn.ModuleList([model, heads]), learning_rate, steps)
+
+    def make(i: int) -> dict[str, Tensor]:
+        large = random.Random(f"{seed}/{i}").random() < 0.3
+        return tower_batch([scene(f"tower/{seed}/{i}/{j}") for j in range(batch // 4 if large else batch)], IMAGE * 2 if large else IMAGE)
+
+    for i, data in enumerate(_batches(make, steps, "tower")):
+        hidden = _features(model, data["pixels"].bfloat16())
+        loss = _tower_loss(heads[0](hidden[-1]), data) + 0.3 * _tower_loss(heads[1](hidden[-3]), data)
+        optimiser.step(loss)
+        if i % 250 == 249 or i == steps - 1:
+            tqdm.write(f"step {i + 1} loss {loss.item():.3f} " + " ".join(f"{k} {v:.3f}" for k, v in score_tower(model, heads[0], IMAGE, 128).items()))
+    model.float()
+    heads.float()
+    optimiser.publish()
+    for size in (IMAGE, IMAGE * 2):
+        print(f"{size} px:", " ".join(f"{k} {v:.3f}" for k, v in score_tower(model, heads[0], size, 512).items()))
+    print(f"{IMAGE} px, level -3:", " ".join(f"{k} {v:.3f}" for k, v in score_tower(model, heads[1], IMAGE, 512, level=-3).items()))
+    model.half().save_pretrained(out)
+    mean = std = [0.5, 0.5, 0.5]
+    CLIPImageProcessorPil(size={"height": IMAGE, "width": IMAGE}, do_center_crop=False, image_mean=mean, image_std=std).save_pretrained(out)
+
+
+@torch.no_grad()
+def score_tower(model: CLIPVisionModel, heads: nn.Module, size: int, count: int, level: int = -1, split: Split = "test") -> dict[str, float]:
+    """Accuracy per head on held-out scenes: over patches that have the property; `shape` over patches with a thing on them, `pairs` and
+    `objects` over whole pictures, `iou` the share of patches with a thing whose box reaches 0.5."""
+    dtype = next(model.parameters()).dtype
+    right: dict[str, list[Tensor]] = {}
+    for start in range(0, count, 32):
+        data = tower_batch([scene(f"held-out/{start + j}", split) for j in range(min(32, count - start))], size)
+        out = heads(_features(model, data["pixels"].to(dtype))[level])
+        hits = {}
+        for name, logits in out.items():
+            target = data[name]
+            if name == "box":
+                continue
+            elif name == "centre":
+                hits["objects"] = ((logits.squeeze(-1) > 0) == (target > 0)).all(1)
+            elif name == "pairs":
+                hits[name] = ((logits > 0) == (target > 0)).all(1)
+            else:
+                hits[name] = (logits.argmax(-1) == target)[target >= 0]
+        on = data["kind"] > 0
+        hits["shape"] = out["kind"].argmax(-1)[on] == data["kind"][on]
+        hits["iou"] = _iou(out["box"][on], data["box"][on]) >= 0.5
+        for name, hit in hits.items():
+            right.setdefault(name, []).append(hit.float())
+    return {name: torch.cat(hit).mean().item() for name, hit in right.items()}
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    meet = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
+    return meet / ((a[:, 2:] - a[:, :2]).clamp(min=0).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - meet)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="foveate.world.backbones", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("which", choices=("tower", "lm"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args(arguments)
+    train_tower(given.out, given.steps, given.seed)
+
+
+if __name__ == "__main__":
+    main()
