@@ -1,0 +1,334 @@
+"""Answer a test set with a vision-language model and score the answers family by family."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.attach import attach
+from foveate.data import conversations
+from foveate.data.collate import Renderer
+from foveate.errors import FoveateError
+from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
+from foveate.reducers import load_reducers, parse, spell
+from foveate.reducers.base import SAVED_NAME
+
+GREY = (127, 127, 127)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question with its true answer, the model's answer and the verdict."""
+
+    id: str
+    image: str
+    family: str
+    question: str
+    answer: str
+    prediction: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model answered.
+
+    `visual_tokens`: per image, as they enter the language model; `layer_tokens`: per image in each of its layers, as observed, where
+    reducers were attached; `seconds`: wall clock of answering.
+    """
+
+    model: str
+    data: str
+    reducers: str
+    blind: bool
+    visual_tokens: float
+    layer_tokens: list[float] | None
+    seconds: float
+    families: dict[str, FamilyScore]
+    rows: list[Row]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the families' accuracies, each family counting the same."""
+        return sum(score.accuracy for score in self.families.values()) / len(self.families)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "mean": self.mean}
+
+    def save(self, path: str | Path) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """A result written by `save`; FoveateError if the file is not one."""
+        try:
+            raw = json.loads(Path(path).read_text(encoding="utf-8"))
+            del raw["mean"]
+            families = {name: FamilyScore(**score) for name, score in raw.pop("families").items()}
+            return cls(families=families, rows=[Row(**row) for row in raw.pop("rows")], **raw)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FoveateError(f"{path} is not an evaluation result written by foveate eval --output: {error}") from error
+
+
+@dataclass(frozen=True)
+class Question:
+    id: str
+    image: str
+    family: str
+    question: str
+    answer: str
+
+
+def read_questions(data_dir: str | Path, limit: int | None = None) -> list[Question]:
+    """The checked rows of `data_dir`/test.json, in file order.
+
+    With a limit: the first rows of every family, taken in turn, so that each family has its share.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise FoveateError(f"no such data folder: {folder}; make one with `foveate data scenes {folder}`")
+    path = folder / "test.json"
+    if not path.is_file():
+        raise FoveateError(f"{folder} has no test.json; make a world with `foveate data scenes {folder}`")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FoveateError(f"{path} is not JSON: {error}") from error
+    if not isinstance(raw, list) or not raw:
+        raise FoveateError(f"{path} holds no questions; it must be a list with at least one")
+    if limit is not None and limit < 1:
+        raise FoveateError(f"limit must be at least 1 question, got {limit}")
+    questions = [_question(item, f"{path}, row {number}") for number, item in enumerate(raw)]
+    missing = sorted({q.image for q in questions if not (folder / "images" / q.image).is_file()})
+    if missing:
+        raise FoveateError(f"{path}: {len(missing)} image(s) are missing in {folder / 'images'}, the first is {missing[0]}")
+    if limit is None or limit >= len(questions):
+        return questions
+    turn: dict[str, int] = dict.fromkeys(FAMILIES, 0)
+    order = []
+    for number, question in enumerate(questions):
+        order.append((turn[question.family], number))
+        turn[question.family] += 1
+    return [questions[number] for number in sorted(number for _, number in sorted(order)[:limit])]
+
+
+def _question(item: Any, where: str) -> Question:
+    if not isinstance(item, dict):
+        raise FoveateError(f"{where}: expected an object, got {item!r}")
+    names = ("id", "image", "family", "question", "answer")
+    for name in names:
+        if not isinstance(item.get(name), str):
+            raise FoveateError(f"{where}: the field {name!r} must be a text, got {item.get(name)!r}")
+    question = Question(**{name: item[name] for name in names})
+    check_truth(question.family, question.answer, where)
+    return question
+
+
+def load_image(path: Path) -> Image.Image:
+    """The image as RGB, fully decoded; FoveateError names a file that is not a whole image."""
+    try:
+        return conversations.load_image(path)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise FoveateError(f"cannot read the image {path}: {error}") from error
+
+
+def load_model(name: str | Path, device: str | None = None) -> tuple[Any, Any]:
+    """A vision-language model in float32 and its processor, from a folder, a hub name or a shipped asset ("asset:vlm").
+
+    `device`: default the GPU if there is one, else the CPU.
+    """
+    import foveate.model  # noqa: F401  # registers the Auto classes
+    from foveate.world import resolve
+
+    source = resolve(str(name))
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FoveateError(f"{folder} holds no model (no config.json); a training run leaves its model in <output>/final")
+    if not folder.is_dir() and (folder.is_absolute() or source.count("/") != 1 or source.startswith(".")):
+        raise FoveateError(f"no such model folder: {source}")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FoveateError(f"cannot load a vision-language model and its processor from {source}: {reason}") from error
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+
+
+class _Finite(LogitsProcessor):
+    """Stops generation where the model itself is broken; greedy search would go on and answer token 0."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool((scores.isnan() | scores.isposinf()).any()):
+            raise FoveateError("the model's logits are not finite (NaN or infinity): its weights or its features are broken")
+        return scores
+
+
+def prompts(processor: Any, questions: Sequence[str]) -> list[str]:
+    """The prompts of questions about one image each, as training writes them: the image, a line break, the question."""
+    renderer = Renderer(processor)
+    texts = [question if conversations.MARKER in question else f"{conversations.MARKER}\n{question}" for question in questions]
+    return [str(processor.apply_chat_template(renderer.messages([("user", text)]), add_generation_prompt=True)) for text in texts]
+
+
+@dataclass(frozen=True)
+class _Answers:
+    texts: list[str]
+    visual_tokens: float  # per image
+
+
+def _generate(model: Any, processor: Any, images: list[Image.Image], owner: list[int], texts: list[str], new: int) -> _Answers:
+    """Greedy answers to prompts; prompt i is about images[owner[i]]."""
+    tokenizer = processor.tokenizer
+    pictures = [images[i] for i in owner]
+    inputs = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    placeholders = int((inputs["input_ids"] == tokenizer.convert_tokens_to_ids(processor.image_token)).sum())
+    if set(inputs) == {"input_ids", "attention_mask", "pixel_values"} and len(inputs["pixel_values"]) == len(owner):
+        # Several questions are about one image: each image goes through tower and bridge once, its features serve all of them.
+        pixels = inputs.pop("pixel_values")[[owner.index(i) for i in range(len(images))]]
+        features = model.get_image_features(pixel_values=pixels.to(model.dtype)).pooler_output
+        inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[features[i] for i in owner])}
+    stop = model.generation_config.eos_token_id
+    stop = tokenizer.eos_token_id if stop is None else stop
+    output = model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new,
+        eos_token_id=stop,
+        pad_token_id=tokenizer.pad_token_id,
+        logits_processor=LogitsProcessorList([_Finite()]),
+    )
+    ends = stop if isinstance(stop, list) else [stop]
+    answers = []
+    for ids in output[:, inputs["input_ids"].shape[1] :].tolist():
+        length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+        answers.append(tokenizer.decode(ids[:length], skip_special_tokens=False).strip())  # location tokens may be special tokens
+    return _Answers(answers, placeholders / len(owner))
+
+
+@contextmanager
+def _evaluation_mode(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def evaluate(
+    model_or_dir: Any,
+    data_dir: str | Path,
+    *,
+    processor: Any = None,
+    reducers: Any = None,
+    limit: int | None = None,
+    batch_size: int = 64,
+    max_new_tokens: int = 8,
+    blind: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> Result:
+    """Answer `data_dir`/test.json greedily and score it per family.
+
+    `model_or_dir`: a folder, hub name or "asset:" name (loaded in float32), or a loaded model together with its `processor`.
+    `reducers`: what `foveate.attach` takes; left out, those that the model was saved with, if any ("none" is the bare model).
+    `blind`: every image is replaced by a plain grey one of its size, which shows what the questions give away by themselves.
+    `limit`: at most so many questions, all families in turn.
+    FoveateError for a missing or empty folder, a broken test.json, an unknown family, an unreadable image, and logits that are not finite.
+    """
+    if batch_size < 1 or max_new_tokens < 1:
+        raise FoveateError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
+    questions = read_questions(data_dir, limit)
+    if isinstance(model_or_dir, str | Path):
+        model, processor = load_model(model_or_dir, device)
+        name = str(model_or_dir)
+    else:
+        model, name = model_or_dir, str(model_or_dir.config.name_or_path or type(model_or_dir).__name__)
+    if processor is None:
+        raise FoveateError("evaluate needs the processor of a model that is already loaded: evaluate(model, data_dir, processor=...)")
+    saved = Path(str(model.config.name_or_path))
+    if reducers is None and (saved / SAVED_NAME).is_file():
+        reducers = load_reducers(saved)
+    elif isinstance(reducers, str):
+        reducers = parse(reducers)
+    reducers = list(reducers) if isinstance(reducers, list | tuple) else [reducers] if reducers is not None else []
+
+    folder = Path(data_dir) / "images"
+    # Neighbours share their image and, within an image, are of similar length.
+    order = sorted(range(len(questions)), key=lambda i: (questions[i].image, len(questions[i].question)))
+    texts = prompts(processor, [question.question for question in questions])
+    predictions = [""] * len(questions)
+    batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
+    start = time.perf_counter()
+    with _evaluation_mode(model), attach(model, reducers) if reducers else nullcontext() as run, _bar(progress) as bar:
+        task = bar.add_task("answering", total=len(questions))
+        for batch in batches:
+            names = list(dict.fromkeys(questions[i].image for i in batch))
+            images = [load_image(folder / image) for image in names]
+            if blind:
+                images = [Image.new("RGB", image.size, GREY) for image in images]
+            owner = [names.index(questions[i].image) for i in batch]
+            answers = _generate(model, processor, images, owner, [texts[i] for i in batch], max_new_tokens)
+            for i, text in zip(batch, answers.texts, strict=True):
+                predictions[i] = text
+            bar.advance(task, len(batch))
+        layer_tokens = None if run is None else [count / len(batches[-1]) for count in run.last.visual_tokens]
+    seconds = time.perf_counter() - start
+
+    rows = [
+        Row(**asdict(question), prediction=prediction, correct=FAMILIES[question.family](prediction, question.answer))
+        for question, prediction in zip(questions, predictions, strict=True)
+    ]
+    families = {}
+    for family in FAMILIES:
+        own = [row for row in rows if row.family == family]
+        if own:
+            families[family] = score_family(family, [row.prediction for row in own], [row.answer for row in own])
+    return Result(name, str(data_dir), spell(reducers), blind, answers.visual_tokens, layer_tokens, seconds, families, rows)
+
+
+def _bar(shown: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True), disable=not shown)
+
+
+def print_result(result: Result, console: Console | None = None) -> None:
+    """Print the accuracy of each family beside its majority answer."""
+    what = f"reducers {result.reducers}, {result.visual_tokens:g} visual tokens per image" + (", grey images" if result.blind else "")
+    table = Table(title=f"{result.model} on {result.data}", title_justify="left", caption=what, caption_justify="left")
+    for column in ("family", "n", "accuracy %", "95 % interval", "majority %", "majority answer"):
+        table.add_column(column, justify="left" if column in ("family", "majority answer") else "right")
+    for family, score in result.families.items():
+        interval = f"{100 * score.low:.1f} to {100 * score.high:.1f}"
+        majority = f"{100 * score.majority_accuracy:.1f}"
+        table.add_row(family, str(score.n), f"{100 * score.accuracy:.1f}", interval, majority, escape(score.majority_answer))
+    table.add_section()
+    table.add_row("mean", str(len(result.rows)), f"{100 * result.mean:.1f}")
+    (console or Console()).print(table)
