@@ -6,16 +6,18 @@ published numbers: FastV (arXiv 2403.06764), PyramidDrop (2410.17247), AIM (2412
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from foveate.bridges import build_bridge
+from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
 from foveate.reducers import Reducer
 from foveate.reducers import visual_tokens as visual_tokens
@@ -155,7 +157,7 @@ def image_tokens(config: Any, grid: tuple[int, int] | None) -> int:
     if _vision(config) is None or grid is None:
         return 0
     if isinstance(bridge := getattr(config, "bridge", None), dict):
-        return int(_bridge(bridge).tokens(grid))
+        return _bridge(bridge).tokens(grid)
     whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
     return grid[0] * grid[1] + (tower(config).prefix if whole else 0)
 
@@ -182,13 +184,14 @@ def lora_per_layer(config: Any, rank: int, targets: Sequence[str]) -> list[int]:
     per_layer = [0] * len(stack.linear)
     if rank < 1:
         return per_layer
-    wanted, ends = set(targets) - {"all-linear"}, {name.rsplit(".", 1)[-1] for name, _, _ in stack.linear_shapes}
-    if missing := sorted(wanted - ends):
-        raise FoveateError(f"LoRA targets {missing} are not linear maps of the language model; it has {sorted(ends)}")
+    names = {name.rpartition(".")[2] for name, _, _ in stack.linear_shapes}
+    if not names & set(targets):
+        raise FoveateError(
+            f"LoRA targets {', '.join(targets) or 'none'} are not in the decoder layers, which have {', '.join(sorted(names))}"
+        )
     for name, inputs, outputs in stack.linear_shapes:
-        layer, _, end = name.partition(".")
-        if "all-linear" in targets or end.rsplit(".", 1)[-1] in wanted:
-            per_layer[int(layer)] += rank * (inputs + outputs)
+        if name.rpartition(".")[2] in targets:
+            per_layer[int(name.partition(".")[0])] += rank * (inputs + outputs)
     return per_layer
 
 
@@ -280,7 +283,7 @@ def tower_flops(config: Any, grid: tuple[int, int]) -> int:
 def bridge_flops(config: Any, grid: tuple[int, int]) -> int:
     """Forward FLOPs of the bridge for one image."""
     if isinstance(bridge := getattr(config, "bridge", None), dict):
-        return int(_bridge(bridge).flops(grid))
+        return _bridge(bridge).flops(grid)
     width, text = _llava_widths(config)
     return 2 * image_tokens(config, grid) * (width * text + text * text)
 
@@ -305,9 +308,14 @@ def _grid(config: Any, image_size: int | None) -> tuple[int, int]:
     return size // vision.patch_size, size // vision.patch_size
 
 
-def _bridge(config: dict[str, Any]) -> Any:
+@cache
+def _built(config: str) -> Bridge:
     with torch.device("meta"):
-        return build_bridge(config)
+        return build_bridge(json.loads(config))
+
+
+def _bridge(config: dict[str, Any]) -> Bridge:
+    return _built(json.dumps(config, sort_keys=True))
 
 
 def _rows(counts: Sequence[int | Sequence[int]]) -> list[list[int]]:

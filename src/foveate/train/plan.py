@@ -1,0 +1,376 @@
+"""What a recipe costs before anything is loaded: tokens, parameters, FLOPs and memory of each stage.
+
+Everything is built on the meta device. Backbones that papers use are planned from the table below; others need their config.json, in a
+local folder or on the hub, but never their weights.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+
+from foveate.bridges import Bridge, build_bridge
+from foveate.cost import (
+    CONVENTION,
+    Trained,
+    compression_ratio,
+    image_tokens,
+    parameters,
+    predict,
+    schedule_tokens,
+    trainable,
+    visual_tokens,
+)
+from foveate.errors import FoveateError
+from foveate.model.configuration import FoveateConfig
+from foveate.reducers import parse
+from foveate.train.recipe import LoraOf, Model, Stage, load_recipe
+from foveate.train.schedule import Part, stage_steps
+
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+KNOWN: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
+    "openai/clip-vit-large-patch14": (CLIPVisionConfig, {**CLIP_L, "image_size": 224}),
+    "openai/clip-vit-large-patch14-336": (CLIPVisionConfig, {**CLIP_L, "image_size": 336}),
+    "lmsys/vicuna-7b-v1.5": (
+        LlamaConfig,
+        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
+    ),
+    "lmsys/vicuna-13b-v1.5": (
+        LlamaConfig,
+        {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40, "vocab_size": 32000},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PartPlan:
+    """One part of a stage's schedule. FLOPs by part of the model and bytes are of one sample with one image."""
+
+    share: Fraction
+    reducers: str
+    visual_tokens: list[int]  # in each decoder layer
+    tokens: int  # their sum, LLaVolta's #Tokens
+    compression: float
+    forward_flops: dict[str, int]
+    training_flops: dict[str, int]
+    visual_kv_bytes: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage: means over its schedule, weighted by share, and the parts themselves."""
+
+    name: str
+    image_size: int
+    grid: tuple[int, int]
+    tokens_by_scale: list[int]
+    tokens_per_image: int
+    parameters: dict[str, int]
+    trainable: dict[str, int]
+    parts: list[PartPlan]
+    mean_tokens: Fraction
+    compression: float
+    forward_flops: dict[str, Fraction]
+    training_flops: dict[str, Fraction]
+    visual_kv_bytes: Fraction
+    steps: int | None
+    samples: int | None
+    share: float | None  # of the run's training FLOPs; None where the number of samples of a stage is not known
+    notes: list[str]
+
+    @property
+    def cost(self) -> Fraction | None:
+        return None if self.samples is None else self.samples * sum(self.training_flops.values(), Fraction(0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    name: str
+    text_tokens: int
+    convention: str
+    stages: list[StagePlan]
+
+    def to_json(self) -> str:
+        return jsonlib.dumps(asdict(self), indent=2, default=lambda x: int(x) if x.denominator == 1 else float(x))
+
+
+def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens: int = 0) -> Plan:
+    """The plan of a recipe. `text_tokens`: of text in each sample, beside its one image; the default counts visual tokens alone."""
+    recipe = load_recipe(recipe_path, overrides)
+    config = start(recipe.model, recipe.stages[0])
+    stages = []
+    for stage in recipe.stages:
+        try:
+            config = advance(config, stage)
+            stages.append(plan_stage(config, stage, text_tokens))
+        except FoveateError as error:
+            raise FoveateError(f"stage {stage.name}: {error}") from None
+    costs = [stage.cost for stage in stages]
+    if known := [cost for cost in costs if cost is not None]:
+        whole = len(known) == len(costs)
+        stages = [
+            replace(stage, share=float(cost / sum(known)) if whole and cost is not None else None)
+            for stage, cost in zip(stages, costs, strict=True)
+        ]
+    return Plan(recipe.name, text_tokens, CONVENTION, stages)
+
+
+def start(model: Model, first: Stage) -> Any:
+    """The configuration that the first stage finds; a new bridge is built with that stage's scales at once."""
+    if model.checkpoint is not None:
+        found = read_config(model.checkpoint, "checkpoint")
+        return needed_blocks(found) if isinstance(found, FoveateConfig) else found
+    vision, text = read_config(model.vision or "", "vision"), read_config(model.text or "", "text")
+    return needed_blocks(
+        FoveateConfig(
+            vision_config=getattr(vision, "vision_config", vision),
+            text_config=text,
+            bridge={**(model.bridge or {}), **({"scales": first.bridge.scales} if first.bridge else {})},
+            vision_feature_layer=model.vision_feature_layer,
+            image_size=first.image_size,
+        )
+    )
+
+
+def needed_blocks(config: FoveateConfig) -> FoveateConfig:
+    """`config` without the blocks of the tower above the deepest feature level: no visual token depends on them."""
+    blocks = config.vision_config.num_hidden_layers
+    levels = [level if level >= 0 else blocks + 1 + level for level in config.vision_feature_layer]
+    if not all(0 <= level <= blocks for level in levels):
+        raise FoveateError(f"vision_feature_layer {config.vision_feature_layer}: the tower has hidden states 0 to {blocks}")
+    config = deepcopy(config)
+    config.vision_feature_layer, config.vision_config.num_hidden_layers = levels, max(1, *levels)
+    return config
+
+
+def read_config(name: str, key: str) -> Any:
+    """The table's, a folder's, a shipped asset's or the hub's configuration of a model."""
+    if name in KNOWN:
+        kind, numbers = KNOWN[name]
+        return kind(**numbers)
+    if name.startswith("asset:"):
+        from foveate.world import resolve
+
+        name = resolve(name)
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise FoveateError(
+            f"model.{key}: no configuration of {name!r} here: {str(error).splitlines()[0].rstrip('.')}. Give a folder with its config.json "
+            f"(weights are not needed), or one of {', '.join(KNOWN)}"
+        ) from None
+
+
+def advance(config: Any, stage: Stage) -> Any:
+    """The configuration in `stage`: its image size, and its bridge, scaled from the one before."""
+    size = stage.image_size or getattr(config, "image_size", None) or config.vision_config.image_size
+    if not isinstance(config, FoveateConfig):
+        if stage.bridge is not None:
+            raise FoveateError(f"`bridge` needs a Foveate model, but the checkpoint is a {config.model_type} model")
+        return config
+    bridge = build(config.bridge)
+    if stage.bridge is not None and [tuple(scale) for scale in config.bridge.get("scales", [])] != stage.bridge.scales:
+        rows, _ = config.patch_grid(size, size)
+        bridge = bridge.scaled(scales=stage.bridge.scales, grid=rows, sources=stage.bridge.sources)
+    config = deepcopy(config)
+    config.bridge, config.image_size = bridge.config(), size
+    return config
+
+
+def build(bridge: dict[str, Any]) -> Bridge:
+    with torch.device("meta"):
+        return build_bridge(bridge)
+
+
+def plan_stage(config: Any, stage: Stage, text_tokens: int) -> StagePlan:
+    vision = config.vision_config
+    size = config.image_size if isinstance(config, FoveateConfig) else vision.image_size
+    grid = (size // vision.patch_size, size // vision.patch_size)
+    per_image, layers = image_tokens(config, grid), config.get_text_config().num_hidden_layers
+    lora = stage.train.lm.lora if isinstance(stage.train.lm, LoraOf) else None
+    trained = Trained(
+        tower=stage.train.tower,
+        bridge=stage.train.bridge,
+        lm=stage.train.lm is True,
+        lora_rank=lora.rank if lora else 0,
+        lora_targets=tuple(lora.targets) if lora else (),
+    )
+    parts = [part_plan(config, *slot, grid=grid, text_tokens=text_tokens, trained=trained) for slot in slots(stage.parts)]
+    mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
+    counted, notes = resized(config, size, trained)
+    samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
+    return StagePlan(
+        name=stage.name,
+        image_size=size,
+        grid=grid,
+        tokens_by_scale=by_scale(config, grid) or [per_image],
+        tokens_per_image=per_image,
+        parameters=parameters(counted),
+        trainable=trainable(counted, trained),
+        parts=parts,
+        mean_tokens=mean,
+        compression=float(compression_ratio(mean, per_image, layers)),
+        forward_flops=weighted([(part.share, part.forward_flops) for part in parts]),
+        training_flops=weighted([(part.share, part.training_flops) for part in parts]),
+        visual_kv_bytes=sum((part.share * part.visual_kv_bytes for part in parts), Fraction(0)),
+        steps=steps,
+        samples=samples,
+        share=None,
+        notes=notes,
+    )
+
+
+def slots(parts: Sequence[Part]) -> list[tuple[Fraction, str]]:
+    """(share, reducers) of a schedule; the members of a cycle share its steps."""
+    parts = parts or [Part(Fraction(1))]
+    return [(part.share / len(part.cycle), reducers) for part in parts for reducers in part.cycle]
+
+
+def part_plan(config: Any, share: Fraction, spelled: str, *, grid: tuple[int, int], text_tokens: int, trained: Trained) -> PartPlan:
+    reducers, layers = parse(spelled), config.get_text_config().num_hidden_layers
+    counts = visual_tokens(reducers, per_image := image_tokens(config, grid), layers)
+    forward, training = (
+        predict(
+            config, grid=grid, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens
+        )
+        for mode in ("prefill", "train")
+    )
+    return PartPlan(
+        share,
+        spelled,
+        counts,
+        sum(counts),
+        float(compression_ratio(counts, per_image, layers)),
+        forward.flops,
+        training.flops,
+        sum(forward.visual_kv_bytes),
+    )
+
+
+def resized(config: Any, size: int, trained: Trained) -> tuple[Any, list[str]]:
+    """`config` with the tower's position table at the stage's size, as the papers count a tower that is trained there."""
+    native = config.vision_config.image_size
+    if not trained.tower or size == native:
+        return config, []
+    changed = deepcopy(config)
+    changed.vision_config.image_size = size
+    more = trainable(changed, trained)["tower"] - trainable(config, trained)["tower"]
+    return changed, [
+        f"the tower's position table is counted at {size} px; interpolated from its own {native} px it has {more:,} fewer parameters"
+    ]
+
+
+def by_scale(config: Any, grid: tuple[int, int]) -> list[int]:
+    scales = config.bridge.get("scales", []) if isinstance(config, FoveateConfig) else []
+    return [(grid[0] // window) * (grid[1] // window) * queries for window, queries in scales]
+
+
+def count_steps(stage: Stage) -> int | None:
+    """Optimiser steps of a stage; None where it lasts epochs and its data is not here."""
+    samples, file = stage.data.limit, stage.data.conversations
+    if stage.steps is None and file is not None and file.is_file():
+        found = len(jsonlib.loads(file.read_text()))
+        samples = found if samples is None else min(samples, found)
+    if stage.steps is None and samples is None:
+        return None
+    return stage_steps(samples or 0, stage.batch_size, epochs=stage.epochs, steps=stage.steps)
+
+
+def weighted(parts: Sequence[tuple[Fraction, dict[str, int]]]) -> dict[str, Fraction]:
+    return {key: sum((share * flops[key] for share, flops in parts), Fraction(0)) for key in parts[0][1]}
+
+
+# ---- printing
+
+
+def main(recipe: str | Path, overrides: Sequence[str] = (), *, json: bool = False, text_tokens: int = 0) -> None:
+    """`foveate plan`."""
+    found = plan(recipe, overrides, text_tokens=text_tokens)
+    if json:
+        print(found.to_json())
+    else:
+        print_plan(found)
+
+
+def print_plan(found: Plan, console: Console | None = None) -> None:
+    console = console or Console()
+    text = f"{found.text_tokens} text tokens" if found.text_tokens else "no text tokens"
+    stages = Table(title=f"{found.name}: per sample of one image and {text}", title_justify="left")
+    for column in (
+        "stage",
+        "image",
+        "tokens by scale",
+        "visual tokens",
+        "trainable",
+        "forward",
+        "training step",
+        "visual KV",
+        "steps",
+        "share",
+    ):
+        stages.add_column(column, justify="left" if column == "stage" else "right")
+    for stage in found.stages:
+        stages.add_row(
+            stage.name,
+            f"{stage.image_size} px, {stage.grid[0]} x {stage.grid[1]}",
+            " + ".join(map(str, stage.tokens_by_scale)),
+            str(stage.tokens_per_image),
+            "\n".join(f"{name} {count:,}" for name, count in {**stage.trainable, "all": sum(stage.trainable.values())}.items() if count),
+            flops(sum(stage.forward_flops.values())),
+            flops(sum(stage.training_flops.values())),
+            f"{float(stage.visual_kv_bytes) / 2**20:.1f} MiB",
+            "?" if stage.steps is None else f"{stage.steps:,}",
+            "?" if stage.share is None else f"{stage.share:.1%}",
+        )
+    console.print(stages)
+    schedule = Table(title="Schedule: visual tokens in the language model", title_justify="left")
+    for column in ("stage", "share", "reducers", "tokens by layer", "#Tokens", "CR", "forward", "training step", "visual KV"):
+        schedule.add_column(column, justify="left" if column in ("stage", "reducers") else "right")
+    for stage in found.stages:
+        for part in stage.parts:
+            schedule.add_row(
+                stage.name,
+                str(part.share),
+                part.reducers,
+                runs(part.visual_tokens),
+                f"{part.tokens:,}",
+                f"{part.compression:.1%}",
+                flops(sum(part.forward_flops.values())),
+                flops(sum(part.training_flops.values())),
+                f"{part.visual_kv_bytes / 2**20:.1f} MiB",
+            )
+        if len(stage.parts) > 1:
+            mean = f"{float(stage.mean_tokens):,.0f}"
+            schedule.add_row(stage.name, "", "mean", "", mean, f"{stage.compression:.1%}", "", "", "", style="bold", end_section=True)
+    console.print(schedule)
+    split = Table(title="Training step by part of the model", title_justify="left")
+    split.add_column("stage")
+    for name in found.stages[0].training_flops:
+        split.add_column(name.replace("_", " "), justify="right")
+    for stage in found.stages:
+        split.add_row(stage.name, *(flops(value) for value in stage.training_flops.values()))
+    console.print(split)
+    for stage in found.stages:
+        for note in stage.notes:
+            console.print(f"{stage.name}: {note}", highlight=False)
+    console.print(f"FLOPs: {found.convention}. KV: 2 bytes a value.", highlight=False)
+
+
+def flops(value: Fraction | int) -> str:
+    return f"{float(value) / 1e12:,.3f} T"
+
+
+def runs(counts: Sequence[int]) -> str:
+    """Equal neighbours together: "576 x2, 72 x30"."""
+    return ", ".join(f"{n} x{len(list(group))}" for n, group in groupby(counts))
