@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
-from foveate.model.configuration import FoveateConfig, square
+from foveate.model.configuration import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, require_token
 
@@ -76,7 +76,7 @@ def from_backbones(
         tokenizer,
         chat_template=chat_template,
         bridge=config.bridge,
-        patch_size=square(tower.config.patch_size, "patch_size of the vision tower"),
+        patch_size=config.patch_size,
         image_size=config.image_size,
         image_token=image_token,
     )

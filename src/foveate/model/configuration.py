@@ -50,12 +50,13 @@ class FoveateConfig(PreTrainedConfig):
         elif isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = [self.vision_feature_layer]
         if self.image_size is None:
-            self.image_size = square(self.vision_config.image_size, "image_size of the vision tower")
+            self.image_size = self.native_size
+        width = self._tower("hidden_size")
         self.bridge = complete_config(
             self.bridge or {"kind": "mlp"},
-            vision_width=self.vision_config.hidden_size,
-            width=self.vision_config.hidden_size,
-            head_dim=self.vision_config.hidden_size // self.vision_config.num_attention_heads,
+            vision_width=width,
+            width=width,
+            head_dim=width // self._tower("num_attention_heads"),
             text_width=self.text_config.get_text_config().hidden_size,
             levels=len(self.vision_feature_layer),
             grid=self.grid[0],
@@ -64,21 +65,33 @@ class FoveateConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels."""
+        return self._tower("patch_size")
+
+    @property
+    def native_size(self) -> int:
+        """Side in pixels of the images that the tower's position embeddings were made for."""
+        return self._tower("image_size")
+
+    @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches of an input image."""
         return self.patch_grid(self.image_size, self.image_size)
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches of an image of `height` x `width` pixels; the rest that fills no patch is not seen by a tower."""
-        patch = square(self.vision_config.patch_size, "patch_size of the vision tower")
+        patch = self.patch_size
         if height < patch or width < patch:
             raise FoveateError(f"an image of {height} x {width} pixels is smaller than one patch of {patch} pixels")
         return height // patch, width // patch
 
-
-def square(size: Any, name: str) -> int:
-    """The side of a size that configurations spell as one number or as (height, width)."""
-    sides = set(size) if isinstance(size, list | tuple) else {size}
-    if len(sides) != 1:
-        raise FoveateError(f"{name} is {size}: only square ones are supported")
-    return int(sides.pop())
+    def _tower(self, name: str) -> int:
+        """A number of the vision tower's configuration, also where it is spelled as (height, width)."""
+        value = getattr(self.vision_config, name, None)
+        sides = set(value) if isinstance(value, list | tuple) else {value}
+        if len(sides) != 1 or not isinstance(side := sides.pop(), int):
+            raise FoveateError(
+                f"a {self.vision_config.model_type!r} model cannot be the vision tower: its {name} is {value}, not one number"
+            )
+        return side

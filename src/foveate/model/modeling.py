@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
-from foveate.model.configuration import FoveateConfig, square
+from foveate.model.configuration import FoveateConfig
 
 
 @dataclass
@@ -82,8 +82,11 @@ class FoveateModel(FoveatePreTrainedModel):
         if self.bridge.levels != len(layers):
             kind, levels = self.bridge.kind, self.bridge.levels
             raise FoveateError(f"the {kind} bridge takes {levels} feature levels but vision_feature_layer is {layers}")
-        accepted = inspect.signature(self.vision_tower.forward).parameters.values()
-        needed = [p.name for p in accepted if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"]
+        accepted = inspect.signature(self.vision_tower.forward).parameters
+        self._interpolates = "interpolate_pos_encoding" in accepted
+        needed = [
+            p.name for p in accepted.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"
+        ]
         if needed:
             name = type(self.vision_tower).__name__
             raise FoveateError(f"{name} cannot be a vision tower here: besides pixel_values it needs {', '.join(needed)}")
@@ -131,11 +134,11 @@ class FoveateModel(FoveatePreTrainedModel):
     def _run_tower(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or list(self.config.vision_feature_layer)
         height, width = pixel_values.shape[-2:]
-        native = square(self.config.vision_config.image_size, "image_size of the vision tower")
+        native = self.config.native_size
         if height == width == native:
             return self.vision_tower(pixel_values, **kwargs)
         # transformers' towers interpolate bicubically without aligned corners; the code that goes with Chain-of-Sight aligns them.
-        if "interpolate_pos_encoding" in inspect.signature(self.vision_tower.forward).parameters:
+        if self._interpolates:
             return self.vision_tower(pixel_values, interpolate_pos_encoding=True, **kwargs)
         try:  # towers with rotary or always interpolated positions take any size
             return self.vision_tower(pixel_values, **kwargs)
