@@ -10,6 +10,8 @@ import torch
 def offline() -> None:
     """No test may reach a hub: models and data are made on the spot."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Tiny models: a second thread costs more than it brings, and the tests run in several processes.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -279,10 +279,8 @@ class Run:
         own = shift_before - state.shift_before
         position = target.position - own[:, None]
         shift = state.shift + own
-        if renumber and cut_now:
-            rank = target.valid.cumsum(1) - 1
-            start = torch.where(target.valid & (rank == 0), position, 0).sum(1)
-            position = torch.where(target.valid, start[:, None] + rank, 0)
+        if renumber:
+            position = position - torch.where(whole.representative >= 0, _dropped_before(whole), 0)
             shift = shift + arriving.valid.sum(1) - target.valid.sum(1)
         target = replace(target, position=position)
         state.layout = target
@@ -347,6 +345,12 @@ def _grown(request: _Request, index: int, past: int, chunk: Layout) -> Tensor:
     if old is None:
         old = torch.ones((chunk.shape[0], past), dtype=torch.bool, device=chunk.valid.device)
     return torch.cat([old, chunk.valid], dim=1)
+
+
+def _dropped_before(token_map: TokenMap) -> Tensor:
+    """(B, M) int64: by how many slots the part of the row up to each target has become shorter."""
+    seen = token_map.source.valid.cumsum(1).gather(1, token_map.representative.clamp(min=0))
+    return seen - token_map.target.valid.cumsum(1)
 
 
 def _refuse_windows(config: Any, slots: int) -> None:

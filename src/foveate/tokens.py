@@ -373,7 +373,7 @@ def _compact(stays_BN: Tensor) -> Tensor:
 def _coalesce(member: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Sorts the members of each target, adds up the weights of equal ones and trims the padding."""
     far = torch.iinfo(torch.int64).max
-    member, order = torch.where(member >= 0, member, far).sort(-1, stable=True)
+    member, order = torch.where(member >= 0, member, far).sort(dim=-1, stable=True)
     same = torch.zeros_like(member, dtype=torch.bool)
     same[..., 1:] = (member[..., 1:] == member[..., :-1]) & (member[..., 1:] != far)
     if weight is None and bool(same.any()):

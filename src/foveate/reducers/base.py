@@ -7,7 +7,7 @@ import difflib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -27,7 +27,7 @@ class Reducer(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     version: ClassVar[int] = 1
-    positions: str = "keep"
+    positions: str = field(default="keep", kw_only=True)
 
     def __post_init__(self) -> None:
         if self.positions not in ("keep", "renumber"):
@@ -70,10 +70,10 @@ class Reducer(ABC):
 
     def __str__(self) -> str:
         options = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.default is dataclasses.MISSING or value != field.default or type(value) is not type(field.default):
-                options.append(f"{field.name}={value}")
+        for option in dataclasses.fields(self):
+            value = getattr(self, option.name)
+            if option.default is dataclasses.MISSING or value != option.default or type(value) is not type(option.default):
+                options.append(f"{option.name}={value}")
         return self.name + (":" + ",".join(options) if options else "")
 
 

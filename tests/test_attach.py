@@ -1,0 +1,376 @@
+"""What must hold for every reducer on a live model. A method listed in REDUCERS inherits all of it."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import foveate
+from foveate import FoveateError
+from foveate.reducers import METHODS, VCC, Random, parse, spell
+from tests.tiny import IMAGE, LAYERS, PATCHES, ROWS, Batch, llava, prompt
+
+REDUCERS = [
+    "vcc:layer=0,stride=4",
+    "vcc:layer=2,stride=4",
+    "vcc:layer=2,stride=3",
+    "vcc:layer=0,stride=8,positions=renumber",
+    "vcc:layer=1,stride=2,positions=renumber+vcc:layer=3,stride=4,positions=renumber",
+    "vcc:layer=1,stride=2+vcc:layer=3,stride=4",
+    "random:keep=0.5",
+    "random:keep=0.3,positions=renumber",
+    "random:keep=3,layer=2+vcc:layer=3,stride=3",
+]
+KEEP_ALL = [
+    "none",
+    "vcc:layer=0,stride=1",
+    "vcc:layer=2,stride=1",
+    f"vcc:layer={LAYERS},stride=8",
+    "random:keep=1.0",
+    "random:keep=1.0,positions=renumber",
+]
+
+
+def test_every_method_is_tested() -> None:
+    assert {type(r) for text in REDUCERS for r in parse(text)} == set(METHODS.values())
+
+
+def everything(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """Logits, loss, gradients and generated tokens."""
+    model.zero_grad()
+    out = model(**batch.inputs, labels=batch.labels(), use_cache=False)
+    out.loss.backward()
+    found = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    found |= {"logits": out.logits.detach(), "loss": out.loss.detach()}
+    left = Batch(batch.rows, "left", batch.dtype)
+    found["generated"] = model.generate(**left.inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "no-shortcuts"])
+def test_keep_all_is_bit_identical(attn: str, dtype: torch.dtype, shortcuts: bool) -> None:
+    model = llava(attn, dtype)
+    for batch in (Batch(ROWS, "right", dtype), Batch(ROWS, "left", dtype), Batch([ROWS[0]], "right", dtype)):
+        bare = everything(model, batch)
+        for reducer in KEEP_ALL:
+            with foveate.attach(model, reducer, record="all", shortcuts=shortcuts):
+                kept = everything(model, batch)
+            assert kept.keys() == bare.keys()
+            for name, value in bare.items():
+                assert torch.equal(kept[name], value), (reducer, name)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_sample_does_not_depend_on_its_batch(reducer: str, attn: str) -> None:
+    model = llava(attn)
+    with foveate.attach(model, reducer), torch.no_grad():
+        for side in ("left", "right"):
+            batch = Batch(ROWS, side)
+            together = model(**batch.inputs).logits
+            for i, single in enumerate(batch.singles):
+                torch.testing.assert_close(batch.own(together, i), model(**single).logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_samples_differ_when_the_mask_is_wrong() -> None:
+    """The check above can fail: one survivor's mask column flipped is seen."""
+    model = llava()
+    batch = Batch(ROWS, "left")
+    with foveate.attach(model, "vcc:layer=2,stride=4") as run, torch.no_grad():
+        right = model(**batch.inputs).logits
+        enter = run._enter_stage
+
+        def faulty(index: int, state: Any, *args: Any) -> Tensor:
+            hidden = enter(index, state, *args)
+            state.replaced["attention_mask"] = state.replaced["attention_mask"].clone()
+            state.replaced["attention_mask"][0, 0, :, 4] ^= True
+            return hidden
+
+        run._enter_stage = faulty  # type: ignore[method-assign]
+        wrong = model(**batch.inputs).logits
+    assert (batch.own(right, 0) - batch.own(wrong, 0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decoding_with_the_cache_is_the_whole_run_again(reducer: str, side: str) -> None:
+    """Greedy steps with the cache against the extended sequence run whole; also right-padded, without `generate`."""
+    model = llava()
+    inputs = Batch(ROWS, side).inputs
+    with foveate.attach(model, reducer), torch.no_grad():
+        steps = model(**inputs, use_cache=True)
+        cache, seen = steps.past_key_values, dict(inputs)
+        rows, last = torch.arange(len(ROWS)), seen["attention_mask"].cumsum(1).argmax(1)
+        token = steps.logits[rows, last].argmax(-1)[:, None]
+        position = seen["attention_mask"].sum(1, keepdim=True)
+        # Positions as the prompt had them: the library counts slots, padding included, when none are given.
+        position = torch.full_like(position, seen["input_ids"].shape[1]) if side == "left" else position
+        for _ in range(4):
+            mask = torch.cat([seen["attention_mask"], torch.ones_like(token)], 1)
+            step = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
+            whole = _append(seen, token, side, position)
+            again = model(**whole["inputs"], use_cache=False).logits[rows, whole["at"]]
+            torch.testing.assert_close(step, again, rtol=1e-4, atol=1e-5)
+            seen = {**seen, "attention_mask": mask, "input_ids": torch.cat([seen["input_ids"], token], 1)}
+            token, position = step.argmax(-1)[:, None], position + 1
+
+
+def _append(seen: dict[str, Tensor], token: Tensor, side: str, position: Tensor) -> dict[str, Any]:
+    """The sequences with one more token, written out whole: behind the last real token, where padding stood on the right."""
+    ids = torch.cat([seen["input_ids"], token], 1)
+    mask = torch.cat([seen["attention_mask"], torch.ones_like(token)], 1)
+    if side == "right":
+        order = torch.argsort(1 - mask, dim=1, stable=True)
+        ids, mask = ids.gather(1, order), mask.gather(1, order)
+    at = mask.cumsum(1).argmax(1)
+    inputs = {k: v for k, v in seen.items() if k == "pixel_values"} | {"input_ids": ids, "attention_mask": mask}
+    return {"inputs": inputs, "at": at}
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_generate_is_greedy_by_hand(reducer: str) -> None:
+    model = llava()
+    batch = Batch(ROWS, "left")
+    with foveate.attach(model, reducer), torch.no_grad():
+        found = model.generate(**batch.inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=98)
+        for i, single in enumerate(batch.singles):
+            inputs = dict(single)
+            for _ in range(5):
+                token = model(**inputs, use_cache=False).logits[:, -1].argmax(-1)[:, None]
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
+            assert found[i, -5:].tolist() == inputs["input_ids"][0, -5:].tolist()
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_beams_share_their_maps(reducer: str) -> None:
+    """Beam search with one beam a sample more than needed gives what each sample alone gives."""
+    model = llava()
+    batch = Batch(ROWS[:2], "left")
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "pad_token_id": 0, "eos_token_id": 98}
+    with foveate.attach(model, reducer), torch.no_grad():
+        together = model.generate(**batch.inputs, **options)
+        for i, single in enumerate(batch.singles):
+            assert together[i, -4:].tolist() == model.generate(**single, **options)[0, -4:].tolist()
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_a_second_turn_on_a_kept_cache_is_not_cut_again(reducer: str) -> None:
+    model = llava()
+    first, second = prompt(1, [1, 2]), [3, 4, 5]
+    pixels = Batch([first]).pixels
+    with foveate.attach(model, reducer), torch.no_grad():
+        cache = model(input_ids=torch.tensor([first]), pixel_values=pixels, use_cache=True).past_key_values
+        turn = model(input_ids=torch.tensor([second]), past_key_values=cache, use_cache=True).logits
+        whole = model(input_ids=torch.tensor([first + second]), pixel_values=pixels, use_cache=False).logits
+    torch.testing.assert_close(turn, whole[:, -len(second) :], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_a_new_image_on_a_kept_cache_is_cut_as_in_one_go(reducer: str) -> None:
+    model = llava()
+    first, second = prompt(1, [1, 2]), [IMAGE] * PATCHES + [3, 4]
+    batch = Batch([first + second])
+    with foveate.attach(model, reducer), torch.no_grad():
+        cache = model(input_ids=torch.tensor([first]), pixel_values=batch.pixels[:1], use_cache=True).past_key_values
+        turn = model(input_ids=torch.tensor([second]), pixel_values=batch.pixels[1:], past_key_values=cache, use_cache=True).logits
+        whole = model(**batch.singles[0], use_cache=False).logits
+    torch.testing.assert_close(turn[:, -2:], whole[:, -2:], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_training_sees_the_same_supervised_tokens(reducer: str) -> None:
+    """The loss is the mean over the caller's own labels, recomputed from logits that keep the caller's length."""
+    model = llava()
+    batch = Batch(ROWS)
+    labels = batch.labels()
+    with foveate.attach(model, reducer):
+        out = model(**batch.inputs, labels=labels, use_cache=False)
+    assert out.logits.shape[:2] == labels.shape
+    logits, targets = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100))
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.multi_modal_projector.parameters())
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_nothing(reducer: str, reentrant: bool) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model = llava().train()
+        replays = 0
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with foveate.attach(model, reducer):
+
+            def count(*args: Any) -> None:
+                nonlocal replays
+                replays += 1
+
+            hook = model.model.language_model.layers[-1].self_attn.register_forward_pre_hook(count)
+            batch = Batch(ROWS)
+            model.get_input_embeddings().requires_grad_(True)
+            loss = model(**batch.inputs, labels=batch.labels(), use_cache=False).loss
+            loss.backward()
+            hook.remove()
+        assert replays == (2 if checkpointing else 1)
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        assert torch.equal(grads[0][name], grads[1][name]), name
+
+
+def test_random_choice_follows_the_image_not_the_row() -> None:
+    model = llava()
+    inputs = Batch([ROWS[0], ROWS[0]]).inputs
+    same = inputs["pixel_values"][:1].repeat(2, 1, 1, 1)
+    maps = []
+    with foveate.attach(model, Random(keep=0.5)) as run, torch.no_grad():
+        for pixels in (same, inputs["pixel_values"], inputs["pixel_values"].flip(0)):
+            model(**{**inputs, "pixel_values": pixels})
+            maps.append(run.last.maps[0].representative)
+    assert torch.equal(maps[0][0], maps[0][1])
+    assert torch.equal(maps[1], maps[2].flip(0))
+    assert not torch.equal(maps[1][0], maps[1][1])
+    with foveate.attach(model, Random(keep=0.5, seed=1)) as run, torch.no_grad():
+        model(**inputs)
+        assert not torch.equal(run.last.maps[0].representative, maps[1])
+
+
+def test_the_pass_says_what_went_through_each_layer() -> None:
+    model = llava()
+    lengths: list[int] = []
+
+    def measure(module: Any, args: Any, kwargs: Any) -> None:
+        lengths.append(kwargs["hidden_states"].shape[1])
+
+    hooks = [layer.self_attn.register_forward_pre_hook(measure, with_kwargs=True) for layer in model.model.language_model.layers]
+    with foveate.attach(model, "vcc:layer=1,stride=2+vcc:layer=3,stride=4") as run, torch.no_grad():
+        model(**Batch([ROWS[1]]).inputs)
+    for hook in hooks:
+        hook.remove()
+    assert run.last.visual_tokens == [32, 16, 16, 4]
+    text = len(ROWS[1]) - 32
+    assert run.last.tokens == [32 + text, 16 + text, 16 + text, 4 + text] == lengths == run.last.lengths
+    assert run.last.provenance(3).sources(0, 3) == list(range(3, 11))  # one token of layer 3 holds eight patches of image 1
+    assert run.last.provenance(0).is_identity
+
+
+def state_of(model: torch.nn.Module) -> list[Any]:
+    return [
+        (name, sorted(m.__dict__), len(m._forward_pre_hooks), len(m._forward_hooks), len(m._forward_hooks_always_called))
+        for name, m in model.named_modules()
+    ]
+
+
+def test_detach_leaves_nothing_behind_after_an_exception_too() -> None:
+    model = llava()
+    bare = model(**Batch(ROWS).inputs).logits  # first, since the library itself keeps things of its first call
+    before = state_of(model)
+    with pytest.raises(ZeroDivisionError), foveate.attach(model, VCC(2, 4)):
+        model(**Batch(ROWS).inputs, labels=Batch(ROWS).labels() + 1 // 0)
+    with pytest.raises(ValueError, match="match"), foveate.attach(model, VCC(2, 4)):
+        model(input_ids=torch.tensor([ROWS[0]]), pixel_values=Batch(ROWS).pixels)
+    assert state_of(model) == before
+    assert torch.equal(model(**Batch(ROWS).inputs).logits, bare)
+    handle = foveate.attach(model, VCC(2, 4))
+    handle.detach()
+    handle.detach()
+    assert state_of(model) == before
+
+
+def test_requests_go_with_their_caches() -> None:
+    model = llava()
+    with foveate.attach(model, VCC(2, 4)) as run, torch.no_grad():
+        out = model(**Batch(ROWS).inputs, use_cache=True)
+        assert len(run._requests) == 1
+        del out
+        gc.collect()
+        assert len(run._requests) == 0
+
+
+def test_a_second_attach_is_refused() -> None:
+    model = llava()
+    with foveate.attach(model, VCC(2, 4)), pytest.raises(FoveateError, match=r"already has 'vcc:stride=4' attached"):
+        foveate.attach(model, VCC(2, 8))
+
+
+def test_wrapped_by_peft() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    batch = Batch(ROWS)
+    model = llava()
+    with foveate.attach(model, VCC(2, 4)), torch.no_grad():
+        plain = model(**batch.inputs).logits
+    peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).eval()  # starts as the identity
+    with foveate.attach(peft, VCC(2, 4)) as run:
+        wrapped = peft(**batch.inputs, labels=batch.labels(), use_cache=False)
+        wrapped.loss.backward()
+        assert run.last.visual_tokens == [48, 48, 12, 12]
+    torch.testing.assert_close(wrapped.logits, plain)
+    assert all(p.grad is not None for n, p in peft.named_parameters() if "lora_B" in n and "language_model" in n)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("vvc:layer=2", "unknown reducer 'vvc' \\(did you mean 'vcc'\\?\\)"),
+        ("vcc:stride=0", "stride=0 is not possible"),
+        ("vcc:layer=-1", "layer=-1 is not possible"),
+        ("vcc:strid=2", "no option 'strid' \\(did you mean 'stride'\\?\\)"),
+        ("vcc:stride", "cannot read 'stride'"),
+        ("random:keep=0", "keep=0 is not possible"),
+        ("random:keep=1.5", "keep=1.5 is not possible"),
+        ("vcc:positions=middle", "positions='middle' is not possible"),
+    ],
+)
+def test_impossible_reducers(text: str, message: str) -> None:
+    with pytest.raises(FoveateError, match=message):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", [*REDUCERS, *KEEP_ALL])
+def test_spelling_round_trips(text: str) -> None:
+    reducers = parse(text)
+    assert parse(spell(reducers)) == reducers
+    assert [type(r).from_dict(r.to_dict()) for r in reducers] == reducers
+
+
+def test_a_stride_larger_than_the_image_is_an_error() -> None:
+    model = llava()
+    with foveate.attach(model, VCC(2, 64)), pytest.raises(FoveateError, match="stride 64 is larger than the 16 visual tokens"):
+        model(**Batch(ROWS).inputs)
+
+
+def test_models_that_cannot_be_opened_name_the_missing_part() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    text = LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=8))
+    with pytest.raises(FoveateError, match="get_placeholder_mask"):
+        foveate.attach(text, VCC())
+
+
+def test_packed_rows_are_refused_rather_than_mixed() -> None:
+    model = llava()
+    ids = torch.tensor([ROWS[0] + ROWS[0]])
+    positions = torch.arange(len(ROWS[0])).repeat(2)[None]
+    pixels = Batch([ROWS[1]]).pixels
+    with foveate.attach(model, VCC(2, 4)), pytest.raises(FoveateError, match="packed"):
+        model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False)
+
+
+def test_saved_reducers_are_read_back(tmp_path: Any) -> None:
+    from foveate.reducers import save_reducers
+
+    model = llava()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    with pytest.raises(FoveateError, match=r"no foveate.json"):
+        foveate.attach(loaded)
+    save_reducers([VCC(1, 2)], tmp_path)
+    with foveate.attach(loaded) as run:
+        assert run.reducers == [VCC(1, 2)]
