@@ -19,10 +19,12 @@ from transformers import (
     Qwen3Config,
 )
 
+import foveate
 from foveate import cost
 from foveate.cost import Ledger, Trained, compression_ratio, llavolta_tflops, predict, schedule_tokens, visual_tokens
 from foveate.errors import FoveateError
 from foveate.reducers import parse
+from tests import tiny
 
 VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
 CLIP_L = CLIPVisionConfig(
@@ -302,10 +304,33 @@ def test_reducers_compose_to_falling_counts(per_image: int, pools: list[tuple[in
 def test_observed_equals_predicted_and_takes_rows_apart() -> None:
     predicted = predict(LMS[0], per_image=16, text_tokens=5, reducers=parse(spelled(1, 4)))
     assert Ledger.observed(LMS[0], [16, 4, 4], [21, 9, 9]) == predicted
+    step = Ledger.observed(LMS[0], [16, 4, 4], [21, 9, 9], mode="train")
+    assert step == predict(LMS[0], per_image=16, text_tokens=5, reducers=parse(spelled(1, 4)), mode="train")
     both = Ledger.observed(LMS[0], [[16, 0], [4, 0], [4, 0]], [[21, 7], [9, 7], [9, 7]])
     text = predict(LMS[0], text_tokens=7)
     assert both.total_flops == predicted.total_flops + text.total_flops
     assert both.kv_bytes == tuple(a + b for a, b in zip(predicted.kv_bytes, text.kv_bytes, strict=True))
+
+
+@pytest.mark.parametrize("spelling", ["none", "vcc:layer=1,stride=4", "vcc:layer=0,stride=2+vcc:layer=2,stride=4", "random:keep=0.5"])
+def test_predicted_equals_what_an_attached_model_did(spelling: str) -> None:
+    """Tokens as recorded, and FLOPs as torch counts them (one row, so that nothing is padding)."""
+    model, images = tiny.llava(attn="eager"), 2
+    ids = torch.tensor([tiny.prompt(images, [4, 5])])
+    text = ids.shape[1] - images * tiny.PATCHES
+    predicted = predict(model.config, images=images, text_tokens=text, reducers=parse(spelling), head_tokens=ids.shape[1])
+    with torch.no_grad(), foveate.attach(model, spelling, shortcuts=False) as run:
+        measured = counted(lambda: model(input_ids=ids, pixel_values=torch.randn(images, 3, 32, 32)))
+        layouts = run.last.layouts
+    observed = Ledger.observed(
+        model.config,
+        [layout.visual.sum(1).tolist() for layout in layouts],
+        [layout.valid.sum(1).tolist() for layout in layouts],
+        images=images,
+        head_tokens=ids.shape[1],
+    )
+    assert observed == predicted
+    assert predicted.total_flops == measured
 
 
 # ---- errors

@@ -6,6 +6,7 @@ published numbers: FastV (arXiv 2403.06764), PyramidDrop (2410.17247), AIM (2412
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class Ledger:
     ) -> Ledger:
         """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
-        Attention's cost needs the rows apart: a layer given as one number is taken for one sequence.
+        Attention's cost needs the rows apart: a layer given as one number is taken for one sequence. `head_tokens`: how many got logits;
+        unless given, one per row in "prefill" and the tokens of the first layer in "train".
         """
         if len(visual) != len(total):
             raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
@@ -237,7 +239,8 @@ def _ledger(
     lora = lora_per_layer(config, trained.lora_rank, trained.lora_targets)
     linear = [2 * sum(rows) * (weights * macs + 3 * extra) for rows, macs, extra in zip(total, stack.linear, lora, strict=True)]
     attention = [products * sum(4 * n * n * stack.attention_width for n in rows) for rows in total]
-    head_tokens = len(total[0]) if head_tokens is None else head_tokens
+    if head_tokens is None:
+        head_tokens = sum(total[0]) if mode == "train" else len(total[0])
     head = weights * 2 * head_tokens * stack.embed
     flops = {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": head}
     if vision is not None and images:
@@ -330,7 +333,8 @@ def _read(config: Any, auto: Any, deepest: int = 0) -> Stack:
     key = (auto.__name__, config.to_json_string(use_diff=False), deepest)
     if key not in _stacks:
         with torch.device("meta"), torch.enable_grad():
-            _stacks[key] = _measure(auto.from_config(config, attn_implementation="eager"), config, deepest)
+            # of a copy: from_config writes the attention implementation into the config, which may be that of a model in use
+            _stacks[key] = _measure(auto.from_config(copy.deepcopy(config), attn_implementation="eager"), config, deepest)
     return _stacks[key]
 
 

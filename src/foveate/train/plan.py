@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
@@ -305,70 +306,64 @@ def main(recipe: str | Path, overrides: Sequence[str] = (), *, json: bool = Fals
 
 def print_plan(found: Plan, console: Console | None = None) -> None:
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
     text = f"{found.text_tokens} text tokens" if found.text_tokens else "no text tokens"
-    stages = Table(title=f"{found.name}: per sample of one image and {text}", title_justify="left")
-    for column in (
-        "stage",
-        "image",
-        "tokens by scale",
-        "visual tokens",
-        "trainable",
-        "forward",
-        "training step",
-        "visual KV",
-        "steps",
-        "share",
-    ):
-        stages.add_column(column, justify="left" if column == "stage" else "right")
+    stages = grid_table(
+        f"{found.name}: stages", "stage", "image", "patches", "visual tokens", "by scale", "steps", "share of training FLOPs"
+    )
+    trained = grid_table("Trainable parameters", "stage", *found.stages[0].trainable, "all")
+    schedule = grid_table(
+        f"Visual tokens in the language model; TFLOPs and MiB of KV cache per sample of one image and {text}",
+        *("stage", "share", "reducers", "tokens by layer", "#Tokens", "CR", "forward", "training", "KV"),
+    )
+    split = grid_table("TFLOPs of a training step by part of the model", "stage", *found.stages[0].training_flops, "all")
     for stage in found.stages:
         stages.add_row(
             stage.name,
-            f"{stage.image_size} px, {stage.grid[0]} x {stage.grid[1]}",
-            " + ".join(map(str, stage.tokens_by_scale)),
+            f"{stage.image_size} px",
+            f"{stage.grid[0]} x {stage.grid[1]}",
             str(stage.tokens_per_image),
-            "\n".join(f"{name} {count:,}" for name, count in {**stage.trainable, "all": sum(stage.trainable.values())}.items() if count),
-            flops(sum(stage.forward_flops.values())),
-            flops(sum(stage.training_flops.values())),
-            f"{float(stage.visual_kv_bytes) / 2**20:.1f} MiB",
+            " + ".join(map(str, stage.tokens_by_scale)),
             "?" if stage.steps is None else f"{stage.steps:,}",
             "?" if stage.share is None else f"{stage.share:.1%}",
         )
-    console.print(stages)
-    schedule = Table(title="Schedule: visual tokens in the language model", title_justify="left")
-    for column in ("stage", "share", "reducers", "tokens by layer", "#Tokens", "CR", "forward", "training step", "visual KV"):
-        schedule.add_column(column, justify="left" if column in ("stage", "reducers") else "right")
-    for stage in found.stages:
+        trained.add_row(stage.name, *(f"{count:,}" for count in (*stage.trainable.values(), sum(stage.trainable.values()))))
+        split.add_row(stage.name, *(tera(x) for x in (*stage.training_flops.values(), sum(stage.training_flops.values()))))
         for part in stage.parts:
             schedule.add_row(
-                stage.name,
-                str(part.share),
-                part.reducers,
-                runs(part.visual_tokens),
-                f"{part.tokens:,}",
-                f"{part.compression:.1%}",
-                flops(sum(part.forward_flops.values())),
-                flops(sum(part.training_flops.values())),
-                f"{part.visual_kv_bytes / 2**20:.1f} MiB",
+                *(stage.name, str(part.share), part.reducers, runs(part.visual_tokens), f"{part.tokens:,}", f"{part.compression:.1%}"),
+                *(tera(sum(part.forward_flops.values())), tera(sum(part.training_flops.values())), mebi(part.visual_kv_bytes)),
             )
         if len(stage.parts) > 1:
-            mean = f"{float(stage.mean_tokens):,.0f}"
-            schedule.add_row(stage.name, "", "mean", "", mean, f"{stage.compression:.1%}", "", "", "", style="bold", end_section=True)
-    console.print(schedule)
-    split = Table(title="Training step by part of the model", title_justify="left")
-    split.add_column("stage")
-    for name in found.stages[0].training_flops:
-        split.add_column(name.replace("_", " "), justify="right")
-    for stage in found.stages:
-        split.add_row(stage.name, *(flops(value) for value in stage.training_flops.values()))
-    console.print(split)
+            schedule.add_row(
+                *(stage.name, "mean", "", "", f"{float(stage.mean_tokens):,.0f}", f"{stage.compression:.1%}"),
+                *(tera(sum(stage.forward_flops.values())), tera(sum(stage.training_flops.values())), mebi(stage.visual_kv_bytes)),
+                style="bold",
+            )
+    for table in (stages, trained, schedule, split):
+        console.print(table)
     for stage in found.stages:
         for note in stage.notes:
             console.print(f"{stage.name}: {note}", highlight=False)
-    console.print(f"FLOPs: {found.convention}. KV: 2 bytes a value.", highlight=False)
+    console.print(f"FLOPs: {found.convention}. KV of visual tokens alone, 2 bytes a value.", highlight=False)
 
 
-def flops(value: Fraction | int) -> str:
-    return f"{float(value) / 1e12:,.3f} T"
+def grid_table(title: str, *columns: str) -> Table:
+    """Numbers are folded, never cut off, where the window is narrow."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in columns:
+        left = column in ("stage", "reducers", "tokens by layer")
+        table.add_column(column.replace("_", " "), justify="left" if left else "right", overflow="fold")
+    return table
+
+
+def tera(flops: Fraction | int) -> str:
+    return f"{float(flops) / 1e12:,.3f}"
+
+
+def mebi(size: Fraction | int) -> str:
+    return f"{float(size) / 2**20:.1f}"
 
 
 def runs(counts: Sequence[int]) -> str:
