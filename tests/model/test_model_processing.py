@@ -96,6 +96,16 @@ def test_saved_and_loaded_it_does_the_same(assemble: Assemble, picture: Picture,
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+def test_the_last_call_is_not_saved(assemble: Assemble, tmp_path: Path) -> None:
+    _, processor = assemble()
+    before = processor(text=["four"])["input_ids"]
+    processor(text=["four", "by"], padding=True, padding_side="left", truncation=True, max_length=2)
+    processor.save_pretrained(tmp_path)
+    again = FoveateProcessor.from_pretrained(tmp_path)
+    assert again(text=["four"])["input_ids"] == before
+    assert again.tokenizer.padding_side == "right"
+
+
 def test_set_bridge_changes_count_and_pixels(assemble: Assemble, picture: Picture) -> None:
     _, processor = assemble()
     processor.set_bridge({"kind": "avg_pool2d", "pool": 4}, 64)

@@ -92,6 +92,14 @@ class FoveateProcessor(ProcessorMixin):
             if hasattr(self.image_processor, name):
                 setattr(self.image_processor, name, value)
 
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As any processor's, but without the padding and truncation of the last call, which a loaded tokenizer would silently go on with."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            backend.no_padding()
+            backend.no_truncation()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens
 
