@@ -93,7 +93,7 @@ class FoveateProcessor(ProcessorMixin):
                 setattr(self.image_processor, name, value)
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As any processor's, but without the padding and truncation of the last call, which a loaded tokenizer would silently go on with."""
+        """As any processor's, without the padding and truncation of the last call: a loaded tokenizer would silently go on with them."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         if backend is not None:
             backend.no_padding()
