@@ -1,0 +1,159 @@
+"""The plots of the reports, as inline SVG that takes its text colour from the page (light or dark).
+
+Every figure is small (about 400 px wide), so that its letters stay readable when a page puts it side by side with others on a desk and
+alone on a telephone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from foveate.report.runs import Arm, StageLog
+
+COLOURS = ("#3b83c0", "#dd8a12", "#2f9e6e", "#b3589a", "#8a8a8a")
+"""Distinct for colour-blind readers and on white and black alike; the order is the order of the arms."""
+DASHES = ("-", "--", "-.", ":", "-")
+_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "foveate",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#88888855",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.titlecolor": _INK,
+    "axes.titlesize": 9,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "lines.linewidth": 1.4,
+}
+
+
+def new_figure(height: float = 2.8) -> tuple[Figure, Any]:
+    """A figure of the reports' one width with its axes; use inside `style()`."""
+    figure = Figure(figsize=(4.2, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def style() -> Any:
+    """The context in which a figure is made and drawn."""
+    return mpl.rc_context(_STYLE)
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element for a web page: no header, no metadata, no address, ids that are the figure's own."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'\bid="', f'id="{name}-', text).replace('href="#', f'href="#{name}-').replace("url(#", f"url(#{name}-")
+    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 sans-serif", text)
+    text = re.sub(r' width="[^"]*pt"', "", text, count=1)
+    text = re.sub(r' height="[^"]*pt"', ' role="img"', text, count=1)
+    return text.replace(_INK, "currentColor")
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Mean of each value and the up to window - 1 ones before it."""
+    means, total = [], 0.0
+    for i, value in enumerate(values):
+        total += value - (values[i - window] if i >= window else 0.0)
+        means.append(total / min(i + 1, window))
+    return means
+
+
+def accuracy_bars(arms: Sequence[Arm]) -> Figure:
+    """Accuracy of each arm per family with its 95 % interval, the majority answer as a black bar across."""
+    figure, axes = new_figure(3.0)
+    families = list(arms[0].result.families)
+    width = 0.8 / len(arms)
+    for number, arm in enumerate(arms):
+        scores = [arm.result.families[family] for family in families]
+        places = [i - 0.4 + (number + 0.5) * width for i in range(len(families))]
+        heights = [100 * score.accuracy for score in scores]
+        whiskers = [
+            [100 * max(0.0, score.accuracy - score.low) for score in scores],
+            [100 * max(0.0, score.high - score.accuracy) for score in scores],
+        ]
+        error = {"elinewidth": 0.8, "ecolor": _INK, "capsize": 1.5, "capthick": 0.8}
+        axes.bar(places, heights, width * 0.92, color=COLOURS[number % len(COLOURS)], label=arm.name, yerr=whiskers, error_kw=error)
+    for i, family in enumerate(families):
+        height = 100 * arms[0].result.families[family].majority_accuracy
+        axes.hlines(height, i - 0.44, i + 0.44, colors=_INK, linewidth=1.6, label="majority answer" if i == 0 else None)
+    axes.set_xticks(range(len(families)), families)
+    axes.set_ylim(0, 100)
+    axes.set_ylabel("accuracy, %")
+    axes.grid(axis="x", visible=False)
+    _legend_below(figure, axes)
+    return figure
+
+
+def loss_curves(stages: Sequence[tuple[str, StageLog]], against: str) -> Figure:
+    """Smoothed training loss of each arm in one stage against "step" or "seconds" since the stage began."""
+    figure, axes = new_figure()
+    for number, (name, stage) in enumerate(stages):
+        x = [getattr(point, against) for point in stage.points]
+        loss = smooth([point.loss for point in stage.points], smoothing_window(stage))
+        axes.plot(x, loss, DASHES[number % len(DASHES)], color=COLOURS[number % len(COLOURS)], label=name)
+    axes.set_xlabel("optimiser step" if against == "step" else "seconds of training in this stage")
+    axes.set_ylabel("training loss")
+    axes.set_xlim(left=0)
+    if against == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _legend_below(figure, axes)
+    return figure
+
+
+def smoothing_window(stage: StageLog) -> int:
+    """Logged steps in the running mean of a loss curve: a twenty-fifth of the curve."""
+    return max(1, len(stage.points) // 25)
+
+
+def tokens_per_layer(stages: Sequence[tuple[str, StageLog]]) -> Figure:
+    """Visual tokens per image in each layer of the language model, one line per arm and part of the stage's schedule."""
+    parts = [(number, name, stage, part) for number, (name, stage) in enumerate(stages) for part in stage.parts]
+    figure, axes = new_figure(2.4 + 0.16 * len(parts))
+    for number, name, stage, part in parts:
+        own = stage.parts
+        share = (own.index(part) + 1) / len(own)
+        label = name if len(own) == 1 else f"{name}, steps {part.first} to {part.last}: {part.reducer}"
+        edges = [layer - 0.5 for layer in range(len(part.layers) + 1)]
+        axes.stairs(
+            part.layers,
+            edges,
+            baseline=None,
+            color=COLOURS[number % len(COLOURS)],
+            alpha=0.35 + 0.65 * share,
+            linewidth=0.9 + 1.3 * share,
+            linestyle=DASHES[number % len(DASHES)],
+            label=label,
+        )
+    axes.set_xlabel("layer of the language model")
+    axes.set_ylabel("visual tokens per image")
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    _legend_below(figure, axes, columns=1)
+    return figure
+
+
+def _legend_below(figure: Figure, axes: Any, columns: int = 2) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=2.2, columnspacing=1.2)

@@ -1,0 +1,226 @@
+"""The report of three made-up arms: complete, self-contained, and with the right numbers in it."""
+
+import io
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from foveate.errors import FoveateError
+from foveate.evaluation.metrics import FAMILIES
+from foveate.report.demo import duration, findings, learned_families, print_summary, scene_svg, si, spell, write_report
+from foveate.report.figures import smooth
+from foveate.report.runs import Arm, read_bridges, read_log, split_stages
+
+MakeArms = Callable[[Path], list[Arm]]
+
+
+@pytest.fixture(scope="module")
+def arms(make_arms: MakeArms, world: Path) -> list[Arm]:
+    return make_arms(world)
+
+
+@pytest.fixture(scope="module")
+def html(arms: list[Arm], world: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = write_report(tmp_path_factory.mktemp("report") / "deep" / "report.html", arms, world, blind=replace(arms[0].result, blind=True))
+    return path.read_text(encoding="utf-8")
+
+
+class Balance(HTMLParser):
+    """Every element is closed in order; counts elements; all ids differ."""
+
+    VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: dict[str, int] = {}
+        self.ids: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_every_section_is_there_and_the_page_is_well_formed(html: str) -> None:
+    page = Balance()
+    page.feed(html)
+    assert page.open == []
+    assert {"summary", "accuracy", "loss", "layers", "windows", "examples", "conventions"} <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    # Seven plots, six window pictures (one grid; two scales, then three), three scenes.
+    assert page.seen["svg"] == 7 + 6 + 3
+    assert page.seen["image"] == 9
+
+
+def test_nothing_is_loaded_from_elsewhere(html: str) -> None:
+    assert "http:" not in html
+    assert "https:" not in html
+    assert "<script" not in html
+    assert "@import" not in html
+    assert "<link" not in html
+    for address in re.findall(r'(?:src|href)="([^"]*)"', html) + re.findall(r"url\(([^)]*)\)", html):
+        assert address.startswith(("#", "data:image/png;base64,")), address
+
+
+def test_references_inside_plots_have_their_targets(html: str) -> None:
+    targets = set(re.findall(r'id="([^"]*)"', html))
+    wanted = set(re.findall(r'href="#([^"]*)"', html)) | set(re.findall(r"url\(#([^)]*)\)", html))
+    assert wanted
+    assert wanted <= targets
+
+
+def test_numbers_of_the_arms_are_in_it(html: str, arms: list[Arm]) -> None:
+    for text in (
+        "1 min 40 s",
+        "30.0 s",
+        "ratio 0.30",
+        "40 TFLOP",
+        "10 TFLOP",
+        "ratio 0.25",
+        "8 × 8 patches, 84 tokens",
+        "All tokens",
+        "LLaVolta",
+    ):
+        assert text in html
+    for arm in arms:
+        assert arm.description in html
+        for score in arm.result.families.values():
+            assert f"{100 * score.accuracy:.1f}" in html
+    assert "vcc:layer=1,stride=8" in html
+    assert "16 windows of 2 × 2 patches, 1 token each" in html
+
+
+def test_findings(arms: list[Arm]) -> None:
+    sentences = findings(arms, [read_log(arm.run) for arm in arms])
+    assert sentences[0].startswith(
+        "Chain-of-Sight: pre-training took 0.30 of the wall clock and 0.25 of the FLOPs of All tokens, fine-tuning 1.11 and 1.25"
+    )
+    learned = learned_families(arms)
+    assert {"presence", "count", "attribute", "reading"} <= set(learned)
+    points = [100 * sum(arm.result.families[family].accuracy for family in learned) / len(learned) for arm in arms]
+    assert f"{points[1] - points[0]:+.1f} points".replace("-", "−") in sentences[0]
+
+
+def test_nothing_learned_is_said(arms: list[Arm], world: Path, tmp_path: Path) -> None:
+    """Everyone answers nothing: no family is compared, and the report says so."""
+    rows = [replace(row, prediction="", correct=False) for row in arms[0].result.rows]
+    families = {name: replace(score, accuracy=0.0, correct=0, low=0.0, high=0.03) for name, score in arms[0].result.families.items()}
+    mute = [replace(arm, result=replace(arm.result, rows=rows, families=families)) for arm in arms]
+    text = write_report(tmp_path / "report.html", mute, world).read_text()
+    assert "no run has learned a family well enough" in text
+    assert text.count(" *<br>") == len(FAMILIES)
+
+
+def test_printed_summary(arms: list[Arm]) -> None:
+    console = Console(file=io.StringIO(), width=110)
+    print_summary(arms, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("30.0 s ×0.30", "3 min 20 s ×1.11", "majority", *FAMILIES, *(arm.name for arm in arms)):
+        assert part in text
+
+
+def test_arms_must_have_answered_the_same(arms: list[Arm], world: Path, tmp_path: Path) -> None:
+    shorter = replace(arms[1], result=replace(arms[1].result, rows=arms[1].result.rows[:-1]))
+    with pytest.raises(FoveateError, match="Chain-of-Sight and All tokens were not asked the same questions"):
+        write_report(tmp_path / "report.html", [arms[0], shorter], world)
+    with pytest.raises(FoveateError, match="at least one arm"):
+        write_report(tmp_path / "report.html", [], world)
+
+
+def test_names_are_escaped(arms: list[Arm], world: Path, tmp_path: Path) -> None:
+    odd = [replace(arms[0], name="<b>A&B</b>", description="<script>"), arms[1]]
+    text = write_report(tmp_path / "report.html", odd, world).read_text()
+    assert "<script" not in text
+    assert "<b>A&amp;B" not in text
+    assert "&lt;b&gt;A&amp;B" in text
+
+
+# ---- the log -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_log_is_cut_into_stages_and_parts(arms: list[Arm]) -> None:
+    before, last = split_stages(read_log(arms[2].run))
+    assert [stage.name for stage in before] == ["pretrain"]
+    assert (last.name, last.images) == ("finetune", 6400)
+    assert last.seconds == pytest.approx(140)
+    assert last.points[0].seconds == pytest.approx(0.7)
+    assert [(part.reducer, part.first, part.last) for part in last.parts] == [
+        ("vcc:layer=1,stride=8", 1, 50),
+        ("vcc:layer=3,stride=8", 51, 100),
+        ("vcc:layer=3,stride=2", 101, 150),
+        ("none", 151, 200),
+    ]
+    assert last.tokens == 64
+
+
+def test_bridges_of_the_stages(arms: list[Arm]) -> None:
+    found = read_bridges(arms[1].run)
+    assert [(stage.name, stage.grid, stage.bridge["scales"]) for stage in found] == [
+        ("pretrain", (8, 8), [[8, 4], [4, 1]]),
+        ("finetune", (8, 8), [[8, 4], [2, 1], [1, 1]]),
+    ]
+
+
+def test_bad_logs_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FoveateError, match="no training log"):
+        read_log(tmp_path)
+    log = tmp_path / "log.jsonl"
+    for text, message in {"": "is empty", "{": "line 1 is not a logged step", '{"stage": "a", "step": 1}': "lacks a value .*loss"}.items():
+        log.write_text(text)
+        with pytest.raises(FoveateError, match=message):
+            read_log(tmp_path)
+    row = {"stage": "a", "step": 1, "loss": 1, "seconds": 1, "flops": 1, "tokens_per_image": 4, "visual_tokens_per_layer": [4], "images": 2}
+    log.write_text(json.dumps({**row, "reducer": "none"}))
+    with pytest.raises(FoveateError, match="one stage: 'a'"):
+        split_stages(read_log(tmp_path))
+
+
+# ---- small things --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(8.26, "8.3 s"), (125, "2 min 05 s"), (59.99, "60.0 s"), (3600, "1 h 00 min"), (4031, "1 h 07 min")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("flops", "text"), [(999, "999 FLOP"), (1.24e15, "1.24 PFLOP"), (4e13, "40 TFLOP"), (2e20, "200 EFLOP")])
+def test_si(flops: float, text: str) -> None:
+    assert si(flops) == text
+
+
+def test_spell() -> None:
+    assert spell("<loc3><loc1><loc8><loc15>") == "rows 3–8, columns 1–15"
+    assert spell("red") == "red"
+    assert spell("") == "–"
+
+
+def test_smooth_is_a_trailing_mean() -> None:
+    assert smooth([1, 2, 3, 4, 5], 2) == pytest.approx([1, 1.5, 2.5, 3.5, 4.5])
+    assert smooth([1, 2, 3], 1) == [1, 2, 3]
+
+
+def test_frames_lie_on_their_cells() -> None:
+    svg = scene_svg("data:,", [((2, 4, 4, 8), "#ff0000", False)], (8, 8))
+    x, y, width, height = (float(re.search(rf'<rect.* {name}="([\d.]+)"', svg)[1]) for name in ("x", "y", "width", "height"))  # type: ignore[index]
+    assert (x, y, x + width, y + height) == (
+        pytest.approx(4, abs=0.1),
+        pytest.approx(2, abs=0.1),
+        pytest.approx(8, abs=0.1),
+        pytest.approx(4, abs=0.1),
+    )
