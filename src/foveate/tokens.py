@@ -170,7 +170,7 @@ class TokenMap:
     """A sparse linear map from the slots of one Layout to those of another.
 
     member          (B, M, E) int64: sources of each target, -1 where there are fewer than E
-    weight          (B, M, E) float32, 0 where there is no member; None means 1 everywhere. Weights need not sum to 1.
+    weight          (B, M, E) float64, 0 where there is no member; None means 1 everywhere. Weights need not sum to 1.
     representative  (B, M) int64: the source whose place (and by default position) the target takes; -1 for an empty target
     """
 
@@ -223,14 +223,14 @@ class TokenMap:
         single = torch.full_like(group, -1)
         single[..., 0] = index
         member = torch.where(pooled[..., None], group, single)
-        weight = torch.where(pooled[..., None], 1.0 / stride, (member >= 0).to(torch.float32))
+        weight = torch.where(pooled[..., None], 1.0 / stride, (member >= 0).to(torch.float64))
         return cls._with_targets(layout, member, weight, index, mean=True)
 
     @classmethod
     def merge(cls, layout: Layout, member_BME: Tensor, weight_BME: Tensor | None, representative_BM: Tensor) -> TokenMap:
         """Any map: see the class for the arguments. Positions are the representatives'."""
         if weight_BME is not None:
-            weight_BME = torch.where(member_BME >= 0, weight_BME.to(torch.float32), 0.0)
+            weight_BME = torch.where(member_BME >= 0, weight_BME.to(torch.float64), 0.0)
         return cls._with_targets(layout, member_BME, weight_BME, representative_BM, mean=False)
 
     @classmethod
@@ -278,7 +278,7 @@ class TokenMap:
         rows, targets = self._many
         if rows.numel():
             sources = self.member[rows, targets]
-            weights = (sources >= 0).to(torch.float32) if self.weight is None else self.weight[rows, targets]
+            weights = (sources >= 0).to(torch.float64) if self.weight is None else self.weight[rows, targets]
             wide = torch.promote_types(x.dtype, torch.float32)
             mixed = (x[rows[:, None], sources.clamp(min=0)].to(wide) * weights[..., None].to(wide)).sum(1).to(x.dtype)
             y = y.index_put((rows, targets), mixed)
@@ -337,8 +337,8 @@ class TokenMap:
         member = torch.where(after.member[..., None] >= 0, member, -1).view(B, M, E2 * E1)
         weight: Tensor | None = None
         if self.weight is not None or after.weight is not None:
-            w1 = (self.member >= 0).to(torch.float32) if self.weight is None else self.weight
-            w2 = (after.member >= 0).to(torch.float32) if after.weight is None else after.weight
+            w1 = (self.member >= 0).to(torch.float64) if self.weight is None else self.weight
+            w2 = (after.member >= 0).to(torch.float64) if after.weight is None else after.weight
             weight = (w1.gather(1, middle).view(B, M, E2, E1) * w2[..., None]).view(B, M, E2 * E1)
         if E1 * E2 > 1:
             member, weight = _coalesce(member, weight)
@@ -377,7 +377,7 @@ def _coalesce(member: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | N
     same = torch.zeros_like(member, dtype=torch.bool)
     same[..., 1:] = (member[..., 1:] == member[..., :-1]) & (member[..., 1:] != far)
     if weight is None and bool(same.any()):
-        weight = torch.ones_like(member, dtype=torch.float32)
+        weight = torch.ones_like(member, dtype=torch.float64)
         order = torch.arange(member.shape[-1], device=member.device).expand_as(member)
     slot = torch.where(same, 0, 1).cumsum(-1) - 1
     out = torch.full_like(member, far).scatter_reduce(-1, slot, member, "amin")
