@@ -30,7 +30,7 @@ def from_backbones(
     chat_template: str | None = None,
     model_class: type[Any] = FoveateForConditionalGeneration,
 ) -> tuple[Any, FoveateProcessor]:
-    """A model and its processor from a vision tower, a causal LM (hub names, folders, or modules) and a bridge.
+    """A model and its processor from a vision tower, a causal LM (hub names, folders, or modules, which are taken over) and a bridge.
 
     - `bridge`: {"kind": ..., arguments}; widths, levels and grid that are left open come from the backbones. Or a Bridge.
     - `vision_feature_layer`: see FoveateConfig. `image_size`: pixels, the tower's own unless given.
