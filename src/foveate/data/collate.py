@@ -24,10 +24,32 @@ class Tokenised:
     supervised: np.ndarray
 
 
+@dataclass(frozen=True)
+class Skeleton:
+    """The fixed strings that a template puts around contents: `pieces` before, between and behind them; for each answer, how many
+    characters before it and behind it belong to what is supervised."""
+
+    pieces: list[str]
+    around: dict[int, tuple[int, int]]
+
+    def fill(self, contents: Sequence[str]) -> tuple[str, list[tuple[int, int]]]:
+        if len(self.pieces) != len(contents) + 1:
+            return "", []
+        out, at, spans = [self.pieces[0]], len(self.pieces[0]), []
+        for number, content in enumerate(contents):
+            if number in self.around:
+                before, behind = self.around[number]
+                end = at + len(content) + behind if behind else at + len(content.rstrip())
+                spans.append((at - before, end))
+            out += [content, self.pieces[number + 1]]
+            at += len(content) + len(self.pieces[number + 1])
+        return "".join(out), spans
+
+
 class Renderer:
     """A conversation as the chat template of a processor writes it, and where in that text the answers are.
 
-    An answer's span ends after its end token. Templates that write none (such as LLaVA-1.5's in transformers) get the tokenizer's end of
+    An answer's span ends behind its end token. Templates that write none (such as LLaVA-1.5's in transformers) get the tokenizer's end of
     sequence, because a model that never sees an end never learns to stop.
     """
 
@@ -46,6 +68,7 @@ class Renderer:
         self.parts = "probe" in probe and "'text'" not in probe
         if "probe" in self._render([{"role": "user", "content": "probe"}], tolerant=True):
             self.parts = False
+        self._skeletons: dict[tuple[str, ...], Skeleton] = {}
         self.end = "" if self._writes_end() else str(self.tokenizer.eos_token or "")
 
     def _render(self, messages: list[dict[str, Any]], prompt: bool = False, tolerant: bool = False) -> str:
@@ -83,10 +106,39 @@ class Renderer:
         return messages
 
     def render(self, turns: Sequence[tuple[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The whole text, and the (start, end) of every answer with its end token in it.
-
-        Found by rendering up to each answer: FoveateError if the template writes earlier turns differently once later ones follow."""
+        """The whole text, and the (start, end) of every answer with its end token in it."""
         messages = self.messages(turns)
+        if self.parts:
+            return self._search(messages)
+        # Most templates only put contents between fixed strings. What these are is found once for each sequence of roles; the text that
+        # they make is compared with the template's own, so that a template of another kind goes the long way.
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._skeletons:
+            self._skeletons[roles] = self._skeleton(roles)
+        text = self._render(messages)
+        filled = self._skeletons[roles].fill([message["content"] for message in messages])
+        return filled if filled[0] == text else self._search(messages)
+
+    def _skeleton(self, roles: tuple[str, ...]) -> Skeleton:
+        contents = [f"\ue000{number}\ue001" for number in range(len(roles))]
+        text, spans = self._search([{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)])
+        pieces, around, at = [], {}, 0
+        answers = iter(spans)
+        for number, content in enumerate(contents):
+            start = text.find(content, at)
+            if start < 0:
+                return Skeleton([], {})
+            pieces.append(text[at:start])
+            at = start + len(content)
+            if roles[number] == "assistant":
+                first, last = next(answers)
+                around[number] = (start - first, last - at)
+        return Skeleton([*pieces, text[at:]], around)
+
+    def _search(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+        """Text and spans by rendering up to each answer: right for any template that does not rewrite earlier turns when later ones follow.
+
+        FoveateError for those that do."""
         text = self._render(messages)
         spans = []
         for number, message in enumerate(messages):
@@ -94,13 +146,9 @@ class Renderer:
                 continue
             before = self._render(messages[:number], prompt=True)
             after = text if number == len(messages) - 1 else self._render(messages[: number + 1])
-            if not (after.startswith(before) and text.startswith(after)):
+            if not (after.startswith(before) and text.startswith(after.rstrip())):
                 raise FoveateError("the chat template rewrites earlier turns when later ones follow; use another chat_template")
-            answer = after[len(before) :]
-            end = len(before) + len(answer.rstrip())
-            if number < len(messages) - 1 and not text.startswith(after.rstrip()):
-                raise FoveateError("the chat template rewrites the end of an answer when another turn follows")
-            spans.append((len(before), end))
+            spans.append((len(before), len(after.rstrip())))
         return text, spans
 
     def tokenise(self, turns: Sequence[tuple[str, str]]) -> Tokenised:
