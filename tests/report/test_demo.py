@@ -205,7 +205,7 @@ def test_si(flops: float, text: str) -> None:
 
 
 def test_spell() -> None:
-    assert spell("<loc3><loc1><loc8><loc15>") == "rows 3–8, columns 1–15"
+    assert spell("<loc3><loc1><loc8><loc15>") == "rows 3 to 8, columns 1 to 15"
     assert spell("red") == "red"
     assert spell("") == "–"
 

@@ -356,7 +356,7 @@ def spell(answer: str) -> str:
     box = parse_box(answer)
     if box is None:
         return answer or "–"
-    return f"rows {box[0]}–{box[2] - 1}, columns {box[1]}–{box[3] - 1}"
+    return f"rows {box[0]} to {box[2] - 1}, columns {box[1]} to {box[3] - 1}"
 
 
 def _data_uri(path: Path) -> str:
