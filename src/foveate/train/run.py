@@ -320,6 +320,8 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
         use_cpu=not cuda,
         activation_checkpointing=stage.gradient_checkpointing,
         average_tokens_across_devices=True,
+        # a Foveate model uses every trained parameter in every batch; others leave the projector out where a batch has no image
+        ddp_find_unused_parameters=False if isinstance(opened.model.config, FoveateConfig) else None,
         seed=seed_of(recipe.seed, stage.name, "training"),
         save_strategy="no",
         logging_strategy="no",
