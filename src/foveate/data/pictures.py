@@ -236,8 +236,8 @@ def labels(scene: Scene, grid: int) -> Labels:
     middle = (np.stack(np.divmod(np.arange(grid * grid), grid), 1) + 0.5) / grid
     box = np.array([t.box for t in things])[winner] - np.tile(middle, 2)
     box[winner == 0] = 0
-    per_thing = [np.array(values, dtype=np.int64)[winner] for values in (kind, colour, size, glyph)]
-    return Labels(*per_thing, centre.reshape(-1), box.astype(np.float32))
+    of = [np.array(values, dtype=np.int64)[winner] for values in (kind, colour, size, glyph)]
+    return Labels(of[0], of[1], of[2], of[3], centre.reshape(-1), box.astype(np.float32))
 
 
 def _stamp(thing: Thing, size: int) -> tuple[tuple[int, int, int, int], NDArray[np.float32]]:
@@ -250,7 +250,7 @@ def _stamp(thing: Thing, size: int) -> tuple[tuple[int, int, int, int], NDArray[
 def _opacity(kind: str, name: str, sample: int, height: int, width: int) -> NDArray[np.float32]:
     how = Image.Resampling.BICUBIC if kind == "digit" else Image.Resampling.BOX
     mask = _master(kind, name, sample).resize((width, height), how)
-    opacity: NDArray[np.float32] = np.asarray(mask, dtype=np.float32)[..., None] / 255
+    opacity = np.asarray(mask, dtype=np.float32)[..., None] / np.float32(255)
     opacity.flags.writeable = False
     return opacity
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
+from rich.progress import track
 
 from foveate.data.pictures import Scene, Split, render, scene
 from foveate.data.questions import DESCRIBE, FAMILIES, Question, caption, conversation, parse_box
@@ -65,8 +65,10 @@ def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, pr
     jobs: list[tuple[Path, int, Split, int, int]] = [(out, seed, "train", i, size) for i in range(train)]
     jobs += [(out, seed, "test", i, size) for i in range(test)]
     rows: list[dict[str, Any]] = []
-    with multiprocessing.get_context("spawn").Pool(processes) if processes != 1 and len(jobs) > 500 else _Alone() as pool:
-        for row in tqdm(pool.imap(_write_one, jobs, chunksize=64), total=len(jobs), desc="scenes", disable=not progress):
+    # Starting processes takes as long as some two thousand pictures; forking them instead can hang where threads are about.
+    alone = processes == 1 or (processes is None and len(jobs) < 2000)
+    with _Alone() if alone else multiprocessing.get_context("spawn").Pool(processes) as pool:
+        for row in track(pool.imap(_write_one, jobs, chunksize=32), "scenes", len(jobs), disable=not progress):
             rows.append(row)
     learn, check = rows[:train], rows[train:]
     _write_json(out / "pretrain.json", [_talk(row, [(DESCRIBE, row["caption"])]) for row in learn])

@@ -12,7 +12,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
 from foveate.data.pictures import COLOURS, SHAPES, SIZES, WORDS, Scene, scene
-from foveate.data.questions import DESCRIBE, RULER, Question, caption, conversation
+from foveate.data.questions import DESCRIBE, RULER, caption, conversation
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<user>", "<assistant>")
 VOCABULARY = 512
@@ -20,7 +20,8 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['content'] is string %}{% set text = message['content'] %}"
     "{% else %}{% set ns = namespace(text='') %}{% for part in message['content'] %}"
-    "{% set ns.text = ns.text + ('<image>\\n' if part['type'] == 'image' else part['text']) %}{% endfor %}{% set text = ns.text %}{% endif %}"
+    "{% set ns.text = ns.text + ('<image>\\n' if part['type'] == 'image' else part['text']) %}"
+    "{% endfor %}{% set text = ns.text %}{% endif %}"
     "{% if message['role'] == 'user' %}<user>{{ text }}"
     "{% elif message['role'] == 'assistant' %}<assistant>{% generation %}{{ text }}{{ eos_token }}{% endgeneration %}"
     "{% else %}{{ raise_exception('roles are user and assistant, not ' + message['role']) }}{% endif %}"
@@ -53,13 +54,13 @@ def turn(question: str, answer: str) -> str:
     return f"<user>{question}<assistant>{answer}</s>"
 
 
-def prompt(item: Scene, question: Question) -> str:
+def prompt(description: str, question: str) -> str:
     """A question about a described scene, ready for the language model's answer."""
-    return f"<s><user>{caption(item)}\n{question.question}<assistant>"
+    return f"<s><user>{description}\n{question}<assistant>"
 
 
 def build_tokenizer(documents: int = 4000) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the world's texts: 512 entries, digits apart, special tokens first, then `<loc0>` to `<loc15>`.
+    """Byte-level BPE over the world's texts: at most 512 entries, digits apart, special tokens first, `<loc0>` to `<loc15>` last.
 
     The places are not special, so that decoding an answer keeps them. No token is added to a text by itself.
     """
@@ -69,16 +70,18 @@ def build_tokenizer(documents: int = 4000) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     places = [f"<loc{i}>" for i in range(RULER)]
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in places])
     trainer = BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=[*SPECIAL, *places], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCABULARY - RULER,
+        special_tokens=[AddedToken(name, special=True, normalized=False) for name in SPECIAL],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     texts = [document(f"tokenizer/{i}") for i in range(documents)]
     pieces = [piece for text in texts for piece in _between(text, [*SPECIAL, *places])]
     # Answers and captions name the same things with and without a space before them.
     pieces += [name for name in (*COLOURS, *SHAPES, *SIZES, *WORDS) for _ in range(documents // 4)]
     tokenizer.train_from_iterator(pieces, trainer)
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in places])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",

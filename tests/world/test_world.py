@@ -1,0 +1,76 @@
+"""The shipped backbones and how they are named and trained."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+
+from foveate.data.pictures import render, scene
+from foveate.errors import FoveateError
+from foveate.world import asset, backbones, resolve
+
+SHIPPED = ("tower", "lm")
+
+
+def test_unknown_asset_names_the_known_ones() -> None:
+    with pytest.raises(FoveateError, match=r"unknown asset 'eye'.*'tower'.*'lm'.*'vlm'"):
+        resolve("asset:eye")
+
+
+def test_other_names_pass_unchanged(tmp_path: Path) -> None:
+    assert resolve("openai/clip-vit-large-patch14") == "openai/clip-vit-large-patch14"
+    assert resolve(str(tmp_path)) == str(tmp_path)
+    assert resolve("asset:lm") == str(asset("lm"))
+
+
+def test_assets_are_small_and_in_half_precision() -> None:
+    files = [path for name in SHIPPED for path in asset(name).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 9_000_000
+    for name in SHIPPED:
+        with safe_open(asset(name) / "model.safetensors", "pt") as weights:
+            assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_tower_loads_and_serves_two_resolutions() -> None:
+    tower = CLIPVisionModel.from_pretrained(asset("tower"), dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(asset("tower"), backend="pil")
+    picture = Image.fromarray(render(scene(0, "test"), 128))
+    small = processor(picture, return_tensors="pt")["pixel_values"]
+    assert small.shape == (1, 3, 64, 64)
+    assert torch.allclose(small, backbones.tower_batch([scene(0, "test")], 64)["pixels"], atol=1e-5)  # what it was trained on
+    large = processor(picture, size={"height": 128, "width": 128}, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        assert tower(small).last_hidden_state.shape == (1, 65, 128)
+        assert tower(large, interpolate_pos_encoding=True).last_hidden_state.shape == (1, 257, 128)
+
+
+def test_language_model_answers_about_a_described_scene() -> None:
+    model = LlamaForCausalLM.from_pretrained(asset("lm"), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
+    scores = backbones.score_lm(model, tokenizer, 20)
+    assert all(scores[family] > 0.8 for family in ("presence", "attribute", "reading")), scores
+
+
+def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        backbones.train_tower(tmp_path / "tower" / name, steps=3, seed=1, batch=4, held_out=4)
+        backbones.train_lm(tmp_path / "lm" / name, steps=2, seed=1, batch=2, held_out=1)
+    for kind in ("tower", "lm"):
+        first, second = ((tmp_path / kind / name / "model.safetensors").read_bytes() for name in ("a", "b"))
+        assert first == second
+        backbones_differ = (asset(kind) / "model.safetensors").read_bytes() != first
+        assert backbones_differ
+    assert "held out" in capsys.readouterr().out
+
+
+def test_answer_weights() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
+    texts = ["<s><user>a red ring\nhow many objects are there?<assistant>1</s><user>what color is the ring?<assistant>red</s>", "<s>a</s>"]
+    batch = backbones.lm_batch(tokenizer, texts)
+    heavy = batch["input_ids"][0][batch["weights"][0] == 1]
+    assert tokenizer.decode(heavy) == "1</s>red</s>"
+    assert batch["weights"][1].tolist()[:3] == [0.25] * 3
+    assert not batch["weights"][1][3:].any()
