@@ -10,7 +10,7 @@ from torch import Tensor
 import foveate
 from foveate import FoveateError
 from foveate.reducers import METHODS, VCC, Random, parse, spell
-from tests.tiny import IMAGE, LAYERS, PATCHES, ROWS, Batch, llava, prompt
+from tests.tiny import IMAGE, LAYERS, MODELS, PATCHES, ROWS, Batch, llava, prompt
 
 REDUCERS = [
     "vcc:layer=0,stride=4",
@@ -33,6 +33,9 @@ KEEP_ALL = [
 ]
 
 
+every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
+
+
 def test_every_method_is_tested() -> None:
     assert {type(r) for text in REDUCERS for r in parse(text)} == set(METHODS.values())
 
@@ -49,11 +52,12 @@ def everything(model: Any, batch: Batch) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@every_model
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize("shortcuts", [True, False], ids=["shortcuts", "no-shortcuts"])
-def test_keep_all_is_bit_identical(attn: str, dtype: torch.dtype, shortcuts: bool) -> None:
-    model = llava(attn, dtype)
+def test_keep_all_is_bit_identical(make: Any, attn: str, dtype: torch.dtype, shortcuts: bool) -> None:
+    model = make(attn, dtype)
     for batch in (Batch(ROWS, "right", dtype), Batch(ROWS, "left", dtype), Batch([ROWS[0]], "right", dtype)):
         bare = everything(model, batch)
         for reducer in KEEP_ALL:
@@ -66,8 +70,9 @@ def test_keep_all_is_bit_identical(attn: str, dtype: torch.dtype, shortcuts: boo
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_a_sample_does_not_depend_on_its_batch(reducer: str, attn: str) -> None:
-    model = llava(attn)
+@every_model
+def test_a_sample_does_not_depend_on_its_batch(make: Any, attn: str, reducer: str) -> None:
+    model = make(attn)
     with foveate.attach(model, reducer), torch.no_grad():
         for side in ("left", "right"):
             batch = Batch(ROWS, side)
@@ -97,9 +102,10 @@ def test_samples_differ_when_the_mask_is_wrong() -> None:
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_decoding_with_the_cache_is_the_whole_run_again(reducer: str, side: str) -> None:
+@every_model
+def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, reducer: str) -> None:
     """Greedy steps with the cache against the extended sequence run whole; also right-padded, without `generate`."""
-    model = llava()
+    model = make()
     inputs = Batch(ROWS, side).inputs
     with foveate.attach(model, reducer), torch.no_grad():
         steps = model(**inputs, use_cache=True)
@@ -132,8 +138,9 @@ def _append(seen: dict[str, Tensor], token: Tensor, side: str, position: Tensor)
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_generate_is_greedy_by_hand(reducer: str) -> None:
-    model = llava()
+@every_model
+def test_generate_is_greedy_by_hand(make: Any, reducer: str) -> None:
+    model = make()
     batch = Batch(ROWS, "left")
     with foveate.attach(model, reducer), torch.no_grad():
         found = model.generate(**batch.inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=98)
@@ -182,9 +189,10 @@ def test_a_new_image_on_a_kept_cache_is_cut_as_in_one_go(reducer: str) -> None:
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
-def test_training_sees_the_same_supervised_tokens(reducer: str) -> None:
+@every_model
+def test_training_sees_the_same_supervised_tokens(make: Any, reducer: str) -> None:
     """The loss is the mean over the caller's own labels, recomputed from logits that keep the caller's length."""
-    model = llava()
+    model = make()
     batch = Batch(ROWS)
     labels = batch.labels()
     with foveate.attach(model, reducer):
@@ -193,15 +201,17 @@ def test_training_sees_the_same_supervised_tokens(reducer: str) -> None:
     logits, targets = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(logits, targets, ignore_index=-100))
     out.loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.multi_modal_projector.parameters())
+    bridge = model.model.bridge if hasattr(model.model, "bridge") else model.model.multi_modal_projector
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in bridge.parameters())
 
 
 @pytest.mark.parametrize("reducer", REDUCERS)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(reducer: str, reentrant: bool) -> None:
+@every_model
+def test_gradient_checkpointing_changes_nothing(make: Any, reentrant: bool, reducer: str) -> None:
     grads = []
     for checkpointing in (False, True):
-        model = llava().train()
+        model = make().train()
         replays = 0
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
@@ -258,6 +268,18 @@ def test_the_pass_says_what_went_through_each_layer() -> None:
     assert run.last.tokens == [32 + text, 16 + text, 16 + text, 4 + text] == lengths == run.last.lengths
     assert run.last.provenance(3).sources(0, 3) == list(range(3, 11))  # one token of layer 3 holds eight patches of image 1
     assert run.last.provenance(0).is_identity
+
+
+def test_the_ledger_is_what_was_predicted() -> None:
+    from foveate.cost import predict
+
+    model = llava()
+    for reducer in ("none", "vcc:layer=1,stride=2+vcc:layer=3,stride=4", "random:keep=0.3"):
+        with foveate.attach(model, reducer) as run, torch.no_grad():
+            model(**Batch([ROWS[1]]).inputs)
+        seen = run.ledger
+        predicted = predict(model.config, images=2, text_tokens=len(ROWS[1]) - 2 * PATCHES, reducers=parse(reducer), mode="prefill")
+        assert seen == predicted, reducer
 
 
 def state_of(model: torch.nn.Module) -> list[Any]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen3Config
+
+from foveate.model import FoveateConfig, FoveateForConditionalGeneration
 
 IMAGE, PATCHES, LAYERS = 90, 16, 4
 
@@ -27,6 +30,30 @@ def llava(attn: str = "sdpa", dtype: torch.dtype = torch.float32, kv_heads: int 
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, attn_implementation=attn)
     return LlavaForConditionalGeneration(config).to(dtype).eval()
+
+
+def assembled(attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """Foveate's own model with a Chain-of-Sight bridge that makes 4 + 4 * 3 = 16 tokens an image."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
+    text = Qwen3Config(
+        hidden_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=64,
+        vocab_size=99,
+        initializer_range=0.2,
+    )
+    bridge = {"kind": "chain_of_sight", "scales": [[4, 4], [2, 3]]}
+    config = FoveateConfig(
+        vision_config=vision, text_config=text, bridge=bridge, vision_feature_layer=[1, 2], image_token_id=IMAGE, attn_implementation=attn
+    )
+    return FoveateForConditionalGeneration(config).to(dtype).eval()
+
+
+MODELS: dict[str, Callable[..., Any]] = {"llava": llava, "foveate": assembled}
 
 
 def prompt(images: int, text: list[int]) -> list[int]:

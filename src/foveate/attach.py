@@ -32,6 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.masking_utils import create_causal_mask
 
 from foveate.anatomy import Anatomy, read
+from foveate.cost import Ledger
 from foveate.errors import FoveateError
 from foveate.reducers import Reducer, load_reducers, parse, spell
 from foveate.signals import Noise, View, content_keys
@@ -79,6 +80,17 @@ class Pass:
         """Valid tokens, text and visual, that went through each decoder layer, over the whole batch."""
         return [int(layout.valid.sum()) for layout in self.layouts]
 
+    @property
+    def images(self) -> int:
+        """Images of the batch."""
+        return int((self.maps[0].source if 0 in self.maps else self.layouts[0]).image.max()) + 1
+
+    def ledger(self, config: Any, **options: Any) -> Ledger:
+        """The pass' tokens, KV bytes and FLOPs, from the token counts as they were; options as in `Ledger.observed`."""
+        visual = [layout.visual.sum(1).tolist() for layout in self.layouts]
+        total = [layout.valid.sum(1).tolist() for layout in self.layouts]
+        return Ledger.observed(config, visual, total, images=self.images, **options)
+
     def provenance(self, layer: int) -> TokenMap:
         """From the slots that entered the language model to those in front of decoder layer `layer`."""
         whole = TokenMap.identity(self.layouts[0] if 0 not in self.maps else self.maps[0].source)
@@ -93,6 +105,7 @@ class Run:
 
     def __init__(self, model: nn.Module, anatomy: Anatomy, reducers: Sequence[Reducer], record: str, shortcuts: bool = True) -> None:
         self.anatomy = anatomy
+        self.config = model.config
         self.reducers = list(reducers)
         self.record = record
         self.passes: list[Pass] = []
@@ -168,6 +181,11 @@ class Run:
             hint = ': attach with record="last"' if self.record == "none" else " yet"
             raise FoveateError(f"no forward pass with images was recorded{hint}")
         return self.passes[-1]
+
+    @property
+    def ledger(self) -> Ledger:
+        """Tokens, KV bytes and FLOPs of the last forward pass with images, as they really were."""
+        return self.last.ledger(self.config)
 
     # ---- hooks
 

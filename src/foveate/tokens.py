@@ -342,9 +342,7 @@ class TokenMap:
             weight = (w1.gather(1, middle).view(B, M, E2, E1) * w2[..., None]).view(B, M, E2 * E1)
         if E1 * E2 > 1:
             member, weight = _coalesce(member, weight)
-        representative = torch.where(
-            after.representative >= 0, self.representative.gather(1, after.representative.clamp(min=0)), -1
-        )
+        representative = torch.where(after.representative >= 0, self.representative.gather(1, after.representative.clamp(min=0)), -1)
         return TokenMap(self.source, after.target, member, weight, representative)
 
     def sources(self, row: int, slot: int) -> list[int]:
@@ -417,5 +415,3 @@ def top(layout: Layout, score_BN: Tensor, keep: float | int) -> Tensor:
     out = torch.zeros(visual.numel(), dtype=torch.bool, device=flat.device)
     out[flat[order]] = place < kept
     return out.view(visual.shape)
-
-
