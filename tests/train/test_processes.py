@@ -74,7 +74,7 @@ def test_division() -> None:
 
 
 def test_two_processes_give_the_same_losses(recipe_file: Callable[..., Path]) -> None:
-    """Every stage, with accumulation, LoRA, schedule and text-only samples; without dropout, which draws other numbers in other processes."""
+    """Accumulation, LoRA, schedule and text-only samples; no dropout, which would draw other numbers in other processes."""
     overrides = ["stages.1.train.lm.lora.dropout=0", "model.text={root}/lm-plain", "stages.2.steps=3"]
     one, two = recipe_file("one-process"), recipe_file("two-processes")
     root = one.parent
@@ -93,7 +93,9 @@ def test_two_processes_give_the_same_losses(recipe_file: Callable[..., Path]) ->
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 
-    logs = [[json.loads(line) for line in (root / name / "log.jsonl").read_text().splitlines()] for name in ("one-process", "two-processes")]
+    logs = [
+        [json.loads(line) for line in (root / name / "log.jsonl").read_text().splitlines()] for name in ("one-process", "two-processes")
+    ]
     exact = ("stage", "step", "learning_rate", "images", "supervised_tokens", "visual_tokens_per_layer", "flops", "reducer")
     assert [[row[key] for key in exact] for row in logs[0]] == [[row[key] for key in exact] for row in logs[1]]
     for mine, theirs in zip(*logs, strict=True):

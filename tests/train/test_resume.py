@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_training import RECIPE
 
 from foveate.errors import FoveateError
 from foveate.train import files
@@ -49,8 +50,6 @@ def assert_same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import RECIPE
-
     path = root / "whole.yaml"
     path.write_text(RECIPE.format(root=root, output="whole"))
     return main(path).parent

@@ -164,6 +164,49 @@ class Renderer:
         return Tokenised(ids, supervised)
 
 
+def expand(found: Tokenised, image_token_id: int, images: int, per_image: int, max_length: int) -> Tokenised:
+    """Every image token made `per_image` placeholders, and the end cut off behind `max_length` tokens.
+
+    FoveateError if there are more or fewer image tokens than images, or if an image or all answers would be lost with the end."""
+    is_image = found.ids == image_token_id
+    if is_image.sum() != images:
+        raise FoveateError(f"has {images} images but the chat template makes {is_image.sum()} image tokens of its text")
+    repeats = np.where(is_image, per_image, 1)
+    ids, supervised = np.repeat(found.ids, repeats), np.repeat(found.supervised, repeats)
+    if len(ids) > max_length:
+        if (ids[max_length:] == image_token_id).any():
+            raise FoveateError(
+                f"has {len(ids)} tokens, {images} x {per_image} of them visual; cutting it to max_length {max_length} would cut an image"
+            )
+        ids, supervised = ids[:max_length], supervised[:max_length]
+    if not supervised.any():
+        raise FoveateError(f"has no token of an answer within max_length {max_length}")
+    return Tokenised(ids, supervised)
+
+
+class Fit:
+    """Whether a sample can be cut to `max_length` without losing an image or all of its answers, for the check before training.
+
+    Only samples that are long in front of their last image marker or first answer are tokenised: a token is at least one byte."""
+
+    def __init__(self, renderer: Renderer, per_image: int, max_length: int) -> None:
+        self.renderer, self.per_image, self.max_length = renderer, per_image, max_length
+        self._around = len(renderer.render([("user", ""), ("assistant", "")])[0].encode())
+
+    def __call__(self, turns: Sequence[tuple[str, str]], images: int) -> str:
+        """What is wrong, "" if nothing is."""
+        ahead = next(i for i, (role, _) in enumerate(turns) if role == "assistant")
+        ahead = max([ahead, *(i for i, (_, text) in enumerate(turns) if MARKER in text)])
+        length = sum(len(text.encode()) for _, text in turns[: ahead + 1]) + self._around * (ahead + 1) + images * self.per_image
+        if length <= self.max_length:
+            return ""
+        try:
+            expand(self.renderer.tokenise(turns), self.renderer.image_token_id, images, self.per_image, self.max_length)
+        except FoveateError as error:
+            return str(error)
+        return ""
+
+
 class Collator:
     """Samples -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of all images, flat.
 
@@ -189,24 +232,10 @@ class Collator:
             found = self.renderer.tokenise(sample.turns)
             if self._memory is not None:
                 self._memory[sample.index] = found
-        return self.expand(found, sample.id, len(sample.images))
-
-    def expand(self, found: Tokenised, name: str, images: int) -> Tokenised:
-        is_image = found.ids == self.renderer.image_token_id
-        if is_image.sum() != images:
-            raise FoveateError(f"sample {name}: {images} images but the chat template makes {is_image.sum()} image tokens of its text")
-        repeats = np.where(is_image, self.per_image, 1)
-        ids, supervised = np.repeat(found.ids, repeats), np.repeat(found.supervised, repeats)
-        if len(ids) > self.max_length:
-            if (ids[self.max_length :] == self.renderer.image_token_id).any():
-                raise FoveateError(
-                    f"sample {name} has {len(ids)} tokens, {images} x {self.per_image} of them visual; cutting it to max_length "
-                    f"{self.max_length} would cut an image. Raise max_length or leave the sample out"
-                )
-            ids, supervised = ids[: self.max_length], supervised[: self.max_length]
-        if not supervised.any():
-            raise FoveateError(f"sample {name}: no token of an answer is left within max_length {self.max_length}")
-        return Tokenised(ids, supervised)
+        try:
+            return expand(found, self.renderer.image_token_id, len(sample.images), self.per_image, self.max_length)
+        except FoveateError as error:
+            raise FoveateError(f"sample {sample.id} {error}") from None
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
         encoded = [self.encode(sample) for sample in samples]

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 MARKER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, *BOMB)
 SHOWN = 5  # of a long list of bad samples, so many stand in the message; all of them stand in the file
 
 
@@ -196,14 +198,22 @@ class Conversations:
     def __getitem__(self, item: int) -> Conversation:
         index = int(self.index[item])
         row = self.source.row(index)
-        turns = [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
-        return Conversation(index, row_id(row, index), turns, [load_image(image) for image in self.source.images(row)])
+        try:
+            images = [load_image(image) for image in self.source.images(row)]
+        except UNREADABLE as error:  # it was good when it was checked
+            raise FoveateError(f"{self.source.name}: an image of sample {row_id(row, index)} cannot be read any more: {error}") from None
+        return Conversation(index, row_id(row, index), turns_of(row), images)
 
     def skip(self, bad: Sequence[Bad]) -> None:
         """Leave these samples out. FoveateError if none is left."""
         self.index = np.setdiff1d(self.index, [sample.index for sample in bad])
         if not len(self.index):
             raise FoveateError(f"{self.source.name}: no sample is left, all {len(self.source)} are bad")
+
+
+def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """(role, text) of a row that `check_row` has found good."""
+    return [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
 
 
 def row_id(row: dict[str, Any], index: int) -> str:
@@ -248,11 +258,11 @@ def check_image(image: Path | bytes) -> str:
     """What is wrong with an image, found by really decoding it; "" if nothing is."""
     try:
         load_image(image)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except BOMB:
         return f"is a decompression bomb: more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels"
     except FileNotFoundError:
         return "is missing"
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError) as error:
+    except UNREADABLE as error:
         return f"cannot be decoded: {' '.join(str(error).split())[:120] or type(error).__name__}"
     return ""
 
@@ -294,12 +304,10 @@ class Checked:
         self._new = []
 
 
-def cache_file(source: Source) -> Path | None:
-    """Where good images are remembered: in the user's cache, one file for each image folder."""
+def cache_file(source: Source) -> Path:
+    """Where good images are remembered: in the user's cache, a file for each image folder or data set."""
     folder = getattr(source, "folder", None)
-    if folder is None:
-        return None
-    name = hashlib.sha256(os.path.abspath(folder).encode()).hexdigest()[:16]
+    name = hashlib.sha256((os.path.abspath(folder) if folder is not None else source.name).encode()).hexdigest()[:16]
     return Path.home() / ".cache" / "foveate" / "checked-images" / f"{name}.tsv"
 
 
@@ -307,9 +315,12 @@ def find_bad(
     source: Source,
     cache: Path | None,
     rows: Sequence[int] | None = None,
+    fits: Callable[[list[tuple[str, str]], int], str] = lambda turns, images: "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Bad]:
-    """Every sample (of `rows`) that cannot be trained on: text, markers, and each image decoded once. `progress(done, total)`."""
+    """Every sample (of `rows`) that cannot be trained on: text, markers, what `fits` says of (turns, images), each image decoded once.
+
+    `progress(done, total)` is called after each sample."""
     rows = range(len(source)) if rows is None else rows
     checked, bad = Checked(cache), []
     seen: dict[str, str] = {}
@@ -317,22 +328,19 @@ def find_bad(
     def check(index: int) -> Bad | None:
         row = source.row(index)
         images = source.images(row)
-        reason = check_row(row, len(images))
+        reason = check_row(row, len(images)) or fits(turns_of(row), len(images))
         if reason:
             return Bad(index, row_id(row, index), "", reason)
-        for image in images:
-            if isinstance(image, bytes):
-                reason = check_image(image)
-            else:
-                key = checked.key(image)
-                if key in checked:
-                    continue
-                reason = seen[key] if key in seen else check_image(image)
-                seen[key or str(image)] = reason
-                if not reason:
-                    checked.add(key)
+        for number, image in enumerate(images):
+            key = Checked.key(image) if isinstance(image, Path) else f"{source.fingerprint}\t{index}\t{number}"
+            if key in checked:
+                continue
+            reason = seen[key] if key in seen else check_image(image)
+            if key:
+                seen[key] = reason
             if reason:
-                return Bad(index, row_id(row, index), image.name if isinstance(image, Path) else "embedded image", f"image {reason}")
+                return Bad(index, row_id(row, index), image.name if isinstance(image, Path) else "embedded", f"image {reason}")
+            checked.add(key)
         return None
 
     last = time.monotonic()

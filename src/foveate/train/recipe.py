@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
@@ -41,6 +41,16 @@ def _reducer(value: Any) -> Any:
             parse(value)
         except FoveateError as error:
             raise ValueError(str(error)) from None
+    return value
+
+
+def _optimizer(value: Any) -> Any:
+    from transformers.training_args import OptimizerNames
+
+    known = [str(name.value) for name in OptimizerNames]
+    if value not in known:
+        near = ", ".join(difflib.get_close_matches(str(value), known, n=3))
+        raise ValueError(f"not an optimizer of the Trainer{f' (close to it: {near})' if near else ''}")
     return value
 
 
@@ -79,12 +89,19 @@ class LoraOf(Strict):
     lora: Lora
 
 
+WHOLE, ADAPTED = "<bool>", "<lora>"  # pydantic puts them into the locations of errors
+
+
+def _lm_kind(value: Any) -> str:
+    return ADAPTED if isinstance(value, (dict, LoraOf)) else WHOLE
+
+
 class Trained(Strict):
     """What a stage trains. The language model's embeddings and head belong to `lm`."""
 
     bridge: bool = True
     tower: bool = False
-    lm: bool | LoraOf = False
+    lm: Annotated[Annotated[bool, Tag(WHOLE)] | Annotated[LoraOf, Tag(ADAPTED)], Discriminator(_lm_kind)] = False
 
     @model_validator(mode="after")
     def _something(self) -> Trained:
@@ -130,7 +147,7 @@ class Stage(Strict):
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    optimizer: str = "adamw_torch"
+    optimizer: Annotated[str, BeforeValidator(_optimizer)] = "adamw_torch"
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -275,11 +292,13 @@ def _plain(node: Any) -> Any:
 
 
 def _explain(path: Path, document: Any, changed: list[tuple[str, ...]], detail: dict[str, Any]) -> str:
-    """One line for one mistake. pydantic's location also has the tags of unions in it; the path is followed as far as the document goes."""
+    """One line for one mistake. The location is followed as far as the document goes."""
     keys: list[str] = []
     node, line = document, 1
     missing = detail["type"] == "missing"
     for key in detail["loc"]:
+        if key in (WHOLE, ADAPTED):
+            continue
         if isinstance(node, dict) and key in node:
             line = node.lc.key(key)[0] + 1 if hasattr(node, "lc") and key in node.lc.data else line
         elif isinstance(node, list) and isinstance(key, int) and key < len(node):

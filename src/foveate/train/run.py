@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,23 +23,26 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging as transformers_logging
 
 import foveate.model  # noqa: F401  registers the Auto classes
 from foveate.anatomy import read
 from foveate.bridges import build_bridge
-from foveate.data.collate import Collator, image_tokens
-from foveate.data.conversations import Conversations, cache_file, find_bad, refuse_or_skip
+from foveate.data.collate import Collator, Fit, Renderer, image_tokens
+from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
 from foveate.errors import FoveateError
 from foveate.model.assembly import from_backbones
 from foveate.model.configuration import FoveateConfig
+from foveate.model.processing import default_template
 from foveate.reducers import parse, save_reducers
 from foveate.train import files
 from foveate.train.order import Order, division, seed_of
 from foveate.train.recipe import LoraOf, Recipe, Stage, Trained, load_recipe
 from foveate.train.schedule import NONE, reducer_at, stage_steps
 from foveate.train.trainer import Costs, FoveateTrainer, StageInfo, Totals
+from foveate.world import resolve
 
 log = logging.getLogger(__name__)
 TIMEOUT = timedelta(hours=2)  # processes wait for each other while images are checked
@@ -56,10 +60,12 @@ def train(recipe: Recipe) -> Path:
     transformers_logging.disable_progress_bar()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     final = recipe.output / "final"
-    check_bridges(recipe)
+    check_reporting(recipe)
+    counts = check_bridges(recipe)
+    renderer = open_renderer(recipe)
     for stage in recipe.stages:
         division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
-    data = [open_data(recipe, stage, state) for stage in recipe.stages]
+    data = [open_data(recipe, stage, Fit(renderer, n, stage.max_length), state) for stage, n in zip(recipe.stages, counts, strict=True)]
     if state.is_main_process:
         facts = {stage.name: {"data": d.source.fingerprint, "samples": len(d)} for stage, d in zip(recipe.stages, data, strict=True)}
         files.claim(recipe.output, json.loads(recipe.model_dump_json()), facts)
@@ -87,15 +93,24 @@ def stage_folder(recipe: Recipe, index: int) -> Path:
 # ---- before training -----------------------------------------------------------------------------------------------------------------
 
 
-def check_bridges(recipe: Recipe) -> None:
-    """Build the bridge of every stage without weights. FoveateError that names the stage if one does not fit its grid of patches."""
+def check_reporting(recipe: Recipe) -> None:
+    available = get_available_reporting_integrations()
+    for name in recipe.report_to:
+        if name not in available:
+            raise FoveateError(f"report_to: {name!r} is not known or not installed; available here: {', '.join(available) or 'none'}")
+
+
+def check_bridges(recipe: Recipe) -> list[int]:
+    """Visual tokens per image of every stage, by building its bridge without weights.
+
+    FoveateError that names the stage if the bridge does not fit its grid of patches."""
     spec = recipe.model
     if spec.checkpoint is not None:
         config = load_config(spec.checkpoint, "checkpoint")
         if not isinstance(config, FoveateConfig):
             for stage in recipe.stages:
                 refuse_resizing(stage, config)
-            return
+            return [image_tokens(open_processor(spec.checkpoint))] * len(recipe.stages)
     else:
         assert spec.vision is not None
         assert spec.text is not None
@@ -108,6 +123,7 @@ def check_bridges(recipe: Recipe) -> None:
             vision_feature_layer=spec.vision_feature_layer,
             image_size=first.image_size,
         )
+    counts = []
     with torch.device("meta"):
         bridge = build_bridge(config.bridge)
         for index, stage in enumerate(recipe.stages):
@@ -116,19 +132,35 @@ def check_bridges(recipe: Recipe) -> None:
                 if wants_scaling(stage, bridge.config(), built=index == 0 and spec.checkpoint is None):
                     assert stage.bridge is not None
                     bridge = bridge.scaled(scales=stage.bridge.scales, grid=config.patch_grid(size, size)[0], sources=stage.bridge.sources)
-                bridge.tokens(config.patch_grid(size, size))
+                counts.append(bridge.tokens(config.patch_grid(size, size)))
             except FoveateError as error:
                 raise FoveateError(f"stage {stage.name}: {error}") from None
             config.image_size = size
+    return counts
 
 
-def resolve(name: str) -> str:
-    """A hub name or folder as it is; `asset:NAME` becomes the folder of what ships with the package."""
-    if not name.startswith("asset:"):
-        return name
-    from foveate import world
+def open_renderer(recipe: Recipe) -> Renderer:
+    """The chat format that the model will have. FoveateError if the language model has no image token and the recipe adds none."""
+    spec = recipe.model
+    if spec.checkpoint is not None:
+        return Renderer(open_processor(spec.checkpoint))
+    assert spec.text is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(spec.text))
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"the tokenizer of {spec.text!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    if spec.add_image_token:
+        tokenizer.add_tokens([MARKER], special_tokens=True)
+    elif MARKER not in tokenizer.get_vocab():
+        raise FoveateError(f"the tokenizer of {spec.text!r} has no token {MARKER!r}; set model.add_image_token: true to add it")
+    return Renderer(SimpleNamespace(tokenizer=tokenizer, chat_template=default_template(tokenizer, MARKER), image_token=MARKER))
 
-    return str(world.resolve(name))  # type: ignore[attr-defined]
+
+def open_processor(name: str) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"the processor of {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
 def load_config(name: str, what: str) -> Any:
@@ -161,7 +193,7 @@ def refuse_resizing(stage: Stage, config: Any) -> None:
         )
 
 
-def open_data(recipe: Recipe, stage: Stage, state: PartialState) -> Conversations:
+def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> Conversations:
     """The stage's samples, each of them and each image checked; the processes share the work."""
     spec = stage.data
     data = Conversations.open(spec.conversations, spec.images, spec.dataset, spec.split, spec.limit)
@@ -169,7 +201,7 @@ def open_data(recipe: Recipe, stage: Stage, state: PartialState) -> Conversation
     columns = (TextColumn("checking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not state.is_main_process) as bar:
         task = bar.add_task(data.source.name, total=len(rows))
-        bad = find_bad(data.source, cache_file(data.source), rows, lambda done, total: bar.update(task, completed=done))
+        bad = find_bad(data.source, cache_file(data.source), rows, fits, lambda done, total: bar.update(task, completed=done))
     bad = sorted(gather_object(bad), key=lambda sample: sample.index)
     refuse_or_skip(data, bad, spec.on_bad_image, recipe.output / f"bad-samples-{stage.name}.txt")
     return data
@@ -208,14 +240,14 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
             attn_implementation=spec.attn_implementation,
         )
     else:
-        source = str(previous) if previous is not None else resolve(spec.checkpoint or "")
+        source = str(previous or resolve(spec.checkpoint or ""))
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
             )
-            processor = AutoProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise FoveateError(f"the model {source} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        processor = open_processor(source)
     if isinstance(model.config, FoveateConfig):
         size = stage.image_size or model.config.image_size
         if wants_scaling(stage, model.config.bridge, built):

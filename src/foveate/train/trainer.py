@@ -342,6 +342,8 @@ class FoveateTrainer(Trainer):
         try:
             self._reset()
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except FoveateError as error:  # from a process that loads data it comes with that process' traceback in its text
+            raise FoveateError(str(error).rstrip().rpartition("foveate.errors.FoveateError: ")[2]) from None
         finally:
             self.progress.close()
             self.switch.switch(NONE)

@@ -14,6 +14,49 @@ TEMPLATE = (
     "{% else %}{{ m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 
+RECIPE = """
+name: tiny
+output: {root}/{output}
+model:
+  vision: {root}/tower
+  text: {root}/lm
+  bridge: {{kind: chain_of_sight, scales: [[4, 2], [2, 1]], width: 32, head_dim: 16}}
+log_steps: 2
+workers: 0
+stages:
+  - name: pretrain
+    data: &data {{conversations: {root}/data.json, images: {root}/images}}
+    train: {{bridge: true}}
+    epochs: 1
+    batch_size: 4
+    micro_batch: 2
+    learning_rate: 1.0e-2
+    save_steps: 2
+  - name: grow
+    data: *data
+    image_size: 64
+    bridge: {{scales: [[8, 2], [4, 2], [2, 1]]}}
+    train: {{bridge: true, lm: {{lora: {{rank: 4, dropout: 0.1}}}}}}
+    steps: 6
+    batch_size: 4
+    learning_rate: 1.0e-2
+    warmup: 0.2
+    save_steps: 2
+    reducers:
+      - {{share: 1/3, reducer: "vcc:layer=1,stride=4"}}
+      - {{share: 1/3, cycle: [none, "random:keep=0.5"]}}
+      - {{share: 1/3, reducer: none}}
+  - name: all
+    data: *data
+    train: {{bridge: true, lm: true, tower: true}}
+    steps: 5
+    batch_size: 4
+    learning_rate: 1.0e-2
+    weight_decay: 0.1
+    save_steps: 2
+    reducers: [{{share: 1, reducer: "vcc:layer=1,stride=2"}}]
+"""
+
 
 def tokenizer(image_token: bool = True) -> PreTrainedTokenizerFast:
     """Bytes as tokens, with the world's special tokens."""
