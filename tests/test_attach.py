@@ -143,7 +143,7 @@ def test_generate_is_greedy_by_hand(make: Any, reducer: str) -> None:
     model = make()
     batch = Batch(ROWS, "left")
     with foveate.attach(model, reducer), torch.no_grad():
-        found = model.generate(**batch.inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=98)
+        found = model.generate(**batch.inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=1000)
         for i, single in enumerate(batch.singles):
             inputs = dict(single)
             for _ in range(5):
@@ -157,7 +157,7 @@ def test_beams_share_their_maps(reducer: str) -> None:
     """Beam search with one beam a sample more than needed gives what each sample alone gives."""
     model = llava()
     batch = Batch(ROWS[:2], "left")
-    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "pad_token_id": 0, "eos_token_id": 98}
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "num_beams": 3, "pad_token_id": 0, "eos_token_id": 1000}
     with foveate.attach(model, reducer), torch.no_grad():
         together = model.generate(**batch.inputs, **options)
         for i, single in enumerate(batch.singles):
