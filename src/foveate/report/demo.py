@@ -71,7 +71,8 @@ def write_report(
             "cells": [_percent(_mean_accuracy(arm.result, counted)) for arm in arms],
         },
         "blind": blind is not None,
-        "unlearned": len(counted) < len(arms[0].result.families),
+        "unlearned": len(learned) < len(arms[0].result.families),
+        "learned": bool(learned),
         "majority_answers": "; ".join(
             f"{family}: {score.majority_answer}" for family, score in arms[0].result.families.items() if family != "locating"
         ),
