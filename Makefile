@@ -16,7 +16,7 @@ demo: $(READY)
 	$(RUN)/python -m foveate.demo demo
 
 test: $(READY)
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n 2
 
 check: $(READY)
 	$(RUN)/ruff check src tests benchmarks
