@@ -186,7 +186,9 @@ def test_cutting_to_length(folder: Path) -> None:
     whole = Collator(Processor(), max_length=100)([data[1]])
     cut = Collator(Processor(), max_length=25)([data[1]])
     assert (cut["input_ids"] == whole["input_ids"][:, :25]).all()
-    with pytest.raises(FoveateError, match=r"sample two has 34 tokens, 2 x 3 of them visual; cutting it to max_length 6 would cut an image"):
+    with pytest.raises(
+        FoveateError, match=r"sample two has 34 tokens, 2 x 3 of them visual; cutting it to max_length 6 would cut an image"
+    ):
         Collator(Processor(), max_length=6)([data[1]])
     with pytest.raises(FoveateError, match="sample text has no token of an answer within max_length 6"):
         Collator(Processor(), max_length=6)([data[2]])
@@ -344,7 +346,9 @@ def test_parquet_gives_what_json_gives(folder: Path, kind: str) -> None:
         table = datasets.Dataset.from_dict(rows)
     table.to_parquet(folder / "table.parquet")
     mine = Conversations.open(dataset=str(folder / "table.parquet"), images=images)
-    theirs = write(folder, [{"id": i, "image": n, "conversations": c} for i, n, c in zip(rows["id"], names, rows["conversations"], strict=True)])
+    theirs = write(
+        folder, [{"id": i, "image": n, "conversations": c} for i, n, c in zip(rows["id"], names, rows["conversations"], strict=True)]
+    )
     assert find_bad(mine.source, None) == []
     for i in range(3):
         a, b = mine[i], theirs[i]

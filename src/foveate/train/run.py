@@ -255,6 +255,8 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
             model.scale_bridge(stage.bridge.scales, size, stage.bridge.sources)
         model.set_image_size(size)
         processor.set_bridge(model.config.bridge, size)
+        # so that a step without any image does to the bridge what it does in several processes (gradients of zero, not none at all)
+        model.config.always_run_vision = True
     tuner = choose_trained(model, stage.train)
     return Opened(model, processor, tuner)
 
@@ -415,6 +417,8 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
     if opened.tuner is not None:
         model = opened.tuner.merge_and_unload()
     model.requires_grad_(True)
+    if isinstance(model.config, FoveateConfig):
+        model.config.always_run_vision = False
     target = folder / "model"
     model.save_pretrained(target)
     opened.processor.save_pretrained(target)

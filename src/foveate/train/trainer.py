@@ -237,6 +237,12 @@ class FoveateTrainer(Trainer):
         self._loss = loss.double() if self._loss is None else self._loss + loss
         return loss
 
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if isinstance(loss, Tensor) and not loss.requires_grad:  # only a projector is trained, and these samples have no image
+            loss = loss + sum((0.0 * parameter).sum() for parameter in model.parameters() if parameter.requires_grad)
+        return loss
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer's own estimate walks over all modules in every step and knows nothing of fewer tokens
 
