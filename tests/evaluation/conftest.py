@@ -42,6 +42,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads that wait for each other cost more than such small models are worth."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def processor() -> LlavaProcessor:
     size = {"height": 16, "width": 16}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from foveate.data.scenes import write_world
 from foveate.evaluation.metrics import FAMILIES, score_family
@@ -55,6 +56,12 @@ def answers(world: Path, name: str, right: dict[str, float], seed: int = 0) -> R
         own = [row for row in rows if row.family == family]
         families[family] = score_family(family, [row.prediction for row in own], [row.answer for row in own])
     return Result(name, str(world), "none", False, 64, None, 1.5, families, rows)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Threads that wait for each other cost more than such small models are worth."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
