@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 
 STAGES = ("0-pretrain", "1-grow", "2-all")
-LIMIT = 180.0  # seconds that one process may take
+LIMIT = 900.0  # seconds that one process may take
 
 
 def run_child(recipe: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 def test_killed_runs_end_in_the_same_bits(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "kill_resume.py"
     command = [sys.executable, str(script), "--rounds", "1", "--quick", "--keep", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert "are the same to the last bit" in done.stdout
     assert done.stdout.count(": killed") == 4

@@ -97,6 +97,7 @@ def test_lora_merged_is_the_model_that_was_trained(recipe_file: Write) -> None:
     model = AutoModelForImageTextToText.from_pretrained(final).eval()
     torch.testing.assert_close(model(input_ids=torch.arange(20)[None]).logits, seen["logits"], atol=1e-5, rtol=1e-5)
     assert not model.config.always_run_vision
+    assert not hasattr(model.config, "use_cache")  # as before: the Trainer's own setting is not saved
 
 
 def test_lora_targets_that_are_not_there(recipe_file: Write) -> None:
@@ -141,6 +142,20 @@ def test_bfloat16_is_near(recipe_file: Write) -> None:
     assert losses(exact) == pytest.approx(losses(near), abs=0.05)
     assert losses(exact) != losses(near)
     assert all(value.dtype == torch.float32 for value in weights(near).values())
+
+
+def test_progress_without_a_terminal(recipe_file: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from foveate.train import trainer
+
+    monkeypatch.setattr(trainer, "QUIET_EVERY", 0.0)
+    pooled = 'stages.0.reducers=[{share: 2/3, reducer: none}, {share: 1/3, reducer: "vcc:layer=1,stride=2"}]'
+    main(recipe_file("quiet", ONE), [pooled])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stage 1/1 only")]
+    assert lines[0] == "stage 1/1 only: 3 steps of 4 samples"
+    assert [line.partition(", ")[0] for line in lines[1:]] == [f"stage 1/1 only: step {i}/3" for i in (1, 2, 3)]
+    assert "6 tokens/image" in lines[2]
+    assert "6→3 tokens/image" in lines[3]
+    assert lines[3].endswith(" 0 s left")
 
 
 def test_tensorboard_gets_the_numbers(recipe_file: Write) -> None:

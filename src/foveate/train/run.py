@@ -212,11 +212,13 @@ def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> C
 
 @dataclass
 class Opened:
-    """A model ready to be trained on a stage. `tuner` is PEFT's, where LoRA was injected."""
+    """A model ready to be trained on a stage. `tuner` is PEFT's, where LoRA was injected; `use_cache` what its config said, which the
+    Trainer overwrites."""
 
     model: Any
     processor: Any
-    tuner: Any = None
+    tuner: Any
+    use_cache: bool | None
 
 
 def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
@@ -258,7 +260,7 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         # so that a step without any image does to the bridge what it does in several processes (gradients of zero, not none at all)
         model.config.always_run_vision = True
     tuner = choose_trained(model, stage.train)
-    return Opened(model, processor, tuner)
+    return Opened(model, processor, tuner, getattr(model.config, "use_cache", None))
 
 
 def part_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -320,8 +322,11 @@ def run_stage(recipe: Recipe, index: int, data: Conversations, previous: Path | 
     checkpoint = files.newest(folder)
     opened = open_model(recipe, index, previous)
     trainer = make_trainer(recipe, index, data, opened, state)
+    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
     if state.is_main_process:
         done = 0 if checkpoint is None else files.step_of(checkpoint)
+        trainer.progress.announce(done)
         earlier = {s.name for s in recipe.stages[:index]}
         trainer.log_file.keep(lambda row: row["stage"] in earlier or (row["stage"] == stage.name and row["step"] <= done))
     if checkpoint is None and previous is not None:
@@ -419,6 +424,10 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
     model.requires_grad_(True)
     if isinstance(model.config, FoveateConfig):
         model.config.always_run_vision = False
+    if opened.use_cache is None:
+        del model.config.use_cache
+    else:
+        model.config.use_cache = opened.use_cache
     target = folder / "model"
     model.save_pretrained(target)
     opened.processor.save_pretrained(target)

@@ -128,6 +128,10 @@ class ProgressLine(TrainerCallback):
         self._start = self._last = 0.0
         self._first = 0
 
+    def announce(self, done: int) -> None:
+        going_on = f", going on from step {done}" if done else ""
+        print(f"{self._name}: {self.stage.steps} steps of {self.batch_size} samples{going_on}", file=sys.stderr, flush=True)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = self._last = time.monotonic()
         self._first = state.global_step
