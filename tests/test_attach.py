@@ -231,7 +231,9 @@ def test_gradient_checkpointing_changes_nothing(make: Any, reentrant: bool, redu
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:
-        assert torch.equal(grads[0][name], grads[1][name]), name
+        # A reentrant checkpoint adds up gradients of a state that is used twice (a tower's two levels) in another order.
+        tolerance = {"rtol": 1e-4, "atol": 1e-7} if reentrant else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(grads[0][name], grads[1][name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_random_choice_follows_the_image_not_the_row() -> None:
