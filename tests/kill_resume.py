@@ -61,7 +61,7 @@ def moments() -> list[tuple[str, Callable[[Path], bool]]]:
     for stage in STAGES:
         found += [
             (f"{stage}: step", lambda out, s=stage: logged(out, s) >= 3 and not unmarked(out, s)),
-            (f"{stage}: saving a checkpoint", lambda out, s=stage: bool(unmarked(out, s))),
+            (f"{stage}: saving a checkpoint", lambda out, s=stage: bool(unmarked(out, s)) and not (out / s / "model").exists()),
             (f"{stage}: saving the model", lambda out, s=stage: (out / s / "model").exists() and not (out / s / "model/complete").exists()),
         ]
     return [*found, ("final: copying", lambda out: (out / "final.tmp").exists())]
@@ -132,6 +132,9 @@ def check(rounds: int, quick: bool, folder: Path) -> None:
         ]
         if logs[0] != logs[1]:
             raise SystemExit(f"round {number}: logs differ")
+        left = [str(path) for stage in STAGES for path in (output / stage).iterdir() if path.name != "model"]
+        if left:
+            raise SystemExit(f"round {number}: left behind: {left}")
         print(f"round {number}: {len(a)} tensors and {len(logs[0])} log lines are the same to the last bit", flush=True)
 
 

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,13 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Backbones with attention dropout, so that random numbers matter, and data."""
+    """Backbones with attention dropout, so that random numbers matter (`lm-plain` is without), and data."""
     folder = tmp_path_factory.mktemp("tiny")
     tiny_training.save_backbones(folder, dropout=0.1)
     tiny_training.save_data(folder)
+    shutil.copytree(folder / "lm", folder / "lm-plain")
+    config = folder / "lm-plain" / "config.json"
+    config.write_text(config.read_text().replace('"attention_dropout": 0.1', '"attention_dropout": 0.0'))
     return folder
 
 

@@ -362,16 +362,20 @@ def _windowed(pool: ThreadPoolExecutor, check: Callable[[int], Bad | None], rows
         yield from pool.map(check, rows[start : start + 4096])
 
 
-def refuse_or_skip(data: Conversations, bad: Sequence[Bad], policy: str, report: Path) -> None:
-    """Stop with the list of bad samples, written whole to `report`; or leave them out, counted and named in the log."""
+def refuse_or_skip(data: Conversations, bad: Sequence[Bad], policy: str, report: Path | None) -> None:
+    """Stop with the list of bad samples, written whole to `report`; or leave them out, counted and named in the log.
+
+    Without a `report` nothing is written or logged: another process does that."""
     if not bad:
         return
-    report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("".join(f"{sample}\n" for sample in bad), encoding="utf-8")
+    if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
+        report.write_text("".join(f"{sample}\n" for sample in bad), encoding="utf-8")
     first = "\n".join(f"  {sample}" for sample in bad[:SHOWN])
     more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
     summary = f"{data.source.name}: {len(bad)} of {len(data.source)} samples cannot be trained on (full list: {report}):\n{first}{more}"
     if policy == "stop":
         raise FoveateError(f"{summary}\nRepair them, or set on_bad_image: skip to train without them")
-    log.warning("skipped: %s", summary)
+    if report is not None:
+        log.warning("skipped: %s", summary)
     data.skip(bad)

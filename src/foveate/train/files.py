@@ -85,8 +85,15 @@ def clean(stage: Path) -> None:
 
 
 def rotate(stage: Path) -> None:
+    """Remove all complete checkpoints but the newest ones."""
     complete = [path for path in checkpoints(stage) if is_complete(path)]
     for path in complete[:-KEPT]:
+        remove(path)
+
+
+def drop_checkpoints(stage: Path) -> None:
+    """The stage is finished; a kill may have cut short an earlier attempt at this."""
+    for path in checkpoints(stage):
         remove(path)
 
 
@@ -102,17 +109,20 @@ def publish(source: Path, target: Path) -> None:
 
 
 def claim(output: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Bind an output folder to a recipe and to `facts` (of the data, by stage).
-
-    FoveateError if it belongs to a run with another recipe, naming what differs."""
-    path = output / "recipe.json"
-    now = {"recipe": recipe, "facts": facts}
-    if not path.is_file():
+    """Bind an output folder to a recipe and to `facts` (of the data, by stage). FoveateError as for `compare`."""
+    compare(output, {"recipe": recipe, "facts": facts})
+    if not (output / "recipe.json").is_file():
         output.mkdir(parents=True, exist_ok=True)
-        write(path, json.dumps(now, indent=1) + "\n")
+        write(output / "recipe.json", json.dumps({"recipe": recipe, "facts": facts}, indent=1) + "\n")
+
+
+def compare(output: Path, now: dict[str, Any]) -> None:
+    """FoveateError if the folder belongs to a run with another recipe (or other facts, where `now` has them), naming what differs."""
+    path = output / "recipe.json"
+    if not path.is_file():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    changes = differences(before, json.loads(json.dumps(now)))
+    changes = differences({key: before.get(key) for key in now}, json.loads(json.dumps(now)))
     if changes:
         raise FoveateError(
             f"{output} holds a run that was started with another recipe:\n  " + "\n  ".join(changes) + "\n"

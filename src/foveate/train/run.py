@@ -59,7 +59,10 @@ def train(recipe: Recipe) -> Path:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
-    final = recipe.output / "final"
+    final, plain = recipe.output / "final", json.loads(recipe.model_dump_json())
+    files.compare(recipe.output, {"recipe": plain})
+    if files.is_complete(final):
+        return final
     check_reporting(recipe)
     counts = check_bridges(recipe)
     renderer = open_renderer(recipe)
@@ -68,16 +71,16 @@ def train(recipe: Recipe) -> Path:
     data = [open_data(recipe, stage, Fit(renderer, n, stage.max_length), state) for stage, n in zip(recipe.stages, counts, strict=True)]
     if state.is_main_process:
         facts = {stage.name: {"data": d.source.fingerprint, "samples": len(d)} for stage, d in zip(recipe.stages, data, strict=True)}
-        files.claim(recipe.output, json.loads(recipe.model_dump_json()), facts)
+        files.claim(recipe.output, plain, facts)
     state.wait_for_everyone()
-    if files.is_complete(final):
-        return final
 
     previous: Path | None = None
     for index in range(len(recipe.stages)):
         finished = stage_folder(recipe, index) / "model"
         if not files.is_complete(finished):
             run_stage(recipe, index, data[index], previous, state)
+        if state.is_main_process:
+            files.drop_checkpoints(stage_folder(recipe, index))
         previous = finished
     assert previous is not None
     if state.is_main_process:
@@ -203,7 +206,8 @@ def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> C
         task = bar.add_task(data.source.name, total=len(rows))
         bad = find_bad(data.source, cache_file(data.source), rows, fits, lambda done, total: bar.update(task, completed=done))
     bad = sorted(gather_object(bad), key=lambda sample: sample.index)
-    refuse_or_skip(data, bad, spec.on_bad_image, recipe.output / f"bad-samples-{stage.name}.txt")
+    report = recipe.output / f"bad-samples-{stage.name}.txt"
+    refuse_or_skip(data, bad, spec.on_bad_image, report if state.is_main_process else None)
     return data
 
 
@@ -410,7 +414,7 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
 
 
 def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, trainer: FoveateTrainer, folder: Path) -> None:
-    """Save the stage's model, whole and with LoRA merged into its weights, and drop its checkpoints."""
+    """Save the stage's model, whole and with LoRA merged into its weights."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
     if not trainer.is_world_process_zero():
@@ -436,5 +440,3 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
         save_reducers(parse(last), target)
     (target / "totals.json").write_text(json.dumps(vars(trainer.totals)) + "\n", encoding="utf-8")
     files.mark(target)
-    for checkpoint in files.checkpoints(folder):
-        files.remove(checkpoint)
