@@ -27,11 +27,16 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, json: Annotated[bool, typer.Option(help="Print JSON.")] = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    json: Annotated[bool, typer.Option(help="Print JSON.")] = False,
+    text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens a sample, counted beside the visual ones.")] = 0,
+) -> None:
     """Tokens, parameters, FLOPs and memory of a recipe, per stage, without any weights."""
     from foveate.train.plan import main as run
 
-    run(recipe, overrides or [], json=json)
+    run(recipe, overrides or [], json=json, text_tokens=text_tokens)
 
 
 @data_app.command()
