@@ -108,12 +108,11 @@ def publish(source: Path, target: Path) -> None:
     os.replace(temporary, target)
 
 
-def claim(output: Path, recipe: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Bind an output folder to a recipe and to `facts` (of the data, by stage). FoveateError as for `compare`."""
-    compare(output, {"recipe": recipe, "facts": facts})
+def claim(output: Path, now: dict[str, Any]) -> None:
+    """Bind an output folder to the recipe (and facts of the data) of a run, unless it is bound already."""
     if not (output / "recipe.json").is_file():
         output.mkdir(parents=True, exist_ok=True)
-        write(output / "recipe.json", json.dumps({"recipe": recipe, "facts": facts}, indent=1) + "\n")
+        write(output / "recipe.json", json.dumps(now, indent=1) + "\n")
 
 
 def compare(output: Path, now: dict[str, Any]) -> None:

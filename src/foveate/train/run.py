@@ -69,10 +69,11 @@ def train(recipe: Recipe) -> Path:
     for stage in recipe.stages:
         division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
     data = [open_data(recipe, stage, Fit(renderer, n, stage.max_length), state) for stage, n in zip(recipe.stages, counts, strict=True)]
-    if state.is_main_process:
-        facts = {stage.name: {"data": d.source.fingerprint, "samples": len(d)} for stage, d in zip(recipe.stages, data, strict=True)}
-        files.claim(recipe.output, plain, facts)
+    facts = {stage.name: {"data": d.source.fingerprint, "samples": len(d)} for stage, d in zip(recipe.stages, data, strict=True)}
+    files.compare(recipe.output, {"recipe": plain, "facts": facts})
     state.wait_for_everyone()
+    if state.is_main_process:
+        files.claim(recipe.output, {"recipe": plain, "facts": facts})
 
     previous: Path | None = None
     for index in range(len(recipe.stages)):
