@@ -21,9 +21,13 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the reci
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run a recipe, stage by stage. The same command goes on where an interrupted run was."""
+    from accelerate import PartialState
+
     from foveate.train.run import main as run
 
-    print(f"trained model: {run(recipe, overrides or [])}")
+    final = run(recipe, overrides or [])
+    if PartialState().is_main_process:
+        print(f"trained model: {final}")
 
 
 @app.command()
