@@ -77,6 +77,7 @@ def test_turns_and_prompts_are_the_chat_format(tokenizer: PreTrainedTokenizerFas
 
 def test_documents() -> None:
     assert document(3) == document(3)
+    assert all(f"{n}</s>" not in document(i, most=2) for i in range(50) for n in ("objects are there?<assistant>3", "there?<assistant>4"))
     texts = [document(i) for i in range(400)]
     assert len(set(texts)) == 400
     assert all(text.startswith("<s>") and text.endswith("</s>") for text in texts)
@@ -91,4 +92,4 @@ def test_documents() -> None:
         assert "where is" not in text
         assert " left of " not in text
         assert " above " not in text
-    assert all(caption(scene(f"document/{i}")) in text for i, text in enumerate(texts) if text in alone)
+    assert all(caption(scene(f"document/{i}/0")) in text for i, text in enumerate(texts) if text in alone)

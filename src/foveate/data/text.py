@@ -4,6 +4,7 @@ A document describes a scene in words and asks about it in the chat format, so t
 captions and to answer questions about a described scene. The description stands where a picture will stand later.
 """
 
+import itertools
 import random
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -29,10 +30,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def document(seed: int | str) -> str:
-    """One training document of the language model, beginning with `<s>`. Deterministic by seed."""
-    rng = random.Random(f"document/{seed}")
-    return _document(scene(f"document/{seed}"), rng)
+def document(seed: int | str, most: int = 5) -> str:
+    """One training document of the language model, on a scene of at most `most` objects, beginning with `<s>`. Deterministic by seed."""
+    scenes = (scene(f"document/{seed}/{attempt}") for attempt in itertools.count())
+    return _document(next(item for item in scenes if len(item.shapes) <= most), random.Random(f"document/{seed}"))
 
 
 def _document(item: Scene, rng: random.Random) -> str:

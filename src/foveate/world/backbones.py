@@ -192,8 +192,9 @@ def train_tower(out: Path, steps: int, seed: int, batch: int = 32, learning_rate
         _say(f"held out, {size} px:", score_tower(model, heads[0], size, held_out))
     _say(f"held out, {IMAGE} px, level -3:", score_tower(model, heads[1], IMAGE, held_out, level=-3))
     model.half().save_pretrained(out)
-    mean = std = [0.5, 0.5, 0.5]
-    CLIPImageProcessorPil(size={"height": IMAGE, "width": IMAGE}, do_center_crop=False, image_mean=mean, image_std=std).save_pretrained(out)
+    square = {"height": IMAGE, "width": IMAGE}
+    half = [0.5, 0.5, 0.5]
+    CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False, image_mean=half, image_std=half).save_pretrained(out)
 
 
 @torch.no_grad()
@@ -247,13 +248,13 @@ def _iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def lm_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Tensor]:
-    """`input_ids` (B, T), right-padded, and `weights` (B, T): 1 on answers and their `</s>`, 1/4 on other text, 0 on padding."""
-    ids = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    """`input_ids` (B, T), right-padded, and `weights` (B, T): 1 on answers and their `</s>`, 1/10 on other text, 0 on padding."""
+    ids = tokenizer(texts, padding=True, padding_side="right", pad_to_multiple_of=16, return_tensors="pt")["input_ids"]
     user, assistant = tokenizer.convert_tokens_to_ids(["<user>", "<assistant>"])
     # In an answer = more <assistant> than <user> still open: a turn is <user> question <assistant> answer.
     balance = (ids == assistant).long().cumsum(1) - (ids == user).long().cumsum(1)
     answer = (balance == 0) & ((ids == user).long().cumsum(1) > 0) & (ids != assistant)
-    return {"input_ids": ids, "weights": torch.where(answer, 1.0, 0.25) * (ids != tokenizer.pad_token_id)}
+    return {"input_ids": ids, "weights": torch.where(answer, 1.0, 0.1) * (ids != tokenizer.pad_token_id)}
 
 
 def train_lm(out: Path, steps: int, seed: int, batch: int = 32, learning_rate: float = 2e-3, held_out: int = 300) -> None:
@@ -276,8 +277,10 @@ def train_lm(out: Path, steps: int, seed: int, batch: int = 32, learning_rate: f
     optimiser = Optimiser(model, learning_rate, steps)
 
     def make(i: int) -> dict[str, Tensor]:
+        # Few objects at first: finding which words belong together is learnt far sooner among two things than among five.
+        most = 2 if i < 0.15 * steps else 3 if i < 0.3 * steps else 5
         # Four batches' documents sorted by length: a fifth less padding.
-        texts = sorted((document(f"lm/{seed}/{i // 4}/{j}") for j in range(4 * batch)), key=len)
+        texts = sorted((document(f"lm/{seed}/{i // 4}/{j}", most) for j in range(4 * batch)), key=len)
         return lm_batch(tokenizer, texts[i % 4 * batch :][:batch])
 
     for i, data in enumerate(_batches(make, steps, "lm")):
