@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="foveate.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--recipes", type=Path, default=Path("recipes/demo"))
-    parser.add_argument("--train", type=int, default=2400, help="scenes to train on")
-    parser.add_argument("--test", type=int, default=120, help="scenes to ask about")
+    parser.add_argument("--train", type=int, default=800, help="scenes to train on")
+    parser.add_argument("--test", type=int, default=100, help="scenes to ask about")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     world = given.out / "world"
