@@ -47,12 +47,11 @@ def test_tower_loads_and_serves_two_resolutions() -> None:
         assert tower(large, interpolate_pos_encoding=True).last_hidden_state.shape == (1, 257, 128)
 
 
-def test_language_model_answers_about_a_described_scene() -> None:
+def test_language_model_reads_from_a_description() -> None:
+    """It has learnt to copy and the form of every answer; which properties belong together it has not (presence stays at chance)."""
     model = LlamaForCausalLM.from_pretrained(asset("lm"), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
-    scores = backbones.score_lm(model, tokenizer, 20)
-    # What it has learnt from text: the chat format, the captions' grammar, reading. Looking properties up it has not; see the README.
-    assert scores["reading"] > 0.9, scores
+    assert backbones.score_lm(model, tokenizer, 20)["reading"] > 0.9
 
 
 def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,8 +61,6 @@ def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: 
     for kind in ("tower", "lm"):
         first, second = ((tmp_path / kind / name / "model.safetensors").read_bytes() for name in ("a", "b"))
         assert first == second
-        backbones_differ = (asset(kind) / "model.safetensors").read_bytes() != first
-        assert backbones_differ
     assert "held out" in capsys.readouterr().out
 
 

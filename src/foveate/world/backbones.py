@@ -2,7 +2,7 @@
 text alone. Scenes and documents are made while training goes on, so no data is stored.
 
     python -m foveate.world.backbones tower --out DIR --steps 6000
-    python -m foveate.world.backbones lm --out DIR --steps 4000
+    python -m foveate.world.backbones lm --out DIR --steps 3500
 
 The tower (CLIPVisionModel, 64 px, patch 8) is supervised densely: each patch names the thing on it (kind, colour, size, glyph), the
 thing's box and whether its centre is here; [CLS] names the shapes, their number and the word. Pictures are of 64 px, later some of 128 px
