@@ -277,7 +277,7 @@ def train_lm(out: Path, steps: int, seed: int, batch: int = 32, learning_rate: f
     optimiser = Optimiser(model, learning_rate, steps)
 
     def make(i: int) -> dict[str, Tensor]:
-        # Few objects at first: finding which words belong together is learnt far sooner among two things than among five.
+        # Few objects at first: short documents make cheap steps while the grammar is learnt.
         most = 2 if i < 0.15 * steps else 3 if i < 0.3 * steps else 5
         # Four batches' documents sorted by length: a fifth less padding.
         texts = sorted((document(f"lm/{seed}/{i // 4}/{j}", most) for j in range(4 * batch)), key=len)
