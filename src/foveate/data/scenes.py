@@ -1,11 +1,11 @@
 """Writes the embedded world to disk: pictures, captions, conversations and test questions in the LLaVA format.
 
-    OUT/images/{train,test}/000000.png
-    OUT/pretrain.json   one caption per training picture
-    OUT/finetune.json   about ten questions per training picture, one conversation
-    OUT/test.json       one question a row: id, image, question, answer, family
-    OUT/scenes.json     the truth about the test pictures: each thing's kind, name, colour, size and box (row0, col0, row1, col1, unit)
-    OUT/world.json      the world's parameters, marked complete at the very end
+OUT/images/{train,test}/000000.png
+OUT/pretrain.json   one caption per training picture
+OUT/finetune.json   about ten questions per training picture, one conversation
+OUT/test.json       one question a row: id, image, question, answer, family
+OUT/scenes.json     the truth about the test pictures: each thing's kind, name, colour, size and box (row0, col0, row1, col1, unit)
+OUT/world.json      the world's parameters, marked complete at the very end
 """
 
 import json
