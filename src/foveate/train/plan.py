@@ -36,7 +36,7 @@ from foveate.cost import (
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.reducers import parse
-from foveate.train.recipe import LoraOf, Model, Stage, load_recipe
+from foveate.train.recipe import Model, Stage, load_recipe
 from foveate.train.schedule import Part, stage_steps
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
@@ -199,14 +199,7 @@ def plan_stage(config: Any, stage: Stage, text_tokens: int) -> StagePlan:
     size = config.image_size if isinstance(config, FoveateConfig) else vision.image_size
     grid = (size // vision.patch_size, size // vision.patch_size)
     per_image, layers = image_tokens(config, grid), config.get_text_config().num_hidden_layers
-    lora = stage.train.lm.lora if isinstance(stage.train.lm, LoraOf) else None
-    trained = Trained(
-        tower=stage.train.tower,
-        bridge=stage.train.bridge,
-        lm=stage.train.lm is True,
-        lora_rank=lora.rank if lora else 0,
-        lora_targets=tuple(lora.targets) if lora else (),
-    )
+    trained = stage.train.updated
     parts = [part_plan(config, *slot, grid=grid, text_tokens=text_tokens, trained=trained) for slot in slots(stage.parts)]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(config, size, trained)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
+from foveate.cost import Trained as Updated
 from foveate.errors import FoveateError
 from foveate.train.schedule import NONE, Part
 
@@ -108,6 +109,12 @@ class Trained(Strict):
         if not (self.bridge or self.tower or self.lm):
             raise ValueError("nothing is trained: set at least one of bridge, tower, lm")
         return self
+
+    @property
+    def updated(self) -> Updated:
+        """The same, as the cost model takes it."""
+        lora = self.lm.lora if isinstance(self.lm, LoraOf) else None
+        return Updated(self.tower, self.bridge, self.lm is True, lora.rank if lora else 0, tuple(lora.targets) if lora else ())
 
 
 class Slot(Strict):

@@ -380,16 +380,6 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
     )
     passes = steps * stage.batch_size / len(data)
     sizes = data.source.sizes()[data.index] if stage.group_by_length else None
-    lora = stage.train.lm.lora if isinstance(stage.train.lm, LoraOf) else None
-    from foveate.cost import Trained as Updated
-
-    updated = Updated(
-        tower=stage.train.tower,
-        bridge=stage.train.bridge,
-        lm=stage.train.lm is True,
-        lora_rank=lora.rank if lora else 0,
-        lora_targets=tuple(lora.targets) if lora else (),
-    )
     return FoveateTrainer(
         model=opened.model,
         args=arguments,
@@ -410,7 +400,7 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(opened.model.config, updated),
+        costs=Costs(opened.model.config, stage.train.updated),
     )
 
 
