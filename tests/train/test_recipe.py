@@ -56,6 +56,11 @@ def test_overrides(recipe_file: Write) -> None:
         ("    warmup: 0.2", "    warmup: two", "stages.1.warmup: 'two': input should be a valid number"),
         ("    warmup: 0.2", "    lr_schedule: cosin", "stages.1.lr_schedule: 'cosin' is not allowed; allowed: cosine, linear, constant or"),
         ("    warmup: 0.2", "    optimizer: adamv", "stages.1.optimizer: 'adamv': not an optimizer of the Trainer"),
+        (
+            "    warmup: 0.2",
+            "    precision: bf16-copy\n    gradient_checkpointing: true",
+            "stages.1: gradient_checkpointing would recompute with the float32 weights",
+        ),
         ("rank: 4", "rnk: 4", "stages.1.train.lm.lora.rnk: unknown key, did you mean rank?"),
         ("    steps: 6", "    epochs: 1\n    steps: 6", "stages.1: give `epochs` or `steps`, not both"),
         (

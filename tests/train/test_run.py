@@ -134,9 +134,10 @@ def test_accumulation_changes_nothing_but_rounding(recipe_file: Write, root: Pat
     assert losses(whole) == pytest.approx(losses(parts), abs=1e-5)
 
 
-def test_bfloat16_is_near(recipe_file: Write) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "bf16-copy"])
+def test_bfloat16_is_near(recipe_file: Write, precision: str) -> None:
     exact = main(recipe_file("fp32", ONE), ["stages.0.steps=2"])
-    near = main(recipe_file("bf16", ONE), ["stages.0.steps=2", "stages.0.precision=bf16"])
+    near = main(recipe_file(precision, ONE), ["stages.0.steps=2", f"stages.0.precision={precision}"])
     assert losses(exact) == pytest.approx(losses(near), abs=0.05)
     assert losses(exact) != losses(near)
     assert all(value.dtype == torch.float32 for value in weights(near).values())

@@ -157,7 +157,7 @@ class Stage(Strict):
     optimizer: Annotated[str, BeforeValidator(_optimizer)] = "adamw_torch"
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-copy"] = "fp32"
     gradient_checkpointing: bool = False
     max_length: int = Field(default=2048, gt=0)
     save_steps: int = Field(default=500, gt=0)
@@ -170,6 +170,8 @@ class Stage(Strict):
             raise ValueError("give `epochs` or `steps`, not both")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if self.precision == "bf16-copy" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing would recompute with the float32 weights: use precision bf16 (autocast) or fp32 with it")
         if self.reducers:
             total = sum((slot.share for slot in self.reducers), Fraction(0))
             if total != 1:

@@ -329,6 +329,8 @@ def run_stage(recipe: Recipe, index: int, data: Conversations, previous: Path | 
     trainer = make_trainer(recipe, index, data, opened, state)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
+    if stage.precision == "bf16-copy" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise FoveateError(f"stage {stage.name}: precision bf16-copy is not for sharded training, use bf16 (autocast)")
     if state.is_main_process:
         done = 0 if checkpoint is None else files.step_of(checkpoint)
         trainer.progress.announce(done)
@@ -395,6 +397,7 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
             per_image=image_tokens(opened.processor),
             layers=len(anatomy.layers),
             image_token_id=anatomy.image_token_id,
+            bf16_copy=stage.precision == "bf16-copy",
         ),
         totals=Totals(),
         log_file=files.RunLog(recipe.output / "log.jsonl"),

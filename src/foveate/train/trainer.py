@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -64,6 +65,19 @@ class StageInfo:
     per_image: int
     layers: int
     image_token_id: int
+    bf16_copy: bool = False
+
+
+class BFloat16Copy:
+    """Calls a module on a bfloat16 copy of its floating-point parameters; gradients arrive at the parameters themselves in their own
+    precision. Where autocast casts operation by operation and keeps activations in float32, this casts once a step."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, **inputs: Any) -> Any:
+        copies = {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in self.module.named_parameters()}
+        return functional_call(self.module, copies, (), inputs)
 
 
 class Costs:
@@ -242,7 +256,8 @@ class FoveateTrainer(Trainer):
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        called = BFloat16Copy(model) if self.stage.bf16_copy else model
+        loss = super().compute_loss(called, inputs, *args, **kwargs)
         if isinstance(loss, Tensor) and not loss.requires_grad:  # only a projector is trained, and these samples have no image
             loss = loss + sum((0.0 * parameter).sum() for parameter in model.parameters() if parameter.requires_grad)
         return loss
