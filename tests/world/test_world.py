@@ -47,11 +47,14 @@ def test_tower_loads_and_serves_two_resolutions() -> None:
         assert tower(large, interpolate_pos_encoding=True).last_hidden_state.shape == (1, 257, 128)
 
 
-def test_language_model_reads_from_a_description() -> None:
-    """It has learnt to copy and the form of every answer; which properties belong together it has not (presence stays at chance)."""
+def test_language_model_answers_from_a_description() -> None:
+    """It has learnt to look things up in a text: well above what guessing gives (half, a sixth), where training left it at 0.75 and 0.72."""
     model = LlamaForCausalLM.from_pretrained(asset("lm"), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
-    assert backbones.score_lm(model, tokenizer, 20)["reading"] > 0.9
+    score = backbones.score_lm(model, tokenizer, 40)
+    assert score["reading"] > 0.9
+    assert score["presence"] > 0.6
+    assert score["attribute"] > 0.6
 
 
 def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,9 @@ def _document(item: Scene, rng: random.Random) -> str:
         return f"<s>{caption(item)}</s>"
     if kind < 0.15:  # putting things in order is what a caption of a picture asks for
         return "<s>" + turn(caption(item, rng=rng) + "\n" + DESCRIBE, caption(item))
-    places = kind >= 0.25
+    if kind < 0.5:  # the same again in another order: nearly every token is a lookup, and looking things up is learnt from these
+        return "<s>" + turn(caption(item, rng=rng), caption(item, rng=rng))
+    places = kind >= 0.6
     asked = conversation(item)
     if not places:
         asked = [one for one in asked if one.family not in ("relation", "locating")]
