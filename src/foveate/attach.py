@@ -110,12 +110,13 @@ class Run:
         self.record = record
         self.passes: list[Pass] = []
         self._shortcuts = shortcuts
-        self._cuts: dict[int, list[Reducer]] = {}
+        self._cuts: dict[int, list[tuple[Reducer, int]]] = {}
+        self._needs_keys = False
         for reducer in self.reducers:
-            for site in reducer.sites():
+            for stage, site in enumerate(reducer.sites(len(anatomy.layers))):
                 if site.layer < len(anatomy.layers):
-                    self._cuts.setdefault(site.layer, []).append(reducer)
-        self._needs_keys = any(isinstance(s, Noise) for r in self.reducers for site in r.sites() for s in site.needs)
+                    self._cuts.setdefault(site.layer, []).append((reducer, stage))
+                self._needs_keys |= any(isinstance(signal, Noise) for signal in site.needs)
         self._requests: weakref.WeakKeyDictionary[Any, _Request] = weakref.WeakKeyDictionary()
         self._keys: Any = WeakTensorKeyDictionary()
         self._hooks: list[Any] = []
@@ -280,8 +281,8 @@ class Run:
         whole = TokenMap.identity(arriving)
         renumber = False
         if state.has_images:
-            for reducer in self._cuts[index]:
-                token_map = reducer.reduce(View(whole.target, hidden, state.keys)).map
+            for reducer, stage in self._cuts[index]:
+                token_map = reducer.reduce(View(whole.target, hidden, state.keys), stage).map
                 hidden = token_map.apply(hidden)
                 whole = whole.then(token_map) if len(self._cuts[index]) > 1 else token_map
                 renumber |= reducer.positions == "renumber"

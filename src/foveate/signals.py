@@ -1,7 +1,12 @@
-"""Where scores come from. A signal is a small frozen description; `View.signal` computes it once, and only if asked."""
+"""Where scores come from. A signal is a small frozen description of what a reducer wants to know; whoever makes the View provides it.
+
+`ClsAttention`, `ReceivedAttention`, `TowerKeys` are read in the vision tower and follow each token through the bridge to its slot;
+`Attention` and `Keys` are read in a decoder layer; `Noise` needs the images alone. Everything is float32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,18 +16,20 @@ from torch import Tensor
 from foveate.errors import FoveateError
 from foveate.tokens import Layout
 
+BLOCK = 256  # query rows whose attention is held at once
+
 
 @dataclass(frozen=True)
 class Signal:
-    """Base of all signals. `compute(view)` gives a (B, N) float32 score a slot; what it says about text slots has no meaning."""
+    """Base of all signals. What one says about slots that it does not apply to (text, for the tower's) has no meaning."""
 
-    def compute(self, view: View) -> Tensor:
-        raise FoveateError(f"{type(self).__name__} is not provided here: hand it in by View.of(..., signals={{...}})")
+    def compute(self, view: View) -> Any:
+        raise FoveateError(f"{self} is not provided here: attach to a model that has it, or hand it in by View.of(..., signals={{...}})")
 
 
 @dataclass(frozen=True)
 class Noise(Signal):
-    """Uniform scores from a hash of (seed, image content, place in the image): the same in every batch row, beam and resumed run."""
+    """(B, N) uniform scores from a hash of (seed, image content, place in the image): the same in every batch row, beam and resumed run."""
 
     seed: int = 0
 
@@ -35,13 +42,122 @@ class Noise(Signal):
 
 
 @dataclass(frozen=True)
+class ClsAttention(Signal):
+    """(B, N) attention that the tower's [CLS] pays to each token in block `layer` (negative: index into the hidden states, so that -2 is
+    the block whose output LLaVA takes), mean over heads, softmax over [CLS] and patches. A token made of several patches has their mean.
+    In a tower without [CLS]: what `ReceivedAttention` gives."""
+
+    layer: int = -2
+
+
+@dataclass(frozen=True)
+class ReceivedAttention(Signal):
+    """(B, N) attention that each token receives in the tower's block `layer`, mean over heads and over all queries of its crop."""
+
+    layer: int = -2
+
+
+@dataclass(frozen=True)
+class TowerKeys(Signal):
+    """(B, N, h) keys of the tower's block `layer`, mean over heads; of a token made of several patches, their mean."""
+
+    layer: int = -2
+
+
+@dataclass(frozen=True)
+class Attention(Signal):
+    """The `AttentionRows` of decoder layer index `layer`: any of its rows, none of them computed before it is asked for."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class Keys(Signal):
+    """(B, N, G * h) keys of decoder layer index `layer` after the rotary embedding, its key heads side by side."""
+
+    layer: int
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Softmax attention of one layer, computed only in the rows asked for. Legend: H heads, G key heads, h head width, K keys.
+
+    query   (B, H, N, h) and key (B, G, K, h) as they enter the attention function: after norm and rotary embedding
+    scale   what their product is multiplied with; `softcap` bounds it as tanh(x / softcap) * softcap where the model does
+    mask    (B or 1, 1 or H, N, K) bool (True: may attend) or additive; None: causal, the last query beside the last key
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    mask: Tensor | None = None
+    softcap: float | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights_BHNK: Tensor) -> AttentionRows:
+        """From a finished attention map, for tests and for use without a model."""
+        empty = weights_BHNK.new_zeros(0)
+        return cls(empty, empty, 1.0, weights=weights_BHNK.to(torch.float32))
+
+    def rows(self, index_BR: Tensor) -> Tensor:
+        """(B, H, R, K) attention of the rows `index_BR` (int64)."""
+        if self.weights is not None:
+            H, K = self.weights.shape[1], self.weights.shape[3]
+            return self.weights.gather(2, index_BR[:, None, :, None].expand(-1, H, -1, K))
+        B, H, N, h = self.query.shape
+        G, K = self.key.shape[1], self.key.shape[2]
+        R = index_BR.shape[1]
+        q = self.query.gather(2, index_BR[:, None, :, None].expand(-1, H, -1, h)).to(torch.float32)
+        logits = q.view(B, G, H // G, R, h) @ self.key.to(torch.float32)[:, :, None].transpose(-1, -2)
+        logits = logits.view(B, H, R, K) * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.mask is None:
+            seen = torch.arange(K, device=q.device) <= index_BR[..., None] + (K - N)
+            logits = logits.masked_fill(~seen[:, None], float("-inf"))
+        else:
+            mask = self.mask[..., :K].expand(B, -1, -1, -1)
+            mask = mask.gather(2, index_BR[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+            low = torch.finfo(torch.float32).min
+            logits = logits.masked_fill(~mask, low) if mask.dtype == torch.bool else (logits + mask.to(torch.float32)).clamp(min=low)
+        return logits.softmax(-1)
+
+    def row(self, index_B: Tensor) -> Tensor:
+        """(B, K) attention of one row a sample, mean over heads."""
+        return self.rows(index_B[:, None])[:, :, 0].mean(1)
+
+    def received(self, rows_BN: Tensor) -> Tensor:
+        """(B, K) attention received from the rows where `rows_BN` (bool) is True, mean over heads and over those rows; 0 without any."""
+        B, N = rows_BN.shape
+        total: Tensor | None = None
+        for index in _blocks(rows_BN):
+            part = self.rows(index.clamp(min=0)).mean(1) * (index >= 0)[..., None]
+            total = part.sum(1) if total is None else total + part.sum(1)
+        if total is None:
+            return torch.zeros((B, self.key.shape[2] if self.weights is None else self.weights.shape[3]), device=rows_BN.device)
+        return total / rows_BN.sum(1, keepdim=True).clamp(min=1)
+
+
+@dataclass(frozen=True)
 class View:
-    """What a reducer may look at: the arriving slots, their states, the images' content keys and the signals it asked for."""
+    """What a reducer may look at.
+
+    layout      the arriving slots, text and padding too
+    tokens      (B, N, D) their states
+    text        (B, N) bool: the text that may be looked at, that is the prompt's, never the answer's
+    asking      (B,) int64: the last slot of the prompt, whose next token is the first of the answer
+    image_keys  (I,) int64 content hash of each image
+    first       the view in front of the first decoder layer, for what is decided once on the embeddings; None: this is it
+    """
 
     layout: Layout
     tokens: Tensor | None = None
     image_keys: Tensor | None = None
-    signals: dict[Signal, Tensor] = field(default_factory=dict)
+    signals: dict[Signal, Any] = field(default_factory=dict)
+    text: Tensor | None = None
+    asking: Tensor | None = None
+    first: View | None = None
 
     @classmethod
     def of(
@@ -49,22 +165,35 @@ class View:
         tokens: Tensor,
         *,
         layout: Layout | None = None,
-        text: int = 0,
+        grid: tuple[int, int] | None = None,
+        text: int | Tensor = 0,
         image_keys: Tensor | None = None,
-        signals: dict[Signal, Tensor] | None = None,
+        signals: dict[Signal, Any] | None = None,
     ) -> View:
-        """A view of plain tensors. tokens: (B, N, D), one image a row followed by `text` text slots, unless a layout says otherwise."""
+        """A view of plain tensors: one image a row, `tokens` (B, L, D), followed by `text`, the states (B, T, D) of the question or how many
+        of them there are (these are the last of `tokens` then). grid: (rows, columns) of the image. With a layout, `tokens` are all slots.
+        Signals of tokens alone, (B, L), are padded with zeros for the text."""
+        if isinstance(text, Tensor):
+            tokens, text = torch.cat([tokens, text], 1), text.shape[1]
+        B, N = tokens.shape[:2]
         if layout is None:
-            B, N = tokens.shape[:2]
             visual = torch.arange(N, device=tokens.device).expand(B, N) < N - text
-            layout = Layout.sequence(visual)
-        return cls(layout, tokens, image_keys, dict(signals or {}))
+            layout = Layout.sequence(visual, grids=None if grid is None else [grid] * B)
+        given = dict(signals or {})
+        for signal, value in given.items():
+            if isinstance(value, Tensor) and value.shape[1] != N:
+                given[signal] = torch.cat([value, value.new_zeros((B, N - value.shape[1], *value.shape[2:]))], 1)
+        writing = layout.valid & (layout.image < 0)
+        index = torch.arange(N, device=tokens.device).expand(B, N)
+        asking = torch.where(layout.valid, index, 0).max(1).values
+        return cls(layout, tokens, image_keys, given, writing, asking)
 
-    def signal(self, signal: Signal) -> Tensor:
-        """(B, N) float32 scores of the arriving slots."""
+    def signal(self, signal: Signal) -> Any:
+        """What the signal says of the arriving slots, in float32."""
         if signal not in self.signals:
-            self.signals[signal] = signal.compute(self).to(torch.float32)
-        return self.signals[signal]
+            self.signals[signal] = signal.compute(self)
+        value = self.signals[signal]
+        return value.to(torch.float32) if isinstance(value, Tensor) else value
 
 
 def content_keys(images: Tensor | list[Tensor]) -> Tensor:
@@ -75,6 +204,16 @@ def content_keys(images: Tensor | list[Tensor]) -> Tensor:
         places = torch.arange(words.numel(), dtype=torch.int64, device=words.device)
         keys.append(_mix(_mix(words ^ _mix(places)).sum()))
     return torch.stack(keys) if keys else torch.zeros(0, dtype=torch.int64)
+
+
+def _blocks(rows_BN: Tensor) -> Iterator[Tensor]:
+    """(B, <= BLOCK) indices of the True entries of each row, padded with -1, block by block."""
+    counts = rows_BN.sum(1)
+    order = torch.argsort((~rows_BN).to(torch.int8), dim=1, stable=True)
+    place = torch.arange(order.shape[1], device=order.device)
+    order = torch.where(place < counts[:, None], order, -1)
+    for start in range(0, int(counts.max()) if counts.numel() else 0, BLOCK):
+        yield order[:, start : min(start + BLOCK, int(counts.max()))]
 
 
 def _mix(x: Any) -> Tensor:

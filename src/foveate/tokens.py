@@ -33,6 +33,7 @@ class Kind(IntEnum):
 
 
 PLACE = ("image", "crop", "frame", "row", "column")
+SCOPES = ("image", "crop", "frame", "sample")
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,23 @@ class Layout:
         start = visual & (before != self.image)
         offset = torch.where(start, count, 0).cummax(1).values
         return torch.where(visual, count - offset, 0)
+
+    def groups(self, scope: str = "image") -> Tensor:
+        """(B, N) int64: which group a visual slot belongs to, counted over the batch; -1 for all other slots.
+
+        scope: "image", "crop" (tiles of one image apart), "frame" (frames of one video apart) or "sample" (a row's images together).
+        """
+        if scope not in SCOPES:
+            raise FoveateError(f"scope={scope!r} is not possible; choose one of {', '.join(SCOPES)}")
+        B, N = self.shape
+        row = torch.arange(B, device=self.kind.device)[:, None].expand(B, N)
+        parts = [row] if scope == "sample" else [row, self.image]
+        if scope in ("crop", "frame"):
+            parts.append(self.place[..., PLACE.index(scope)])
+        visual = self.visual
+        group = torch.full((B, N), -1, dtype=torch.int64, device=row.device)
+        group[visual] = torch.unique(torch.stack(parts, -1)[visual], dim=0, return_inverse=True)[1]
+        return group
 
     @cached_property
     def image_length(self) -> Tensor:
@@ -398,20 +416,26 @@ def budget(keep: float | int, tokens: int) -> int:
     return min(tokens, max(1, int((Decimal(str(keep)) * tokens).quantize(Decimal(1), rounding=ROUND_HALF_UP)))) if tokens else 0
 
 
-def top(layout: Layout, score_BN: Tensor, keep: float | int) -> Tensor:
-    """(B, N) bool: of each image the `budget(keep, L)` visual slots with the highest scores; ties go to the lower raster index."""
-    visual, image = layout.visual, layout.image
+def top(layout: Layout, score_BN: Tensor, keep: float | int, *, scope: str = "image", original_BN: Tensor | None = None) -> Tensor:
+    """(B, N) bool: of each group of visual slots the highest scores; ties go to the lower raster index.
+
+    As many of each group as `budget(keep, L)` says, L being the group's slots, or, with `original_BN` (int64, a number at each slot),
+    what the group had before earlier cuts. A score of -inf is never kept. scope: as in `Layout.groups`.
+    """
+    visual = layout.visual
     flat = visual.flatten().nonzero()[:, 0]
     if flat.numel() == 0:
         return visual
-    owner = image.flatten()[flat]
-    # Stable sorts from the least to the most important key: sequence order (already there), score, image.
-    by_score = torch.argsort(score_BN.flatten()[flat].to(torch.float32), descending=True, stable=True)
+    owner = layout.groups(scope).flatten()[flat]
+    # Stable sorts from the least to the most important key: sequence order (already there), score, group.
+    score = score_BN.flatten()[flat].to(torch.float32)
+    by_score = torch.argsort(score, descending=True, stable=True)
     order = by_score[torch.argsort(owner[by_score], stable=True)]
-    owner = owner[order]
-    _, counts = torch.unique_consecutive(owner, return_counts=True)
+    _, counts = torch.unique_consecutive(owner[order], return_counts=True)
     place = torch.cat([torch.arange(int(c), device=flat.device) for c in counts])
-    kept = torch.cat([torch.full((int(c),), budget(keep, int(c)), device=flat.device) for c in counts])
+    firsts = order[torch.nn.functional.pad(counts.cumsum(0), (1, 0))[:-1]]
+    before = counts if original_BN is None else original_BN.flatten()[flat[firsts]]
+    kept = torch.cat([torch.full((int(c),), budget(keep, int(n)), device=flat.device) for c, n in zip(counts, before, strict=True)])
     out = torch.zeros(visual.numel(), dtype=torch.bool, device=flat.device)
-    out[flat[order]] = place < kept
+    out[flat[order]] = (place < kept) & (score[order] != float("-inf"))
     return out.view(visual.shape)

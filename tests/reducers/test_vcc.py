@@ -180,7 +180,7 @@ def test_10_images_are_pooled_each_on_its_own() -> None:
 def test_11_the_remainder_is_dropped() -> None:
     m = pooled(Layout.sequence(torch.ones(1, 257, dtype=torch.bool)), 8)
     assert m.target.shape == (1, 32)
-    assert VCC(0, 8).count(257) == 32
+    assert VCC(0, 8).count(257, 257) == 32
     assert 256 not in {s for t in range(32) for s in m.sources(0, t)}
 
 

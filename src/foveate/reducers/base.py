@@ -34,16 +34,16 @@ class Reducer(ABC):
             raise FoveateError(f'{self.name}: positions={self.positions!r} is not possible; choose "keep" or "renumber"')
 
     @abstractmethod
-    def sites(self) -> list[Site]:
-        """Where it acts, and the signals that it needs there."""
+    def sites(self, layers: int) -> list[Site]:
+        """Where it acts in a language model of `layers` decoder layers, and the signals that it needs there."""
 
     @abstractmethod
-    def reduce(self, view: View) -> Cut:
-        """The decision at one site."""
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        """The decision at one site; `stage` is its place in `sites`."""
 
     @abstractmethod
-    def count(self, arriving: int) -> int:
-        """Visual tokens of one image that leave the site, when `arriving` come to it."""
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        """Visual tokens of one image that leave the site, when `arriving` of its `original` tokens come to it."""
 
     # ---- cost
 
@@ -123,10 +123,10 @@ def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
 def visual_tokens(reducers: Sequence[Reducer], per_image: int, num_layers: int) -> list[int]:
     """Visual tokens of one image in each decoder layer under several reducers, applied in order of their layers."""
     counts = [per_image] * num_layers
-    order = sorted(((site.layer, i) for i, r in enumerate(reducers) for site in r.sites()))
-    for layer, i in order:
+    order = sorted((site.layer, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers)))
+    for layer, i, stage in order:
         if layer < num_layers:
-            left = reducers[i].count(counts[layer])
+            left = reducers[i].count(counts[layer], per_image, stage)
             counts[layer:] = [left] * (num_layers - layer)
     return counts
 

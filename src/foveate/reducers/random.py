@@ -28,11 +28,11 @@ class Random(Reducer):
         super().__post_init__()
         budget(self.keep, 1)
 
-    def sites(self) -> list[Site]:
+    def sites(self, layers: int) -> list[Site]:
         return [FromLayer(self.layer, (Noise(self.seed),)) if self.layer else BeforeLM((Noise(self.seed),))]
 
-    def reduce(self, view: View) -> Cut:
+    def reduce(self, view: View, stage: int = 0) -> Cut:
         return Cut(TokenMap.keep(view.layout, top(view.layout, view.signal(Noise(self.seed)), self.keep)))
 
-    def count(self, arriving: int) -> int:
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return budget(self.keep, arriving)

@@ -42,11 +42,11 @@ class VCC(Reducer):
             if type(value) is not int or value < least:
                 raise FoveateError(f"vcc: {option}={value!r} is not possible; give an integer >= {least}")
 
-    def sites(self) -> list[Site]:
+    def sites(self, layers: int) -> list[Site]:
         return [FromLayer(self.layer)]
 
-    def reduce(self, view: View) -> Cut:
+    def reduce(self, view: View, stage: int = 0) -> Cut:
         return Cut(TokenMap.pool(view.layout, self.stride))
 
-    def count(self, arriving: int) -> int:
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return arriving // self.stride
