@@ -1,6 +1,6 @@
 """What must hold for every reducer on a live model. A method listed in REDUCERS inherits all of it."""
 
-import gc
+import copy
 from typing import Any
 
 import pytest
@@ -9,6 +9,7 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
+from foveate.chunk import Chunk
 from foveate.reducers import METHODS, VCC, Random, parse, spell
 from tests.tiny import IMAGE, LAYERS, MODELS, PATCHES, ROWS, Batch, llava, prompt
 
@@ -81,21 +82,20 @@ def test_a_sample_does_not_depend_on_its_batch(make: Any, attn: str, reducer: st
                 torch.testing.assert_close(batch.own(together, i), model(**single).logits[0], rtol=1e-4, atol=1e-5)
 
 
-def test_samples_differ_when_the_mask_is_wrong() -> None:
+def test_samples_differ_when_the_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check above can fail: one survivor's mask column flipped is seen."""
     model = llava()
     batch = Batch(ROWS, "left")
-    with foveate.attach(model, "vcc:layer=2,stride=4") as run, torch.no_grad():
+    cut = Chunk._cut_mask
+
+    def faulty(self: Chunk, *args: Any) -> Tensor:
+        mask = cut(self, *args).clone()
+        mask[0, 0, :, 4] ^= True
+        return mask
+
+    with foveate.attach(model, "vcc:layer=2,stride=4"), torch.no_grad():
         right = model(**batch.inputs).logits
-        enter = run._enter_stage
-
-        def faulty(index: int, state: Any, *args: Any) -> Tensor:
-            hidden = enter(index, state, *args)
-            state.replaced["attention_mask"] = state.replaced["attention_mask"].clone()
-            state.replaced["attention_mask"][0, 0, :, 4] ^= True
-            return hidden
-
-        run._enter_stage = faulty  # type: ignore[method-assign]
+        monkeypatch.setattr(Chunk, "_cut_mask", faulty)
         wrong = model(**batch.inputs).logits
     assert (batch.own(right, 0) - batch.own(wrong, 0)).abs().max() > 1e-3
 
@@ -307,14 +307,29 @@ def test_detach_leaves_nothing_behind_after_an_exception_too() -> None:
     assert state_of(model) == before
 
 
-def test_requests_go_with_their_caches() -> None:
-    model = llava()
-    with foveate.attach(model, VCC(2, 4)) as run, torch.no_grad():
-        out = model(**Batch(ROWS).inputs, use_cache=True)
-        assert len(run._requests) == 1
-        del out
-        gc.collect()
-        assert len(run._requests) == 0
+def test_memory_goes_with_its_cache() -> None:
+    """A copy of a cache decodes like the original; cropped by what was decoded, it is the prompt's again; cut tokens cannot be cropped."""
+    model, batch = llava(), Batch(ROWS, "left")
+    N = batch.inputs["input_ids"].shape[1]
+    token = torch.full((len(ROWS), 1), 7)
+
+    def step(cache: Any) -> Tensor:
+        mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, cache.get_seq_length() + 1 - N), value=1)
+        return model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    with foveate.attach(model, VCC(2, 4)), torch.no_grad():
+        cache = model(**batch.inputs, use_cache=True).past_key_values
+        assert cache.get_seq_length() == N
+        assert cache.layers[2].get_seq_length() < N
+        copied = copy.deepcopy(cache)
+        first = step(cache)
+        assert cache.get_seq_length() == N + 1
+        assert torch.equal(first, step(copied))
+        copied.crop(-1)
+        assert copied.get_seq_length() == N
+        assert torch.equal(first, step(copied))
+        with pytest.raises(FoveateError, match="cannot be cropped"):
+            copied.crop(-(N - 2))
 
 
 def test_a_second_attach_is_refused() -> None:
@@ -378,13 +393,17 @@ def test_models_that_cannot_be_opened_name_the_missing_part() -> None:
         foveate.attach(text, VCC())
 
 
-def test_packed_rows_are_refused_rather_than_mixed() -> None:
-    model = llava()
-    ids = torch.tensor([ROWS[0] + ROWS[0]])
-    positions = torch.arange(len(ROWS[0])).repeat(2)[None]
-    pixels = Batch([ROWS[1]]).pixels
-    with foveate.attach(model, VCC(2, 4)), pytest.raises(FoveateError, match="packed"):
-        model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False)
+@pytest.mark.parametrize("reducer", ["vcc:layer=2,stride=4", "random:keep=0.5"])
+def test_samples_packed_into_one_row_do_not_mix(reducer: str) -> None:
+    model, row = llava(), ROWS[0]
+    ids = torch.tensor([row + row])
+    positions = torch.arange(len(row)).repeat(2)[None]
+    pixels = Batch([row, row]).pixels
+    with foveate.attach(model, reducer), torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False).logits[0]
+        for i in range(2):
+            alone = model(input_ids=torch.tensor([row]), pixel_values=pixels[i : i + 1], use_cache=False).logits[0]
+            torch.testing.assert_close(packed[i * len(row) : (i + 1) * len(row)], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_saved_reducers_are_read_back(tmp_path: Any) -> None:

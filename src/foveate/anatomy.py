@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError
 
 
+_ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """The parts of a VLM that Foveate needs.
@@ -31,6 +34,17 @@ class Anatomy:
     @property
     def text_config(self) -> Any:
         return self.decoder.config
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """The module that turns positions into rotary embeddings, once for all layers."""
+        module = getattr(self.decoder, "rotary_emb", None)
+        return module if isinstance(module, nn.Module) else None
+
+    def recurrent(self, layer: int) -> bool:
+        """Whether a decoder layer recurs or convolves along the sequence instead of attending."""
+        types = getattr(self.text_config, "layer_types", None)
+        return types is not None and types[layer] not in _ATTENTION_TYPES
 
     def visual_slots(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """(B, N) bool: the placeholders of visual tokens."""

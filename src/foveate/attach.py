@@ -6,22 +6,21 @@
 
 What happens in one forward pass (prefill, training step or decoding step):
 
-1. where the images enter, the wrapper of `get_image_features` notes how many visual tokens each image has;
-2. in front of the decoder, a Layout is made of the chunk of the sequence that arrives;
-3. in front of every layer at which a reducer acts, the chunk is cut: hidden states, positions, rotary embedding and mask are
-   all made from one TokenMap; the layers behind get them in place of what the library made once for all layers;
+1. the wrapper of `get_image_features` (and `get_video_features`) notes how many visual tokens each image has;
+2. in front of the decoder a `Chunk` is made of the part of the sequence that arrives;
+3. in front of every layer at which a reducer acts, the hidden states are cut; that layer and those behind it get masks, positions
+   and side inputs cut by the same map (`foveate.chunk`);
 4. behind the last layer the states are expanded to the caller's length, so that logits and labels keep their places.
 
-For decoding, a table of the slots that each stage holds is kept per request, weakly keyed by its cache; masks come from it
-and from the library's own mask factory, positions from the logical length, never from the length of a shortened cache.
+What decoding needs of earlier passes is remembered on the request's cache (`foveate.memory`).
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -29,13 +28,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers.masking_utils import create_causal_mask
 
 from foveate.anatomy import Anatomy, read
+from foveate.chunk import Chunk
 from foveate.cost import Ledger
 from foveate.errors import FoveateError
+from foveate.memory import recall, remember
+from foveate.probes import LayerProbe
 from foveate.reducers import Reducer, load_reducers, parse, spell
-from foveate.signals import Noise, View, content_keys
+from foveate.signals import Attention, Keys, Noise, Signal, View, content_keys
 from foveate.tokens import Layout, TokenMap
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
@@ -49,17 +50,6 @@ class _Images:
 
     lengths: list[int] = field(default_factory=list)
     keys: Tensor | None = None
-
-
-@dataclass
-class _Request:
-    """What must be remembered of a sequence between forward passes: for every stage, which of its cached slots are real, by how much
-    its positions are shifted, and whether anything was ever cut."""
-
-    length: int = 0
-    valid: dict[int, Tensor] = field(default_factory=dict)
-    shift: dict[int, Tensor] = field(default_factory=dict)
-    changed: dict[int, bool] = field(default_factory=dict)
 
 
 @dataclass
@@ -111,44 +101,44 @@ class Run:
         self.passes: list[Pass] = []
         self._shortcuts = shortcuts
         self._cuts: dict[int, list[tuple[Reducer, int]]] = {}
-        self._needs_keys = False
+        self._needs: set[Signal] = set()
         for reducer in self.reducers:
             for stage, site in enumerate(reducer.sites(len(anatomy.layers))):
                 if site.layer < len(anatomy.layers):
                     self._cuts.setdefault(site.layer, []).append((reducer, stage))
-                self._needs_keys |= any(isinstance(signal, Noise) for signal in site.needs)
-        self._requests: weakref.WeakKeyDictionary[Any, _Request] = weakref.WeakKeyDictionary()
+                    self._needs.update(site.needs)
+        self._probes = {s.layer: LayerProbe(anatomy.layers[s.layer]) for s in self._needs if isinstance(s, (Attention, Keys))}
         self._keys: Any = WeakTensorKeyDictionary()
         self._hooks: list[Any] = []
+        self._wrapped: list[str] = []
         self._images = _Images()
         self._input_ids: Tensor | None = None
+        self._answers: Tensor | None = None
         self._pass: _PassState | None = None
-        self._install()
+        self._install(model)
 
     # ---- life
 
-    def _install(self) -> None:
+    def _install(self, model: nn.Module) -> None:
         core, decoder, layers = self.anatomy.core, self.anatomy.decoder, self.anatomy.layers
         _ATTACHED[core] = self
         if not self._cuts and self.record == "none":
             return
-        whole_features = core.get_image_features
-
-        @functools.wraps(whole_features)  # type: ignore[arg-type]  # `generate` reads the signature
-        def noting_images(*args: Any, **kwargs: Any) -> Any:
-            outputs = whole_features(*args, **kwargs)  # type: ignore[operator]
-            pixels = kwargs.get("pixel_values", args[0] if args else None)
-            self._note_images(outputs.pooler_output if hasattr(outputs, "pooler_output") else outputs, pixels)
-            return outputs
-
-        core.get_image_features = noting_images  # type: ignore[assignment]
+        for name in ("get_image_features", "get_video_features"):
+            whole = getattr(core, name, None)
+            if callable(whole):
+                setattr(core, name, self._noting(whole))
+                self._wrapped.append(name)
         self._hooks = [
+            model.register_forward_pre_hook(self._before_model, with_kwargs=True),
             core.register_forward_pre_hook(self._before_core, with_kwargs=True),
             core.register_forward_hook(self._after_core, always_call=True),
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, always_call=True),
             layers[-1].register_forward_hook(self._after_last_layer),
         ]
+        if self.anatomy.rotary is not None:
+            self._hooks.append(self.anatomy.rotary.register_forward_hook(self._after_rotary, with_kwargs=True))
         for index, layer in enumerate(layers):
 
             def before_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = index) -> Any:
@@ -156,14 +146,25 @@ class Run:
 
             self._hooks.append(layer.register_forward_pre_hook(before_layer, with_kwargs=True))
 
+    def _noting(self, features: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(features)  # `generate` reads the signature
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            outputs = features(*args, **kwargs)
+            pixels = next((kwargs[name] for name in ("pixel_values", "pixel_values_videos") if name in kwargs), args[0] if args else None)
+            self._note_images(outputs.pooler_output if hasattr(outputs, "pooler_output") else outputs, pixels)
+            return outputs
+
+        return noting
+
     def detach(self) -> None:
         """Leaves the model as it was. Does nothing the second time."""
         for hook in self._hooks:
             hook.remove()
-        if self._hooks:
-            del self.anatomy.core.get_image_features
-        self._hooks = []
-        self._pass = None
+        for name in self._wrapped:
+            delattr(self.anatomy.core, name)
+        for probe in self._probes.values():
+            probe.disarm()
+        self._hooks, self._wrapped, self._pass = [], [], None
         if _ATTACHED.get(self.anatomy.core) is self:
             del _ATTACHED[self.anatomy.core]
 
@@ -192,25 +193,38 @@ class Run:
 
     def _note_images(self, features: Any, pixels: Tensor | None) -> None:
         features = list(features)
-        self._images.lengths = [int(f.shape[0]) for f in features]
-        if self._needs_keys:
+        self._images.lengths = [*self._images.lengths, *(int(f.shape[0]) for f in features)]
+        if any(isinstance(signal, Noise) for signal in self._needs):
             # `generate` encodes first and hands the features in later: the key that the pixels gave them goes with them, since the
             # last bits of features depend on what else was in the batch.
             if pixels is not None and pixels.shape[0] == len(features):
                 self._keys.update(zip(features, content_keys(pixels), strict=True))
             known = [self._keys.get(f) for f in features]
-            self._images.keys = content_keys(features) if any(k is None for k in known) else torch.stack(known)
+            keys = content_keys(features) if any(k is None for k in known) else torch.stack(known)
+            self._images.keys = keys if self._images.keys is None else torch.cat([self._images.keys, keys])
 
-    def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        labels = kwargs.get("labels")
+        self._answers = None if labels is None else labels >= 0
+
+    def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         self._images = _Images()
         self._input_ids = kwargs.get("input_ids", args[0] if args else None)
-        handed_in = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if handed_in is not None:
-            self._note_images(handed_in.pooler_output, None)
+        for modality in ("image", "video"):
+            handed_in = (kwargs.get("mm_encoder_outputs") or {}).get(modality)
+            if handed_in is not None:
+                self._note_images(handed_in.pooler_output, None)
+        memory = recall(kwargs.get("past_key_values")) if kwargs.get("past_key_values") is not None else None
+        if memory is not None and memory.valid is not None and kwargs.get("attention_mask") is None:
+            # Without the caller's mask the library would take the prompt's padding for tokens.
+            new = self._input_ids if self._input_ids is not None else kwargs["inputs_embeds"]
+            mask = torch.nn.functional.pad(memory.valid, (0, new.shape[1]), value=True)
+            return args, {**kwargs, "attention_mask": mask.to(torch.int64)}
+        return None
 
     def _after_core(self, module: nn.Module, args: Any, output: Any) -> None:
         self._images = _Images()
-        self._input_ids = None
+        self._input_ids = self._answers = None
 
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         embeds: Tensor | None = kwargs.get("inputs_embeds")
@@ -219,39 +233,44 @@ class Run:
             return None  # the decoder says itself what it lacks
         shape, device = arriving.shape[:2], arriving.device
         cache = kwargs.get("past_key_values")
-        request = self._requests.get(cache) if cache is not None else None
-        past = request.length if request is not None else (int(cache.get_seq_length()) if cache is not None else 0)
+        memory = recall(cache) if cache is not None else None
+        past = int(cache.get_seq_length()) if cache is not None else 0
         positions = kwargs.get("position_ids")
         if positions is None:
-            positions = torch.arange(past, past + shape[1], device=device)[None]
-            if request is not None:
-                kwargs = {**kwargs, "position_ids": positions}
-        if positions.ndim != 2:
-            raise FoveateError(f"positions of shape {tuple(positions.shape)} (several rows a token) cannot be reduced yet")
-        mask = kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise FoveateError("with a reducer attached, give a 2-D attention mask (batch, tokens) or none")
+            row = torch.arange(past, past + shape[1], device=device)[None]
+        else:
+            row = positions if positions.ndim == 2 else positions[0]
         visual = torch.zeros(shape, dtype=torch.bool, device=device)
         if self._images.lengths:
             # By identity of length, since the core hands the decoder embeddings only.
             visual = self.anatomy.visual_slots(self._input_ids, embeds).to(device)
-            if mask is None and cache is None and bool((positions.diff(dim=1) != 1).any()):
-                raise FoveateError("several samples packed into one row (positions restart, no mask) cannot be reduced yet; pad instead")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, dict):
+            mask = None
         layout = Layout.sequence(
             visual,
             self._images.lengths or None,
-            valid_BN=None if mask is None else mask[:, -shape[1] :].to(device),
-            position_BN=positions.to(torch.int64),
+            valid_BN=None if mask is None or mask.ndim != 2 else mask[:, -shape[1] :].to(device),
+            position_BN=row.to(torch.int64),
         )
-        self._pass = _PassState(layout, request, past, bool(self._images.lengths), self._images.keys, mask is not None)
-        return args, kwargs
+        config = self.anatomy.text_config
+        chunk = Chunk(layout, past, memory, cache, str(config._attn_implementation), self.anatomy.rotary)
+        self._pass = _PassState(chunk, bool(self._images.lengths), self._images.keys, self._answers)
+        return None
+
+    def _after_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._pass is not None and not self._pass.started:
+            self._pass.chunk.rotary_calls.append((args, kwargs, output))
 
     def _after_decoder(self, module: nn.Module, args: Any, output: Any) -> None:
         state, self._pass = self._pass, None
+        for probe in self._probes.values():
+            probe.disarm()
         if state is None or len(state.seen.layouts) < len(self.anatomy.layers):
             return  # an exception ended the pass
-        if state.request is not None:
-            state.request.length = state.past + state.first.shape[1]
+        chunk = state.chunk
+        if chunk.cache is not None and chunk.changed:
+            chunk.remember(remember(chunk.cache) if chunk.memory is None else chunk.memory)
         if state.has_images and self.record != "none":
             self.passes = [*self.passes, state.seen] if self.record == "all" else [state.seen]
 
@@ -259,74 +278,79 @@ class Run:
         state = self._pass
         if state is None:
             return None
+        state.started = True
+        chunk = state.chunk
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
-        if index == 0 and cache is not None and state.request is None:
-            state.request = self._requests.setdefault(cache, _Request(length=state.past))
+        if chunk.cache is None:  # the decoder has made one by itself
+            chunk.cache = kwargs.get("past_key_values")
         if index in self._cuts:
-            hidden = self._enter_stage(index, state, hidden, kwargs, cache)
-        state.seen.layouts.append(state.layout)
+            hidden = self._enter_stage(index, state, hidden)
+        state.seen.layouts.append(chunk.layout)
         state.seen.lengths.append(hidden.shape[1])
-        if not state.replaced:
+        if index in self._probes and state.has_images:
+            self._probes[index].arm()
+        if not chunk.changed:
             return None
-        kwargs = {**kwargs, **{k: v for k, v in state.replaced.items() if k in kwargs}}
+        recurrent = self.anatomy.recurrent(index)
+        new: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name == "attention_mask":
+                new[name] = chunk.mask(value, index, recurrent, hidden.dtype)
+            elif name == "position_ids" and isinstance(value, Tensor):
+                new[name] = chunk.positions(value) if chunk.moved else chunk.side(value)
+            elif name not in ("past_key_values", "hidden_states"):
+                new[name] = chunk.side(value)
+            else:
+                new[name] = value
         if args:
-            return (hidden, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": hidden}
+            return (hidden, *(chunk.side(value) for value in args[1:])), new
+        return args, {**new, "hidden_states": hidden}
 
-    def _enter_stage(self, index: int, state: _PassState, hidden: Tensor, kwargs: dict[str, Any], cache: Any) -> Tensor:
-        """Cuts the chunk in front of layer `index` and makes what the layers behind it need."""
-        request = state.request
-        arriving = state.layout
-        whole = TokenMap.identity(arriving)
-        renumber = False
-        if state.has_images:
-            for reducer, stage in self._cuts[index]:
-                token_map = reducer.reduce(View(whole.target, hidden, state.keys), stage).map
-                hidden = token_map.apply(hidden)
-                whole = whole.then(token_map) if len(self._cuts[index]) > 1 else token_map
-                renumber |= reducer.positions == "renumber"
-        cut_now = state.has_images and not (self._shortcuts and whole.is_identity)
-        before = request.changed.get(index, False) if request is not None else False
-        if not (cut_now or before or state.replaced or (state.has_images and not self._shortcuts)):
-            if request is not None:
-                request.valid[index] = _grown(request, index, state.past, arriving)
+    def _enter_stage(self, index: int, state: _PassState, hidden: Tensor) -> Tensor:
+        """Cuts the chunk in front of layer `index`."""
+        chunk = state.chunk
+        if not state.has_images:
+            if chunk.memory is not None:
+                chunk.enter(index, TokenMap.identity(chunk.layout), renumber=False)
             return hidden
-        # Positions: the stage's own shift from earlier chunks, then the gaps that this cut leaves, if they are to be closed.
-        target = whole.target
-        shift_before = state.shift_before if request is None else request.shift.get(index, state.shift_before)
-        own = shift_before - state.shift_before
-        position = target.position - own[:, None]
-        shift = state.shift + own
-        if renumber:
-            position = position - torch.where(whole.representative >= 0, _dropped_before(whole), 0)
-            shift = shift + arriving.valid.sum(1) - target.valid.sum(1)
-        target = replace(target, position=position)
-        state.layout = target
-        if cut_now:
-            state.seen.maps[index] = replace(whole, target=target)
-        valid = target.valid
-        if request is not None:
-            valid = request.valid[index] = _grown(request, index, state.past, target)
-            request.shift[index] = shift
-            request.changed[index] = True
-        state.shift, state.shift_before = shift, shift_before
-        config = self.anatomy.text_config
-        _refuse_windows(config, valid.shape[1])
-        state.replaced = {
-            "attention_mask": create_causal_mask(
-                config=config,
-                inputs_embeds=hidden,
-                attention_mask=valid if state.has_mask or bool((~valid).any()) else None,
-                past_key_values=cache,
-                position_ids=None,
-                layer_idx=index,
-            ),
-            "position_ids": target.position,
-        }
-        if kwargs.get("position_embeddings") is not None:
-            state.replaced["position_embeddings"] = self.anatomy.decoder.rotary_emb(hidden, position_ids=target.position)  # type: ignore[operator]
+        maps: list[TokenMap] = []
+        for reducer, stage in self._cuts[index]:
+            token_map = reducer.reduce(self._view(index, state, hidden), stage).map
+            renumber = reducer.positions == "renumber"
+            if self._shortcuts and chunk.memory is None and token_map.is_identity:
+                continue
+            hidden = token_map.apply(hidden)
+            chunk.enter(index, token_map, renumber)
+            maps.append(token_map)
+        if maps:
+            whole = functools.reduce(lambda a, b: a.then(b), maps)
+            state.seen.maps[index] = TokenMap(whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean)
+        elif chunk.memory is not None or chunk.changed:
+            chunk.pass_by(index)
         return hidden
+
+    def _view(self, index: int, state: _PassState, hidden: Tensor) -> View:
+        """What the reducers at layer `index` may look at."""
+        chunk = state.chunk
+        layout = chunk.layout
+        signals: dict[Signal, Any] = {}
+        for signal in self._needs:
+            if isinstance(signal, (Attention, Keys)) and signal.layer == index - 1:
+                probe = self._probes[signal.layer]
+                signals[signal] = probe.attention() if isinstance(signal, Attention) else probe.keys()
+        N = layout.shape[1]
+        slot = torch.arange(N, device=hidden.device)
+        prompt = layout.valid
+        if state.answers is not None:
+            answers = chunk.whole.representative
+            answers = state.answers.to(hidden.device).gather(1, answers.clamp(min=0)) & (answers >= 0)
+            first = torch.where(answers.any(1), answers.to(torch.int8).argmax(1), N)
+            prompt = prompt & (slot < first[:, None])
+        asking = torch.where(prompt, slot, 0).max(1).values
+        view = View(layout, hidden, state.keys, signals, prompt & ~layout.visual, asking, state.view)
+        if state.view is None:
+            state.view = view
+        return view
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         state = self._pass
@@ -342,41 +366,13 @@ class Run:
 class _PassState:
     """The forward pass under way."""
 
-    first: Layout
-    request: _Request | None
-    past: int
+    chunk: Chunk
     has_images: bool
     keys: Tensor | None
-    has_mask: bool
+    answers: Tensor | None
     seen: Pass = field(default_factory=Pass)
-    replaced: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.layout = self.first
-        # (B,) by how much the positions of the stage under way are smaller than the logical ones, now and before this chunk.
-        self.shift = torch.zeros(self.first.shape[0], dtype=torch.int64, device=self.first.kind.device)
-        self.shift_before = self.shift
-
-
-def _grown(request: _Request, index: int, past: int, chunk: Layout) -> Tensor:
-    """(B, K) bool: the slots of the stage's cache that are real, this chunk's included."""
-    old = request.valid.get(index)
-    if old is None:
-        old = torch.ones((chunk.shape[0], past), dtype=torch.bool, device=chunk.valid.device)
-    return torch.cat([old, chunk.valid], dim=1)
-
-
-def _dropped_before(token_map: TokenMap) -> Tensor:
-    """(B, M) int64: by how many slots the part of the row up to each target has become shorter."""
-    seen = token_map.source.valid.cumsum(1).gather(1, token_map.representative.clamp(min=0))
-    return seen - token_map.target.valid.cumsum(1)
-
-
-def _refuse_windows(config: Any, slots: int) -> None:
-    window = getattr(config, "sliding_window", None)
-    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or [])
-    if sliding and window is not None and slots > window:
-        raise FoveateError(f"{slots} tokens are more than the sliding window of {window}; that cannot be reduced yet")
+    started: bool = False
+    view: View | None = None  # in front of the first decoder layer
 
 
 _SAVED: Any = object()

@@ -190,6 +190,7 @@ class TokenMap:
     member          (B, M, E) int64: sources of each target, -1 where there are fewer than E
     weight          (B, M, E) float64, 0 where there is no member; None means 1 everywhere. Weights need not sum to 1.
     representative  (B, M) int64: the source whose place (and by default position) the target takes; -1 for an empty target
+    mean            whether targets take the truncated mean of their members' positions instead
     """
 
     source: Layout
@@ -197,6 +198,7 @@ class TokenMap:
     member: Tensor
     weight: Tensor | None
     representative: Tensor
+    mean: bool = False
 
     # ---- makers
 
@@ -259,7 +261,7 @@ class TokenMap:
         token_map = cls(layout, target, member, weight, representative)
         if mean:
             target = replace(target, position=token_map.positions(layout.position, mean=True))
-            token_map = replace(token_map, target=target)
+            token_map = replace(token_map, target=target, mean=True)
         return token_map
 
     # ---- what it does to tensors

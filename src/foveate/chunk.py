@@ -1,0 +1,241 @@
+"""One forward pass under way: what the cuts have made of the chunk of the sequence that came in, and what the layers get instead.
+
+The library makes masks, rotary embeddings and side inputs once, for the whole chunk, and hands the same objects to every layer. Behind a cut
+each of them is gathered from the whole one by the slots that are left: so a mask keeps all that its model put into it (causality, padding,
+sliding windows by original distance, image blocks that see both ways), for the chunk's rows as for the columns of what is cached.
+Only positions that change (a group's mean, closed gaps) are computed anew, by the model's own rotary module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.memory import Memory, fixed_length, held_before
+from foveate.tokens import Layout, TokenMap
+
+
+@dataclass
+class Move:
+    """What one stage did to positions: maps, then by how much earlier chunks had been shifted already, and whether gaps are closed."""
+
+    map: TokenMap
+    own: Tensor
+    renumber: bool
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """(B, N) or (R, B, N) -> the same with M. Several rows a token (m-RoPE) name places in a grid: their gaps are not closed."""
+        if positions.ndim == 3:
+            return torch.stack([self.map.positions(row, mean=self.map.mean) for row in positions])
+        moved = self.map.positions(positions, mean=self.map.mean) - self.own[:, None]
+        return moved - torch.where(self.map.representative >= 0, dropped_before(self.map), 0) if self.renumber else moved
+
+
+@dataclass
+class Chunk:
+    """The chunk as it came in (`first`), as it is at the stage under way (`layout`), and the tables of what is cached.
+
+    past      tokens of the sequence before this chunk
+    whole     the map from the chunk as it came in to the stage under way
+    stage     the decoder layer that the stage began at
+    """
+
+    first: Layout
+    past: int
+    memory: Memory | None
+    cache: Any
+    implementation: str
+    rotary: Callable[..., Any] | None
+    layout: Layout = field(init=False)
+    whole: TokenMap = field(init=False)
+    stage: int = 0
+    moves: list[Move] = field(default_factory=list)
+    moved: bool = False  # whether a position is another one than the library gave
+    shift: Tensor = field(init=False)
+    shift_before: Tensor = field(init=False)
+    changed: bool = False  # whether layers need anything else than what the library hands them
+    rotary_calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    tables: dict[int, Tensor] = field(default_factory=dict)
+    shifts: dict[int, Tensor] = field(default_factory=dict)
+    _known: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.layout = self.first
+        self.whole = TokenMap.identity(self.first)
+        self.shift = self.shift_before = torch.zeros(self.first.shape[0], dtype=torch.int64, device=self.first.kind.device)
+        self.changed = self.memory is not None
+        self.tables[0] = self._sequence_index()
+
+    # ---- cuts
+
+    def enter(self, stage: int, token_map: TokenMap, renumber: bool) -> None:
+        """A stage begins in front of decoder layer `stage`; what it keeps of the chunk is `token_map`."""
+        before = self.shift_before if self.memory is None else self.memory.shift.get(stage, self.shift_before)
+        own = before - self.shift_before
+        self.moves.append(Move(token_map, own, renumber))
+        self.moved |= token_map.mean or renumber or (self.memory is not None and bool(own.any()))
+        closed = self.first.valid.new_zeros(())
+        if renumber:
+            closed = token_map.source.valid.sum(1) - token_map.target.valid.sum(1)
+        self.shift, self.shift_before = self.shift + own + closed, before
+        self.whole = token_map if self.whole.source is token_map.source else self.whole.then(token_map)
+        self.layout, self.stage = replace(token_map.target, position=self.positions(self.first.position)), stage
+        self.changed = True
+        self._known = {}
+        self.tables[stage] = self._sequence_index()
+        self.shifts[stage] = self.shift
+
+    def pass_by(self, stage: int) -> None:
+        """Nothing happens at this stage and nothing ever has; its layers go on with what the ones before had."""
+        self.tables[stage] = self.tables[self.stage]
+        self.shifts[stage] = self.shift
+        self.stage = stage
+
+    def _sequence_index(self) -> Tensor:
+        there = self.whole.representative
+        return torch.where((there >= 0), there + self.past, -1)
+
+    def remember(self, memory: Memory) -> None:
+        """Called when the pass has gone through: the tables grow by this chunk."""
+        B = self.first.shape[0]
+        for stage, table in self.tables.items():
+            memory.slots[stage] = torch.cat([self._before(memory, stage, B), table], 1)
+        memory.shift.update(self.shifts)
+        if memory.valid is not None or not bool(self.first.valid.all()):
+            old = memory.valid if memory.valid is not None else torch.ones((B, self.past), dtype=torch.bool, device=self.first.valid.device)
+            memory.valid = torch.cat([old, self.first.valid], 1)
+        memory.length = self.past + self.first.shape[1]
+
+    def _before(self, memory: Memory | None, stage: int, B: int) -> Tensor:
+        if memory is not None and stage in memory.slots:
+            return memory.slots[stage]
+        return torch.arange(self.past, device=self.first.kind.device).expand(B, self.past)
+
+    # ---- what a layer gets
+
+    def mask(self, mask: Any, layer: int, recurrent: bool, dtype: torch.dtype) -> Any:
+        """A layer's own mask, from the whole chunk's."""
+        columns = self._columns(layer)
+        key = (id(mask), columns.shape[1])
+        if key not in self._known:
+            self._known[key] = (mask, self._cut_mask(mask, columns, recurrent, dtype))
+        return self._known[key][1]
+
+    def _columns(self, layer: int) -> Tensor:
+        """(B, K) the sequence index of every key that the layer will see, -1 where there is none."""
+        now = self.tables[self.stage]
+        if self.cache is None:
+            return now
+        before = held_before(self.cache, layer, self._before(self.memory, self.stage, now.shape[0]))
+        columns = torch.cat([before, now], 1)
+        length = fixed_length(self.cache, layer)
+        return columns if length is None else torch.nn.functional.pad(columns, (0, length - columns.shape[1]), value=-1)
+
+    def _cut_mask(self, mask: Any, columns: Tensor, recurrent: bool, dtype: torch.dtype) -> Any:
+        rows = self.whole.representative
+        B, M = rows.shape
+        K = columns.shape[1]
+        if recurrent:
+            if mask is None:
+                return None if bool((rows >= 0).all()) else rows >= 0
+            return mask.expand(B, -1).gather(1, rows.clamp(min=0)) * (rows >= 0).to(mask.dtype)
+        if mask is None:
+            causal = M == 1 or M == K
+            if causal and bool((columns >= 0).all()):
+                return None
+            if "flash" in self.implementation:
+                return columns >= 0
+            seen = (columns[:, None] >= 0) & (columns[:, None] <= (self._filled(rows) + self.past)[..., None])
+            return seen[:, None]
+        if not isinstance(mask, Tensor):
+            raise FoveateError(f"masks of {self.implementation} ({type(mask).__name__}) cannot be reduced; load the model with sdpa or eager attention")
+        if mask.ndim == 2:
+            return mask.expand(B, -1).gather(1, columns.clamp(min=0)) * (columns >= 0).to(mask.dtype)
+        if mask.ndim != 4:
+            raise FoveateError(f"an attention mask of shape {tuple(mask.shape)} cannot be reduced; give a 2-D one (batch, tokens) or none")
+        H = mask.shape[1]
+        mask = mask.expand(B, H, -1, -1)
+        mask = mask.gather(2, self._filled(rows)[:, None, :, None].expand(B, H, M, mask.shape[3]))
+        mask = mask.gather(3, columns.clamp(min=0)[:, None, None].expand(B, H, M, K))
+        low: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return mask.masked_fill((columns < 0)[:, None, None], low)
+
+    @staticmethod
+    def _filled(rows: Tensor) -> Tensor:
+        """Rows of padding see what the real one before them sees: a row that sees nothing would be NaN in some kernels."""
+        index = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        last = torch.where(rows >= 0, index, -1).cummax(1).values
+        return rows.gather(1, last.clamp(min=0)).clamp(min=0)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """(B or 1, N) or (R, B or 1, N) positions of the chunk as they are at this stage."""
+        B, N = self.first.shape
+        moved = positions.to(torch.int64).expand(*positions.shape[:-2], B, N)
+        for move in self.moves:
+            moved = move(moved)
+        return moved
+
+    def side(self, value: Any) -> Any:
+        """Anything else that a layer gets: what runs along the sequence is cut as the sequence is."""
+        key = (id(value), -1)
+        if key not in self._known:
+            self._known[key] = (value, self._cut_side(value))
+        return self._known[key][1]
+
+    def _cut_side(self, value: Any) -> Any:
+        for args, kwargs, output in self.rotary_calls:
+            if value is output:
+                return self._rotary_again(args, kwargs) if self.moved else _each(value, self._gather)
+        return _each(value, self._carry)
+
+    def _rotary_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.rotary is not None
+        if "position_ids" in kwargs:
+            return self.rotary(*args, **{**kwargs, "position_ids": self.positions(kwargs["position_ids"])})
+        return self.rotary(args[0], self.positions(args[1]), *args[2:], **kwargs)
+
+    def _carry(self, value: Tensor) -> Tensor:
+        """States along the sequence are mixed as the tokens are; anything else follows the representatives."""
+        if value.is_floating_point() and value.ndim > 2 and value.shape[:2] == self.first.shape:
+            return self.whole.apply(value)
+        return self._gather(value)
+
+    def _axis(self, value: Tensor) -> int | None:
+        """The axis that runs along the chunk: behind an axis of the batch (or of 1)."""
+        B, N = self.first.shape
+        for axis in range(1, min(value.ndim, 3)):
+            if value.shape[axis] == N and value.shape[axis - 1] in (1, B):
+                return axis
+        return None
+
+    def _gather(self, value: Tensor) -> Tensor:
+        axis, B = self._axis(value), self.first.shape[0]
+        if axis is None:
+            return value
+        index = self.whole.representative.clamp(min=0)
+        shape = list(value.shape)
+        shape[axis - 1] = B
+        value = value.expand(shape)
+        view = [1] * value.ndim
+        view[axis - 1], view[axis] = index.shape
+        shape[axis] = index.shape[1]
+        return value.gather(axis, index.view(view).expand(shape))
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_each(v, change) for v in value)
+    return {name: _each(v, change) for name, v in value.items()} if isinstance(value, dict) else value
+
+
+def dropped_before(token_map: TokenMap) -> Tensor:
+    """(B, M) int64: by how many slots the part of the row up to each target has become shorter."""
+    seen = token_map.source.valid.cumsum(1).gather(1, token_map.representative.clamp(min=0))
+    return seen - token_map.target.valid.cumsum(1)
