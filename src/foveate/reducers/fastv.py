@@ -1,0 +1,113 @@
+"""FastV: visual tokens ranked by the attention that they receive in an early decoder layer (arXiv 2403.06764).
+
+    s_n = mean over heads of A[layer - 1][h, last prompt token, n]        keep the best `keep` of each image
+
+in front of decoder layer index `layer`: the first `layer` layers see every token. The paper's R is the share removed, 1 - keep.
+Survivors stay in raster order and keep their positions, as in the authors' in-place and Hugging Face variants.
+
+The paper and the code are two rules under one name. The paper scores by the average attention received from all other tokens
+(`rows="all"`: every query of the prompt but the token itself, and the answer is never looked at); the code by the last row alone
+(`rows="last"`, the default here, and what is meant in nearly every comparison).
+
+Where this differs from the authors' code: each image is ranked on its own, in any batch and under any padding (theirs: batch 1, start
+and length of the image fixed in the source); newline tokens stay, theirs compete like patches; only the rows that are read are computed,
+theirs is eager in every layer; half a token rounds up, not to even; layer 0, where there is no map yet and theirs draws at random, is
+an error that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.signals import BLOCK, Attention, AttentionRows, View
+from foveate.sites import Cut, FromLayer, Site
+from foveate.tokens import TokenMap, budget, top
+
+
+@dataclass(frozen=True)
+class FastV(Reducer):
+    """Keeps `keep` of each image's tokens in front of decoder layer index `layer` (0-based, at least 1).
+
+    rows  "last": the row of the last prompt token; "all": the mean of all other prompt tokens' rows
+    of    whether a share is one of the tokens that arrive or of those that the image had in front of the first layer
+    """
+
+    name: ClassVar[str] = "fastv"
+    paper: ClassVar[str] = "2403.06764"
+    keep: float | int = 0.5
+    layer: int = 2
+    rows: str = "last"
+    of: str = "arriving"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.name, self.keep, self.of)
+        if type(self.layer) is not int or self.layer < 1:
+            raise FoveateError(
+                f"fastv: layer={self.layer!r} is not possible, the attention of the layer before it is needed; give an integer >= 1, "
+                f"or in front of the first layer use random:keep={self.keep}"
+            )
+        if self.rows not in ("last", "all"):
+            raise FoveateError(f'fastv: rows={self.rows!r} is not possible; choose "last" (the code) or "all" (the paper)')
+
+    def sites(self, layers: int) -> list[Site]:
+        return [FromLayer(self.layer, (Attention(self.layer - 1),))]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        attention: AttentionRows = view.signal(Attention(self.layer - 1))
+        score = attention.row(asking(self.name, view)) if self.rows == "last" else _from_others(attention, view, asking(self.name, view))
+        return Cut(TokenMap.keep(view.layout, top(view.layout, score, 1.0, original_BN=leaving(view, self.count))))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        return min(arriving, budget(self.keep, original if self.of == "original" else arriving))
+
+
+def _from_others(attention: AttentionRows, view: View, asking_B: Tensor) -> Tensor:
+    """(B, N) attention that each slot receives from all other slots of the prompt, mean over heads and over these slots."""
+    B, N = view.layout.shape
+    slots = torch.arange(N, device=asking_B.device)
+    prompt = view.layout.valid & (slots <= asking_B[:, None])
+    total = torch.zeros((B, N), device=asking_B.device)
+    for index in slots.split(BLOCK):
+        part = attention.rows(index.expand(B, -1)).mean(1)
+        asks = prompt[:, index, None] & (index[:, None] != slots)  # not of itself
+        total += torch.where(asks, part, 0.0).sum(1)
+    return total / (prompt.sum(1, keepdim=True) - 1).clamp(min=1)
+
+
+def asking(name: str, view: View) -> Tensor:
+    """(B,) the slots that ask. Raises FoveateError where the view does not say."""
+    if view.asking is None:
+        raise FoveateError(f"{name}: the view does not say which slot is the prompt's last; make it by View.of, or give View(asking=…)")
+    return view.asking
+
+
+def check(name: str, keep: object, of: str) -> None:
+    """Raises FoveateError for a budget that cannot be, or is one of neither kind of token."""
+    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
+        raise FoveateError(f"{name}: keep={keep!r} is not possible; give a share in (0, 1] as a float or a number of tokens >= 1 as an int")
+    budget(keep, 1)
+    if of not in ("original", "arriving"):
+        raise FoveateError(f'{name}: of={of!r} is not possible; choose "original" or "arriving"')
+
+
+def leaving(view: View, count: Callable[[int, int], int]) -> Tensor:
+    """(B, N) int64, at each visual slot: what `count(arriving, original)` says of its image (0 for all other slots)."""
+    layout, first = view.layout, (view.first or view).layout
+    visual, arriving, seen = layout.visual, layout.image_length, first.visual
+    number = torch.zeros_like(arriving)
+    if not bool(visual.any()):
+        return number
+    original = torch.zeros(int(max(layout.image.max(), first.image.max())) + 1, dtype=torch.int64, device=number.device)
+    original[first.image[seen]] = first.image_length[seen]
+    before = original[layout.image.clamp(min=0)]
+    for a, o in torch.unique(torch.stack([arriving, before], -1)[visual], dim=0).tolist():
+        number[visual & (arriving == a) & (before == o)] = count(a, o)
+    return number

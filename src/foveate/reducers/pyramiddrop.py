@@ -1,0 +1,118 @@
+"""PyramidDrop: the same share of the visual tokens dropped at the end of every stage of the language model (arXiv 2410.17247).
+
+    depth:   | stage 0: v tokens | stage 1: λv | stage 2: λ²v | stage 3: λ³v |        λ = keep = 0.5, 4 equal stages
+    s_n = mean over heads of A[last layer of the stage][h, last prompt token, n]
+
+The paper removes ceil((1 - λ) v) of the v tokens that arrive, that is, keeps floor(λv), but here never fewer than one. In a model of 32
+layers the drops stand in front of layer indices 8, 16 and 24; where the depth is not a multiple of `stages`, in front of
+floor(depth * s / stages), which is this library's rule. Sets are nested, survivors in raster order, positions are renumbered after each
+drop.
+
+Where this differs from the authors' code: it scores with the projections of the layer *after* the boundary, run once more on the side,
+the paper (and this) with the stage's own last layer. It keeps floor(N0 * ratio) of the original number (`of="original"`; with λ = 1/m
+both are the same number). In training it scores by the mean over all tokens that precede an answer, this always by the prompt's last
+one. It reduces the first image of a sample only and pads on the right; here every image is ranked on its own, in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from fractions import Fraction
+from typing import ClassVar
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.reducers.fastv import asking, check, leaving
+from foveate.signals import Attention, AttentionRows, View
+from foveate.sites import Cut, FromLayer, Site
+from foveate.tokens import TokenMap, top
+
+
+@dataclass(frozen=True)
+class PyramidDrop(Reducer):
+    """Drops at the `stages` - 1 inner boundaries of `stages` equal parts of the depth.
+
+    keep  one share: λ, kept of what arrives at every drop (with of="original" λ, λ², λ³ … of what the image had); or one entry a drop,
+          "0.5-0.25-0.125" or (288, 144, 72): shares of what `of` says, or numbers of tokens. One number holds at every drop.
+    of    "arriving" (the paper) or "original" (the code), the latter counted in front of the first layer
+    """
+
+    name: ClassVar[str] = "pyramiddrop"
+    paper: ClassVar[str] = "2410.17247"
+    keep: float | int | str | Sequence[float | int] = 0.5
+    stages: int = 4
+    of: str = "arriving"
+    positions: str = field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.stages) is not int or self.stages < 2:
+            raise FoveateError(f"pyramiddrop: stages={self.stages!r} is not possible; give an integer >= 2")
+        entries = numbers(self.name, "keep", self.keep)
+        for entry in entries:
+            check(self.name, entry, self.of)
+        if len(entries) not in (1, self.stages - 1):
+            raise FoveateError(
+                f"pyramiddrop: keep={self.keep!r} has {len(entries)} entries, but {self.stages} stages have {self.stages - 1} drops; "
+                "give one entry for each drop, or a single share for all"
+            )
+        object.__setattr__(self, "keep", spelled(entries))
+
+    def sites(self, layers: int) -> list[Site]:
+        if layers < self.stages:
+            raise FoveateError(
+                f"pyramiddrop: {layers} decoder layers cannot be cut into {self.stages} stages; give stages={max(2, layers)}"
+            )
+        boundaries = [layers * s // self.stages for s in range(1, self.stages)]
+        return [FromLayer(k, (Attention(k - 1),)) for k in boundaries]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        # Where the stages end depends on the depth, which a view does not tell; the layer just passed is the last whose attention there is.
+        passed = [signal.layer for signal in view.signals if isinstance(signal, Attention)]
+        if not passed:
+            raise FoveateError("pyramiddrop: the view holds no attention; give View.of(signals={Attention(layer): …}) of the layer before")
+        attention: AttentionRows = view.signal(Attention(max(passed)))
+        number = leaving(view, lambda arriving, original: self.count(arriving, original, stage))
+        kept = top(view.layout, attention.row(asking(self.name, view)), 1.0, original_BN=number)
+        return Cut(TokenMap.keep(view.layout, kept))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        entries = numbers(self.name, "keep", self.keep)
+        entry = entries[0] if len(entries) == 1 else entries[stage]
+        if isinstance(entry, int):
+            return min(entry, arriving)
+        share = meant(entry)
+        if len(entries) == 1 and self.of == "original":
+            share **= stage + 1
+        return min(arriving, max(1, int(share * (original if self.of == "original" else arriving))))
+
+
+def meant(share: float) -> Fraction:
+    """The fraction that was meant: int(576 * (1 / 3)) must not depend on the float beside 1/3."""
+    return Fraction(str(share)).limit_denominator(1_000_000)
+
+
+def numbers(name: str, option: str, value: object) -> list[int | float]:
+    """One number, several, or "1-2-3": the entries. Raises FoveateError for anything else."""
+    parts = value.split("-") if isinstance(value, str) else list(value) if isinstance(value, (tuple, list)) else [value]
+    found: list[int | float] = []
+    for part in parts:
+        try:
+            entry = part if not isinstance(part, str) else float(part) if "." in part else int(part)
+        except ValueError:
+            entry = None
+        if isinstance(entry, bool) or not isinstance(entry, (int, float)):
+            raise FoveateError(
+                f"{name}: {option}={value!r} is not possible; give a number, or several as in {option}=0.5-0.25 or 300-200-110"
+            )
+        found.append(entry)
+    if not found:
+        raise FoveateError(f"{name}: {option}={value!r} is empty; give a number, or several as in {option}=0.5-0.25")
+    return found
+
+
+def spelled(entries: Sequence[int | float]) -> int | float | str:
+    """What `numbers` reads back, without commas: a number, or numbers joined by "-"."""
+    return entries[0] if len(entries) == 1 else "-".join(format(Decimal(str(e)), "f") for e in entries)

@@ -1,0 +1,235 @@
+"""SparseVLM: visual tokens ranked by the text tokens that matter for the image, the dropped ones partly recycled (arXiv 2410.04417, v1).
+
+    raters   once, on the input embeddings:  P = softmax over text (H_v H_q^T),  r = mean over visual rows of P,  rater iff r >= mean of r
+    score    s_n = mean over raters and heads of A[layer - 1][h, rater, n]
+    recycle  of n dropped tokens the best n' = floor(0.3 n) + 1, in floor(n' / 10) + 1 clusters, one token each
+
+in front of decoder layer indices 3, 7 and 16: the code's list 2, 6, 15 names the layers *after* which it acts, with their own maps.
+A recycled token is the sum of its cluster (`merge="sum"`, the paper) or the mean ("mean", the code). Clusters are density peaks:
+distances are Euclidean over the square root of the width; density is exp(-mean squared distance to the k nearest others), k the
+number of clusters; centres have the largest product of density and distance to the nearest denser token; every other token joins its
+nearest centre. That the neighbours exclude the token itself, that the densest token counts as farthest, and that tokens join the nearest
+centre are choices made here: unverified against the code.
+
+The budgets are the code's lists for 576 tokens, by name: "v1-192", "v1-128", "v1-96", "v1-64", "v2-192", "v2-128", "v2-96", "v2-64".
+Of version 2.0 only the lists are here, not its score (gravity correction, 14 heads); it recycles nothing and keeps positions, so write
+recycle=false,positions=keep with its lists. The nominal number counts neither the full layers nor the recycled tokens: "v1-192" runs
+576 x 3, 309 x 4, 204 x 9 and 113 x 16 in 32 layers, 206.5 on average.
+
+Where this differs from the paper: it removes a multiple of N - rank(P) tokens, a number that is known only after looking; here, as in the
+code, the budget is given. Where this differs from the authors' code: a budget as large as the image drops nothing (theirs always drops
+one); a rater may equal the mean (theirs must exceed it, so that a single text token or equal ones leave no rater at all); clusters are
+deterministic (theirs adds random noise of 1e-6), ties going to the lower raster index; a recycled token stands at its centre's place, and
+behind the image's kept ones only with order="append"; each image has raters and clusters of its own, in any batch. Only text behind an
+image rates it, since in a causal model other text cannot see it; an image that no text follows is rated by the prompt's last slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.reducers.fastv import asking, check, leaving
+from foveate.reducers.pyramiddrop import numbers, spelled
+from foveate.signals import Attention, AttentionRows, View
+from foveate.sites import Cut, FromLayer, Site
+from foveate.tokens import Layout, TokenMap, budget, top
+
+LISTS = {
+    "v1-192": (300, 200, 110),
+    "v1-128": (303, 110, 36),
+    "v1-96": (238, 48, 26),
+    "v1-64": (66, 30, 17),
+    "v2-192": (300, 200, 118),
+    "v2-128": (238, 108, 60),
+    "v2-96": (246, 54, 28),
+    "v2-64": (66, 34, 20),
+}
+
+
+@dataclass(frozen=True)
+class SparseVLM(Reducer):
+    """Keeps `keep` of each image's tokens in front of each decoder layer of `layers`, and recycles some of the rest.
+
+    keep     a name of LISTS, or one entry a layer, "300-200-110" or (0.5, 0.35, 0.2), without the recycled; one entry holds at each
+    layers   indices (0-based, at least 1, ascending): "3-7-16" or (3, 7, 16); a layer that the model does not have never acts
+    recycle  whether dropped tokens come back in clusters;  merge  "sum" or "mean" of a cluster;  order  "raster" or "append"
+    of       whether a share is one of what the image had in front of the first layer, or of the tokens that arrive
+    """
+
+    name: ClassVar[str] = "sparsevlm"
+    paper: ClassVar[str] = "2410.04417"
+    keep: float | int | str | Sequence[float | int] = "v1-192"
+    layers: int | str | Sequence[int] = "3-7-16"
+    recycle: bool = True
+    merge: str = "sum"
+    order: str = "raster"
+    of: str = "original"
+    positions: str = field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = numbers(self.name, "layers", self.layers)
+        if any(type(k) is not int or k < 1 for k in layers) or any(a >= b for a, b in pairwise(layers)):
+            raise FoveateError(f"sparsevlm: layers={self.layers!r} is not possible; give ascending integers >= 1, as in layers=3-7-16")
+        object.__setattr__(self, "layers", spelled(layers))
+        if isinstance(self.keep, str) and self.keep.startswith("v") and self.keep not in LISTS:
+            raise FoveateError(f"sparsevlm: keep={self.keep!r} is no list of the code's; choose one of {', '.join(LISTS)}, or give numbers")
+        entries = self._entries
+        for entry in entries:
+            check(self.name, entry, self.of)
+        if len(entries) not in (1, len(layers)):
+            raise FoveateError(
+                f"sparsevlm: keep={self.keep!r} has {len(entries)} entries, layers={self.layers} has {len(layers)}; "
+                "give one entry for each layer"
+            )
+        if self.keep not in LISTS:
+            object.__setattr__(self, "keep", spelled(entries))
+        if not isinstance(self.recycle, bool):
+            raise FoveateError(f"sparsevlm: recycle={self.recycle!r} is not possible; choose true or false")
+        for option, choices in (("merge", ("sum", "mean")), ("order", ("raster", "append"))):
+            if getattr(self, option) not in choices:
+                raise FoveateError(f"sparsevlm: {option}={getattr(self, option)!r} is not possible; choose {' or '.join(choices)}")
+
+    @property
+    def _entries(self) -> list[int | float]:
+        return list(LISTS[self.keep]) if isinstance(self.keep, str) and self.keep in LISTS else numbers(self.name, "keep", self.keep)
+
+    @property
+    def _layers(self) -> list[int]:
+        return [int(k) for k in numbers(self.name, "layers", self.layers)]
+
+    def sites(self, layers: int) -> list[Site]:
+        return [FromLayer(k, (Attention(k - 1),)) for k in self._layers]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        score = self._score(view, view.signal(Attention(self._layers[stage] - 1)))
+        kept = top(view.layout, score, 1.0, original_BN=leaving(view, lambda a, o: self._kept(a, o, stage)))
+        if not self.recycle or not bool((view.layout.visual & ~kept).any()):
+            return Cut(TokenMap.keep(view.layout, kept))
+        return Cut(self._recycled(view, kept, score))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        kept = self._kept(arriving, original, stage)
+        return kept + (_clusters(arriving - kept) if self.recycle else 0)
+
+    def _kept(self, arriving: int, original: int, stage: int) -> int:
+        entries = self._entries
+        entry = entries[0] if len(entries) == 1 else entries[stage]
+        return min(arriving, budget(entry, original if self.of == "original" else arriving))
+
+    def _score(self, view: View, attention: AttentionRows) -> Tensor:
+        """(B, N) attention from the raters of the slot's image."""
+        score = torch.zeros(view.layout.shape, device=view.layout.kind.device)
+        for rows, slots in _raters(view, asking(self.name, view)):
+            score = torch.where(slots, attention.received(rows), score)
+        return score
+
+    def _recycled(self, view: View, kept_BN: Tensor, score_BN: Tensor) -> TokenMap:
+        """Everything but the dropped, each cluster at its centre."""
+        layout, tokens = view.layout, view.tokens
+        if tokens is None:
+            raise FoveateError("sparsevlm: recycling needs the tokens' states; give View(tokens=…), or recycle=False")
+        clusters: dict[tuple[int, int], Tensor] = {}
+        place = torch.arange(layout.shape[1], device=kept_BN.device).repeat(layout.shape[0], 1) * 2
+        for b, image_N in _images(layout):
+            dropped = (image_N & ~kept_BN[b]).nonzero()[:, 0]
+            if len(dropped) == 0:
+                continue
+            best = torch.argsort(score_BN[b, dropped], descending=True, stable=True)[: _candidates(len(dropped))]
+            slots = dropped[best.sort().values]
+            centre_of = peaks(tokens[b, slots].to(torch.float32), _clusters(len(dropped)))
+            for c in centre_of.unique().tolist():
+                clusters[b, int(slots[c])] = slots[centre_of == c]
+                if self.order == "append":
+                    place[b, slots[c]] = place[b, (image_N & kept_BN[b]).nonzero()[-1]] + 1
+        member = torch.full((*layout.shape, max(len(c) for c in clusters.values())), -1, dtype=torch.int64, device=place.device)
+        member[..., 0] = torch.arange(layout.shape[1], device=place.device)
+        stays = layout.valid & (kept_BN | ~layout.visual)
+        for (b, centre), slots in clusters.items():
+            member[b, centre, : len(slots)] = slots
+            stays[b, centre] = True
+        counts = stays.sum(1)
+        index = torch.argsort(torch.where(stays, place, 2 * layout.shape[1]), dim=1, stable=True)[:, : int(counts.max())]
+        index = torch.where(torch.arange(index.shape[1], device=index.device) < counts[:, None], index, -1)
+        member = member.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, member.shape[-1])).masked_fill(index[..., None] < 0, -1)
+        there = (member >= 0).to(torch.float64)
+        return TokenMap.merge(layout, member, there / there.sum(-1, keepdim=True).clamp(min=1) if self.merge == "mean" else None, index)
+
+
+def _candidates(dropped: int) -> int:
+    """How many of the dropped are clustered; in integers, since int(0.3 * n) has float traps."""
+    return 3 * dropped // 10 + 1 if dropped else 0
+
+
+def _clusters(dropped: int) -> int:
+    return _candidates(dropped) // 10 + 1 if dropped else 0
+
+
+def _images(layout: Layout) -> list[tuple[int, Tensor]]:
+    """(row, (N,) bool slots) of each image of the batch."""
+    there = torch.where(layout.visual, layout.image, -1)
+    return [(b, there[b] == i) for b in range(layout.shape[0]) for i in there[b].unique().tolist() if i >= 0]
+
+
+def _raters(view: View, asking_B: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(B, N) bool raters and (B, N) bool slots that they rate: first those of each row's first image, then of its second, …"""
+    first = view.first or view
+    if view.text is None or first.text is None or first.tokens is None:
+        raise FoveateError(
+            "sparsevlm: raters need the text slots and the input embeddings; make the view by View.of, or give View(text=…, tokens=…)"
+        )
+    found: list[tuple[Tensor, Tensor]] = []
+    done = [0] * view.layout.shape[0]
+    now = torch.where(view.layout.visual, view.layout.image, -1)
+    for b, image_N in _images(first.layout):
+        before, here = first.text[b].nonzero()[:, 0], view.text[b].nonzero()[:, 0]
+        if len(before) != len(here):
+            raise FoveateError(f"sparsevlm: {len(before)} text slots in front of the first layer, {len(here)} here; text is never dropped")
+        behind = before > image_N.nonzero()[-1]
+        if len(found) == done[b]:
+            found.append((torch.zeros_like(view.layout.valid), torch.zeros_like(view.layout.valid)))
+        rows, slots = found[done[b]]
+        done[b] += 1
+        slots[b] = now[b] == first.layout.image[b][image_N][0]
+        if bool(behind.any()):
+            visual, text = first.tokens[b, image_N].to(torch.float32), first.tokens[b, before[behind]].to(torch.float32)
+            rows[b, here[behind][raters(visual, text)]] = True
+        else:
+            rows[b, asking_B[b]] = True
+    return found
+
+
+def relevance(visual_LD: Tensor, text_TD: Tensor) -> Tensor:
+    """(T,) how much of an image each text token takes; sums to 1."""
+    return (visual_LD @ text_TD.T).softmax(-1).mean(0)
+
+
+def raters(visual_LD: Tensor, text_TD: Tensor) -> Tensor:
+    """(T,) bool: the text tokens whose relevance is at least the mean, which is 1 / T (equal ones differ in their last bit)."""
+    return relevance(visual_LD, text_TD) * len(text_TD) >= 1 - 1e-5
+
+
+def peaks(x_TD: Tensor, clusters: int) -> Tensor:
+    """(T,) int64: the density peak that each of T tokens belongs to, as an index into the tokens."""
+    T, D = x_TD.shape
+    # Differences, not products: equal tokens are exactly 0 apart.
+    distance = torch.cdist(x_TD, x_TD, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
+    if T == 1:
+        return torch.zeros(1, dtype=torch.int64, device=x_TD.device)
+    others = distance.masked_fill(torch.eye(T, dtype=torch.bool, device=x_TD.device), float("inf"))
+    density = (-others.sort(dim=1).values[:, : min(clusters, T - 1)].square().mean(1)).exp()
+    index = torch.arange(T, device=x_TD.device)
+    denser = (density > density[:, None]) | ((density == density[:, None]) & (index < index[:, None]))
+    apart = torch.where(denser.any(1), distance.masked_fill(~denser, float("inf")).min(1).values, distance.max())
+    centres = torch.argsort(density * apart, descending=True, stable=True)[:clusters].sort().values
+    nearest = centres[distance[:, centres].argmin(1)]
+    nearest[centres] = centres
+    return nearest
