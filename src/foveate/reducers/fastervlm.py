@@ -1,0 +1,56 @@
+"""FasterVLM: the patches that the vision tower's [CLS] token attends to (arXiv 2412.01818 v1).
+
+    s_n = mean over heads of the attention [CLS] -> patch n in the layer whose output feeds the projector
+    keep the T largest s_n of each tile, in raster order; nothing is mixed
+
+The text is not looked at and [CLS] itself is not passed on. `keep` is per tile ("crop"), as in the paper's tables for tiled
+models; an image without tiles is one tile. In a tower without [CLS] the score is the attention received (see `ClsAttention`).
+
+Where this differs from the authors' code: nothing is known in the rule. Their code gives tiled images no newline tokens; here
+newline tokens, where a model has them, stay. Their code takes all attention maps from an eager tower; one row is enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.signals import ClsAttention, View
+from foveate.sites import BeforeLM, Cut, Site
+from foveate.tokens import TokenMap, budget, top
+
+
+@dataclass(frozen=True)
+class FasterVLM(Reducer):
+    """Keeps the `keep` (share or number) patches of each tile with the highest [CLS] attention in tower block `layer`.
+
+    scope: what `keep` counts in, "crop" (tile, the paper's), "image" or "frame".
+    """
+
+    name: ClassVar[str] = "fastervlm"
+    paper: ClassVar[str] = "2412.01818"
+    keep: float | int = 0.25
+    layer: int = -2
+    scope: str = "crop"
+    positions: str = field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        budget(self.keep, 1)
+        if type(self.layer) is not int:
+            raise FoveateError(f"fastervlm: layer={self.layer!r} is not possible; give an integer, such as -2 for the last block but one")
+        if self.scope not in ("crop", "image", "frame"):
+            raise FoveateError(f'fastervlm: scope={self.scope!r} is not possible; choose "crop", "image" or "frame"')
+
+    def sites(self, layers: int) -> list[Site]:
+        return [BeforeLM((ClsAttention(self.layer),))]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        score = view.signal(ClsAttention(self.layer))
+        return Cut(TokenMap.keep(view.layout, top(view.layout, score, self.keep, scope=self.scope)))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        """Of one crop (or frame) where `scope` says so: an image of several has the sum."""
+        return budget(self.keep, arriving)
