@@ -1,0 +1,153 @@
+"""AIM: merging before the language model, then pruning layer by layer inside it (arXiv 2412.03248).
+
+    merge   bipartite matching on the cosine of the embeddings, halving each frame (an image is one) until `keep` is met: plain means
+    prune   in front of layer l:  M = softmax(logits / temperature) of the layer before, x <- 1/n, five times x <- x M in each head;
+            importance sqrt(mean over heads of x^2); of the N visual tokens after merging the best r_l N stay, text always does
+
+The card's schedule is for 28 layers: r falls by 1/8 a layer from layer 14 (.875) to layer 21 (0). Here `start` and `stop` are shares of
+the depth, so that the `steps` falls are spread over as many layers as that leaves; at least one layer lies between two of them, and
+those that a shallow model has no layer for never happen. Vicuna in the authors' code: start=13, stop=20.
+
+Unverified: the paper's own importance formula (a second-hand note has the mean attention received, weighted by the senders' scores);
+that r_l is what enters layer l rather than what leaves it; the published settings for images (their code covers video only).
+
+Where this differs from the authors' code: pruned tokens really go (theirs are masked); passes stop at `keep` exactly (theirs halve
+n0 // 2, n0 // 4, … times); counts are rounded half up (theirs truncates); every image is ranked on its own (theirs: all visual tokens
+of a sequence); raster order is restored after merging (`order="matching"`: theirs, unmerged tokens by similarity, then
+destinations). `weighted=True` counts a token merged twice as often as it has patches; theirs and the default do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.reducers.tome import merge_groups
+from foveate.signals import Attention, AttentionRows, View
+from foveate.sites import BeforeLM, Cut, FromLayer, Site
+from foveate.tokens import SCOPES, TokenMap, budget, top
+
+ELEMENTS = 1 << 26  # of the attention map that are held at once
+
+
+@dataclass(frozen=True)
+class AIM(Reducer):
+    """Merges to `keep` of each frame before the language model (stage 0), prunes in `steps` stages inside it (stages 1 to `steps`).
+
+    start, stop: layers of the first and the last pruning, as a share of the depth (float) or an index (int). steps=0: merging only.
+    keep=1.0: pruning only. walks, temperature: of the walk over the attention map.
+    positions: of the merged tokens; pruning leaves ids unchanged (`positions_at`).
+    """
+
+    name: ClassVar[str] = "aim"
+    paper: ClassVar[str] = "2412.03248"
+    keep: float | int = 0.125
+    start: float | int = 0.5
+    stop: float | int = 0.75
+    steps: int = 8
+    walks: int = 5
+    temperature: float = 0.1
+    weighted: bool = False
+    order: str = "raster"
+    scope: str = "frame"
+    positions: str = field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        budget(self.keep, 1)
+        for option, least in (("steps", 0), ("walks", 1)):
+            if type(getattr(self, option)) is not int or getattr(self, option) < least:
+                raise FoveateError(f"aim: {option}={getattr(self, option)!r} is not possible; give an integer >= {least}")
+        for option in ("start", "stop"):
+            value = getattr(self, option)
+            if not (type(value) is int and value >= 1) and not (type(value) is float and 0 < value <= 1):
+                raise FoveateError(f"aim: {option}={value!r} is not possible; give a share of the depth in (0, 1] or a layer index >= 1")
+        if type(self.start) is type(self.stop) and self.stop < self.start:
+            raise FoveateError(f"aim: stop={self.stop!r} lies before start={self.start!r}; give a stop of at least {self.start!r}")
+        if type(self.temperature) not in (int, float) or not self.temperature > 0:
+            raise FoveateError(f"aim: temperature={self.temperature!r} is not possible; give a number > 0 (the authors use 0.1)")
+        if type(self.weighted) is not bool:
+            raise FoveateError(f"aim: weighted={self.weighted!r} is not possible; give true or false")
+        for option, possible in (("order", ("raster", "matching")), ("scope", SCOPES)):
+            if getattr(self, option) not in possible:
+                raise FoveateError(f"aim: {option}={getattr(self, option)!r} is not possible; choose one of {', '.join(possible)}")
+
+    def sites(self, layers: int) -> list[Site]:
+        first, last = (round(at * layers) if isinstance(at, float) else at for at in (self.start, self.stop))
+        found: list[Site] = [BeforeLM()]
+        before = 0
+        for step in range(self.steps):
+            planned = first + Fraction((last - first) * step, max(1, self.steps - 1))
+            before = max(before + 1, round(planned))
+            found.append(FromLayer(before, (Attention(before - 1),)))
+        return found
+
+    def share(self, stage: int) -> float:
+        """Of the tokens after merging, the share that stage 1 to `steps` leaves."""
+        return float(Fraction(self.steps - stage, self.steps))
+
+    def positions_at(self, stage: int) -> str:
+        return "keep" if stage else self.positions
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        layout = view.layout
+        if stage == 0:
+            if view.tokens is None:
+                raise FoveateError("aim compares the tokens' states and the view has none: make it with View.of(tokens, …)")
+            raster = self.order == "raster"
+            return Cut(merge_groups(layout, view.tokens, self.keep, scope=self.scope, weighted=self.weighted, raster=raster))
+        share = self.share(stage)
+        if share == 0:
+            return Cut(TokenMap.keep(layout, torch.zeros_like(layout.visual)))
+        # Which layer this is depends on the depth, which a view does not tell; the layer just passed is the last whose attention there is.
+        passed = [signal.layer for signal in view.signals if isinstance(signal, Attention)]
+        if not passed:
+            raise FoveateError("aim: the view holds no attention; give View.of(signals={Attention(layer): …}) of the layer before")
+        attention: AttentionRows = view.signal(Attention(max(passed)))
+        score = walk(attention, layout.valid, walks=self.walks, temperature=self.temperature).square().mean(1).sqrt()
+        return Cut(TokenMap.keep(layout, top(layout, score, share, original_BN=self._merged(view))))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        if stage == 0:
+            return budget(self.keep, arriving)
+        return min(arriving, budget(self.share(stage), budget(self.keep, original))) if stage < self.steps else 0
+
+    def _merged(self, view: View) -> Tensor:
+        """(B, N) int64: how many tokens the slot's image had after merging."""
+        first = (view.first or view).layout
+        group, image = first.groups(self.scope), first.image
+        left = torch.zeros(max(1, int(image.max()) + 1), dtype=torch.int64, device=image.device)
+        for g, tokens in enumerate(torch.bincount(group[group >= 0]).tolist()):
+            left[int(image[group == g][0])] += budget(self.keep, tokens)
+        return left[view.layout.image.clamp(min=0)]
+
+
+def walk(attention: AttentionRows, valid_BN: Tensor, *, walks: int = 5, temperature: float = 0.1) -> Tensor:
+    """(B, H, N) where a walk over the attention map ends: x <- x M, `walks` times, from 1/n on each of the n valid slots.
+
+    softmax(logits / temperature) is the ordinary softmax to the power 1 / temperature, normalised again. The map is never held whole:
+    each step goes through blocks of its rows, and computes them anew.
+    """
+    B, N = valid_BN.shape
+    full = attention.weights
+    H, K = (attention.query.shape[1], attention.key.shape[2]) if full is None else (full.shape[1], full.shape[3])
+    block = max(1, ELEMENTS // max(1, B * H * K))
+    # Cached slots in front of the chunk only take: what flows there never returns, so they may be left out behind the softmax.
+    seen = torch.nn.functional.pad(valid_BN, (K - N, 0), value=True)[:, None, None]
+    x = (valid_BN / valid_BN.sum(1, keepdim=True).clamp(min=1)).to(torch.float32)[:, None].expand(B, H, N)
+    for _ in range(walks):
+        after = torch.zeros_like(x)
+        for start in range(0, N, block):
+            rows = torch.arange(start, min(start + block, N), device=x.device)
+            m = attention.rows(rows.expand(B, -1)).masked_fill(~seen, 0.0)
+            m = (m.log() / temperature).softmax(-1)[..., K - N :]
+            m = torch.where(valid_BN[:, None, rows, None], m, 0.0)  # the row of a padding slot may be anything
+            after = after + (x[..., None, rows] @ m)[..., 0, :]
+        x = after
+    return x

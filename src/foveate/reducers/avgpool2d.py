@@ -1,0 +1,89 @@
+"""Two-dimensional average pooling of each image's grid of tokens: a baseline without a paper of its own.
+
+    (R, C) tokens --mean of every stride x stride cell--> (R // stride, C // stride) tokens; remaining rows and columns are dropped
+
+A pooled token stands where the centre of its cell stood (the upper left of the four, if stride is even), with that token's position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import ClassVar
+
+import torch
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.signals import View
+from foveate.sites import BeforeLM, Cut, FromLayer, Site
+from foveate.tokens import PLACE, TokenMap
+
+GRID = [PLACE.index("image"), PLACE.index("crop"), PLACE.index("frame")]
+CELL = [PLACE.index("row"), PLACE.index("column")]
+
+
+@dataclass(frozen=True)
+class AvgPool2d(Reducer):
+    """Pools every crop and frame of each image by `stride` in both directions, in front of decoder layer `layer` (0: before the LM).
+
+    `count` knows a number of tokens and no grid: it is exact for square grids, and for others whose sides `stride` divides.
+    """
+
+    name: ClassVar[str] = "avgpool2d"
+    paper: ClassVar[str] = "-"
+    stride: int = 2
+    layer: int = 0
+    positions: str = field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option, least in (("layer", 0), ("stride", 1)):
+            if type(getattr(self, option)) is not int or getattr(self, option) < least:
+                raise FoveateError(f"avgpool2d: {option}={getattr(self, option)!r} is not possible; give an integer >= {least}")
+
+    def sites(self, layers: int) -> list[Site]:
+        return [FromLayer(self.layer) if self.layer else BeforeLM()]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        layout, s = view.layout, self.stride
+        if s == 1:
+            return Cut(TokenMap.identity(layout))
+        rows, slots = layout.visual.nonzero(as_tuple=True)
+        place = layout.place[rows, slots]
+        anchors = torch.zeros_like(layout.visual)
+        cells = torch.full((*layout.shape, s * s), -1, dtype=torch.int64, device=slots.device)
+        for grid in torch.unique(place[:, GRID], dim=0):
+            here = (place[:, GRID] == grid).all(1)
+            row, column = (torch.unique(place[here, axis], return_inverse=True) for axis in CELL)
+            R, C = row[0].numel(), column[0].numel()
+            table = torch.full((R, C), -1, dtype=torch.int64, device=slots.device)
+            table[row[1], column[1]] = slots[here]
+            if int(place[here][:, CELL].min()) < 0 or int(here.sum()) != R * C or int(table.min()) < 0:
+                raise FoveateError(
+                    f"avgpool2d: the {int(here.sum())} tokens of image {int(grid[0])} are no full grid of rows and columns; put it before "
+                    "other reducers, on a model whose tokens are a raster (View.of(…, grid=…)), or use vcc, which pools in sequence order"
+                )
+            if min(R, C) < s:
+                raise FoveateError(
+                    f"avgpool2d: stride {s} is larger than the {R} x {C} tokens of an image: nothing would be left of it; "
+                    f"choose a stride of at most {min(R, C)}"
+                )
+            table = table[: R // s * s, : C // s * s].view(R // s, s, C // s, s).transpose(1, 2).reshape(-1, s * s)
+            anchor = table[:, (s - 1) // 2 * (s + 1)]
+            anchors[rows[here][0], anchor] = True
+            cells[rows[here][0], anchor] = table
+        kept = TokenMap.keep(layout, anchors)
+        if kept.is_identity:
+            return Cut(kept)
+        index = kept.representative
+        member = cells.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, s * s))
+        pooled = (index >= 0) & anchors.gather(1, index.clamp(min=0))
+        single = torch.full_like(member, -1)
+        single[..., 0] = index
+        weight = torch.where(pooled, 1.0 / (s * s), 1.0).to(torch.float64)[..., None].expand_as(member)
+        return Cut(TokenMap.merge(layout, torch.where(pooled[..., None], member, single), weight, index))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        side = isqrt(arriving)
+        return (side // self.stride) ** 2 if side * side == arriving else arriving // self.stride**2

@@ -1,0 +1,192 @@
+"""ToMe: merging of similar tokens by bipartite matching (arXiv 2210.09461), here in front of the language model.
+
+    A: tokens at even places, B: at odd ones; every token of A finds its most similar token of B (cosine);
+    the r most similar pairs become one token each, the size-weighted mean; repeated until `keep` is met.
+
+One pass at most halves the tokens. The functions `bipartite`, `mean` and `copies` know nothing of layouts and serve inside a tower
+as well, where the metric is the keys' mean over heads and the [CLS] token is protected.
+
+Ours: the site. In the paper each block of the tower merges a few tokens between attention and MLP, and attention then adds log(size)
+to its logits. In front of a language model there is one site, so the passes follow each other on the same states (`metric="keys"`: the
+tower's keys, merged along), and nothing is added to the model's attention.
+
+Where this differs from the authors' code: the groups are theirs, but they leave unmerged tokens of A in order of similarity (with a
+class token: ascending), then B. Between the passes that order is kept; in the end raster order is restored by the destinations'
+places, unless `order="matching"`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+from foveate.errors import FoveateError
+from foveate.reducers.base import Reducer
+from foveate.signals import TowerKeys, View
+from foveate.sites import BeforeLM, Cut, Site
+from foveate.tokens import SCOPES, Layout, TokenMap, budget
+
+
+class Matching(NamedTuple):
+    """One pass. group (..., N) int64: the target that each token goes into; keeper (..., N - r) int64: the token whose place each target
+    takes, a destination or one that was not merged."""
+
+    group: Tensor
+    keeper: Tensor
+
+
+@dataclass(frozen=True)
+class ToMe(Reducer):
+    """Merges each image's tokens until `keep` of them are left.
+
+    r: tokens merged in one pass; 0: as many as a pass can.
+    metric: "states" (of the tokens in front of the language model) or "keys" (of the tower's block `layer`).
+    scope: whose tokens may be merged: "image", "crop", "frame" or "sample"; `keep` is per such group.
+    """
+
+    name: ClassVar[str] = "tome"
+    paper: ClassVar[str] = "2210.09461"
+    keep: float | int = 0.25
+    r: int = 0
+    metric: str = "states"
+    layer: int = -2
+    order: str = "raster"
+    scope: str = "image"
+    positions: str = field(default="renumber", kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        budget(self.keep, 1)
+        if type(self.r) is not int or self.r < 0:
+            raise FoveateError(f"tome: r={self.r!r} is not possible; give the tokens to merge per pass, or 0 for as many as possible")
+        if type(self.layer) is not int:
+            raise FoveateError(f"tome: layer={self.layer!r} is not possible; give a block of the tower as an integer (-1: the last)")
+        for option, possible in (("metric", ("states", "keys")), ("order", ("raster", "matching")), ("scope", SCOPES)):
+            if getattr(self, option) not in possible:
+                raise FoveateError(f"tome: {option}={getattr(self, option)!r} is not possible; choose one of {', '.join(possible)}")
+
+    def sites(self, layers: int) -> list[Site]:
+        return [BeforeLM((TowerKeys(self.layer),) if self.metric == "keys" else ())]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        metric = view.signal(TowerKeys(self.layer)) if self.metric == "keys" else view.tokens
+        if metric is None:
+            raise FoveateError("tome compares the tokens' states and the view has none: make it with View.of(tokens, …)")
+        return Cut(merge_groups(view.layout, metric, self.keep, r=self.r, scope=self.scope, raster=self.order == "raster"))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        return budget(self.keep, arriving)
+
+
+def bipartite(metric_ND: Tensor, r: int, *, protect_first: int = 0) -> Matching:
+    """Matches `r` tokens (at most half of the unprotected ones) with a destination; leading dimensions are batches.
+
+    protect_first: leading tokens ([CLS], distillation) that neither go anywhere nor take anything in.
+    Targets are numbered: unmerged tokens of A (most similar first; ascending if some are protected), then B.
+    """
+    N = metric_ND.shape[-2]
+    places = torch.arange(N, device=metric_ND.device)
+    r = max(0, min(r, (N - protect_first) // 2))
+    if r == 0:
+        places = places.expand(metric_ND.shape[:-1])
+        return Matching(places, places)
+    unit = normalize(metric_ND.detach().to(torch.float32), dim=-1)
+    score = unit[..., ::2, :] @ unit[..., 1::2, :].transpose(-1, -2)
+    score[..., : (protect_first + 1) // 2, :] = float("-inf")
+    score[..., : protect_first // 2] = float("-inf")
+    best, destination = score.max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    going, staying = order[..., :r], order[..., r:]
+    if protect_first:
+        staying = staying.sort(-1).values
+    alone = staying.shape[-1]
+    from_a = torch.empty_like(order).scatter_(-1, staying, places[:alone].expand_as(staying))
+    from_a.scatter_(-1, going, alone + destination.gather(-1, going))
+    from_b = alone + places[: N // 2]
+    group = places.repeat(*order.shape[:-1], 1)
+    group[..., ::2], group[..., 1::2] = from_a, from_b
+    return Matching(group, torch.cat([2 * staying, places[1::2].expand(*order.shape[:-1], -1)], -1))
+
+
+def mean(x_ND: Tensor, matching: Matching, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., N - r, D) weighted means of the groups, and (..., N - r) the sums of their weights."""
+    # A product with 0s and 1s rather than scattered sums: those round in any order on a GPU.
+    goes = one_hot(matching.group, matching.keeper.shape[-1]).transpose(-1, -2).to(x_ND.dtype) * weight_N[..., None, :].to(x_ND.dtype)
+    total = goes.sum(-1)
+    return goes @ x_ND / total[..., None], total
+
+
+def copies(y_MD: Tensor, matching: Matching) -> Tensor:
+    """(..., N - r, D) -> (..., N, D): every token receives its group's state."""
+    return y_MD.gather(-2, matching.group[..., None].expand(*matching.group.shape, y_MD.shape[-1]))
+
+
+def merge_until(metric_ND: Tensor, size_N: Tensor, left: int, *, r: int = 0, weighted: bool = True) -> tuple[Matching, Tensor]:
+    """Passes over one group of tokens until `left` remain: as one matching, and (N,) float64 weight of each in its target.
+
+    weighted: means by size; else every token of a pass weighs the same, whatever it stands for.
+    """
+    metric, size = metric_ND.detach().to(torch.float32), size_N.to(torch.float64)
+    group = keeper = torch.arange(metric.shape[0], device=metric.device)
+    weight = torch.ones_like(size)
+    while keeper.numel() > left:
+        step = bipartite(metric, min(keeper.numel() - left, r or keeper.numel()))
+        counted = size if weighted else torch.ones_like(size)
+        metric = mean(metric, step, counted)[0]
+        total = torch.zeros_like(size[: step.keeper.numel()]).index_add_(0, step.group, counted)
+        weight = weight * (counted / total[step.group])[group]
+        size = torch.zeros_like(total).index_add_(0, step.group, size)
+        group, keeper = step.group[group], keeper[step.keeper]
+    return Matching(group, keeper), weight
+
+
+def merge_groups(
+    layout: Layout, metric_BND: Tensor, keep: float | int, *, r: int = 0, scope: str = "image", weighted: bool = True, raster: bool = True
+) -> TokenMap:
+    """The map that merges every group of the scope until `keep` of it is left; text and all else stays as it is."""
+    B, N = layout.shape
+    metric, size = metric_BND.flatten(0, 1), layout.size.flatten()
+    home = torch.arange(B * N, device=metric.device)  # the slot that each slot goes into
+    source = home.clone()  # of the places that survive: whose target stands there
+    weight = torch.ones(B * N, dtype=torch.float64, device=metric.device)
+    for slots in _slots(layout, scope):
+        left = budget(keep, slots.numel())
+        if left < slots.numel():
+            matching, weight[slots] = merge_until(metric[slots], size[slots], left, r=r, weighted=weighted)
+            keeper = slots[matching.keeper]
+            home[slots] = keeper[matching.group]
+            source[keeper.sort().values] = keeper.sort().values if raster else keeper
+    home, source = home.view(B, N) % max(N, 1), source.view(B, N) % max(N, 1)
+    kept = TokenMap.keep(layout, home == torch.arange(N, device=home.device))
+    if kept.is_identity:
+        return kept
+    place = kept.representative
+    representative = torch.where(place >= 0, source.gather(1, place.clamp(min=0)), -1)
+    return _gathered(layout, home, weight.view(B, N), representative)
+
+
+def _gathered(layout: Layout, home_BN: Tensor, weight_BN: Tensor, representative_BM: Tensor) -> TokenMap:
+    """The map to the given representatives, each with all the slots whose home it is."""
+    B, N = home_BN.shape
+    M = representative_BM.shape[1]
+    at = torch.where(representative_BM >= 0, representative_BM, N)
+    targets = torch.arange(M, device=at.device).expand(B, M)
+    target = torch.full((B, N + 1), M, device=at.device).scatter(1, at, targets)[:, :N].gather(1, home_BN)
+    target, order = target.sort(dim=1, stable=True)
+    rank = torch.arange(N, device=at.device) - torch.searchsorted(target, target)
+    E = int(rank[target < M].max()) + 1 if N else 1
+    into = torch.where(target < M, target * E + rank.clamp(max=E - 1), M * E)
+    member = torch.full((B, M * E + 1), -1, device=at.device).scatter(1, into, order)
+    weight = torch.zeros((B, M * E + 1), dtype=torch.float64, device=at.device).scatter(1, into, weight_BN.gather(1, order))
+    return TokenMap.merge(layout, member[:, :-1].view(B, M, E), weight[:, :-1].view(B, M, E), representative_BM)
+
+
+def _slots(layout: Layout, scope: str) -> list[Tensor]:
+    """The slots of each group, ascending, counted over the whole batch."""
+    owner = layout.groups(scope).flatten()
+    order = owner.argsort(stable=True)[int((owner < 0).sum()) :]
+    return list(order.split(torch.unique_consecutive(owner[order], return_counts=True)[1].tolist())) if order.numel() else []
