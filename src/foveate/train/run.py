@@ -40,7 +40,7 @@ from foveate.reducers import parse, save_reducers
 from foveate.train import files
 from foveate.train.order import Order, division, seed_of
 from foveate.train.recipe import LoraOf, Recipe, Stage, Trained, load_recipe
-from foveate.train.schedule import NONE, reducer_at, stage_steps
+from foveate.train.schedule import NONE, stage_steps
 from foveate.train.trainer import Costs, FoveateTrainer, StageInfo, Totals
 from foveate.world import resolve
 
@@ -429,8 +429,9 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
     target = folder / "model"
     model.save_pretrained(target)
     opened.processor.save_pretrained(target)
-    last = reducer_at(trainer.stage.parts, trainer.stage.steps - 1, trainer.stage.steps)
-    if last != NONE:
-        save_reducers(parse(last), target)
+    # What the model was trained with to the end is what it needs; several that take turns teach it to do with any of them, or none.
+    ends_with = set(trainer.stage.parts[-1].cycle) if trainer.stage.parts else {NONE}
+    if len(ends_with) == 1 and ends_with != {NONE}:
+        save_reducers(parse(ends_with.pop()), target)
     (target / "totals.json").write_text(json.dumps(vars(trainer.totals)) + "\n", encoding="utf-8")
     files.mark(target)
