@@ -83,6 +83,8 @@ def test_constant_relevance_is_pure_diversity() -> None:
     x = torch.randn(1, 6, WIDTH)
     view = View.of(x, signals={Relevance(): torch.full((1, 6), -2.0)})
     assert kept(CDPruner(3).reduce(view).map) == sorted(oracle(x[0], torch.ones(6), 3))
+    for _ in range(8):  # all first gains tie, whatever rounding says of a unit vector's length
+        assert kept(CDPruner(1).reduce(View.of(torch.randn(1, 12, WIDTH))).map) == [0]
 
 
 def test_relevance_alone_decides_between_orthogonal_tokens_at_any_scale() -> None:

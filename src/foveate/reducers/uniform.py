@@ -63,8 +63,8 @@ class Uniform(Reducer):
                 before += len(grid)
                 share, dealt = left * before // arriving - dealt, left * before // arriving
                 chosen += [grid[i] for i in _spaced([(place[at][3], place[at][4]) for at in grid], share)]
-        at = torch.tensor(chosen, dtype=torch.int64, device=slots.device)
-        kept[rows[at], slots[at]] = True
+        picked = torch.tensor(chosen, dtype=torch.int64, device=slots.device)
+        kept[rows[picked], slots[picked]] = True
         return Cut(TokenMap.keep(layout, kept))
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
