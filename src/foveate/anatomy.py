@@ -41,6 +41,20 @@ class Anatomy:
         module = getattr(self.decoder, "rotary_emb", None)
         return module if isinstance(module, nn.Module) else None
 
+    @property
+    def tower(self) -> nn.Module:
+        """The vision tower. FoveateError if the model has none by a usual name."""
+        for name in ("vision_tower", "vision_model", "visual", "image_tower"):
+            module = getattr(self.core, name, None)
+            if isinstance(module, nn.Module):
+                return module
+        raise FoveateError(f"{type(self.core).__name__} has no vision tower by a known name, so its attention cannot be read")
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the tower orders its patches so that those of one token stand side by side (the Qwen-VL way)."""
+        return hasattr(self.tower, "spatial_merge_size")
+
     def recurrent(self, layer: int) -> bool:
         """Whether a decoder layer recurs or convolves along the sequence instead of attending."""
         types = getattr(self.text_config, "layer_types", None)

@@ -18,6 +18,7 @@ What decoding needs of earlier passes is remembered on the request's cache (`fov
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from foveate.anatomy import Anatomy, read
 from foveate.chunk import Chunk
@@ -38,18 +38,32 @@ from foveate.probes import LayerProbe
 from foveate.reducers import Reducer, load_reducers, parse, spell
 from foveate.signals import Attention, Keys, Noise, Signal, View, content_keys
 from foveate.tokens import Layout, TokenMap
+from foveate.towers import TOWER_SIGNALS, TowerProbes, carry, over_boxes
 
 _ATTACHED: weakref.WeakKeyDictionary[nn.Module, Run] = weakref.WeakKeyDictionary()
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 _RECORD = ("none", "last", "all")
+_REMEMBERED = 1024  # items of image features whose scores are kept until they enter the language model
+
+
+@dataclass(frozen=True)
+class _Item:
+    """What is known of one item of image features: a key of its pixels, and the tower's values, one for each of its tokens."""
+
+    key: Tensor
+    values: dict[Signal, Tensor]
 
 
 @dataclass
 class _Images:
-    """What is known of the images of the forward pass under way."""
+    """The image features of the forward pass under way, item by item."""
 
     lengths: list[int] = field(default_factory=list)
-    keys: Tensor | None = None
+    items: list[_Item] = field(default_factory=list)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return torch.stack([item.key for item in self.items]) if self.items else None
 
 
 @dataclass
@@ -108,7 +122,10 @@ class Run:
                     self._cuts.setdefault(site.layer, []).append((reducer, stage))
                     self._needs.update(site.needs)
         self._probes = {s.layer: LayerProbe(anatomy.layers[s.layer]) for s in self._needs if isinstance(s, (Attention, Keys))}
-        self._keys: Any = WeakTensorKeyDictionary()
+        tower = [signal for signal in self._needs if isinstance(signal, TOWER_SIGNALS)]
+        self._tower = TowerProbes(anatomy.tower, tower) if tower else None
+        self._wants_items = self._tower is not None or any(isinstance(signal, Noise) for signal in self._needs)
+        self._encoded: dict[int, _Item] = {}
         self._hooks: list[Any] = []
         self._wrapped: list[str] = []
         self._images = _Images()
@@ -150,8 +167,11 @@ class Run:
         @functools.wraps(features)  # `generate` reads the signature
         def noting(*args: Any, **kwargs: Any) -> Any:
             outputs = features(*args, **kwargs)
-            pixels = next((kwargs[name] for name in ("pixel_values", "pixel_values_videos") if name in kwargs), args[0] if args else None)
-            self._note_images(outputs.pooler_output if hasattr(outputs, "pooler_output") else outputs, pixels)
+            encoded = list(outputs.pooler_output if hasattr(outputs, "pooler_output") else outputs)
+            if self._wants_items:
+                given = inspect.signature(features).bind_partial(*args, **kwargs).arguments
+                self._note_values(encoded, {**given, **given.pop("kwargs", {})})
+            self._note_images(encoded)
             return outputs
 
         return noting
@@ -163,7 +183,9 @@ class Run:
         for name in self._wrapped:
             delattr(self.anatomy.core, name)
         for probe in self._probes.values():
-            probe.disarm()
+            probe.remove()
+        if self._tower is not None:
+            self._tower.remove()
         self._hooks, self._wrapped, self._pass = [], [], None
         if _ATTACHED.get(self.anatomy.core) is self:
             del _ATTACHED[self.anatomy.core]
@@ -191,17 +213,39 @@ class Run:
 
     # ---- hooks
 
-    def _note_images(self, features: Any, pixels: Tensor | None) -> None:
-        features = list(features)
-        self._images.lengths = [*self._images.lengths, *(int(f.shape[0]) for f in features)]
-        if any(isinstance(signal, Noise) for signal in self._needs):
-            # `generate` encodes first and hands the features in later: the key that the pixels gave them goes with them, since the
-            # last bits of features depend on what else was in the batch.
-            if pixels is not None and pixels.shape[0] == len(features):
-                self._keys.update(zip(features, content_keys(pixels), strict=True))
-            known = [self._keys.get(f) for f in features]
-            keys = content_keys(features) if any(k is None for k in known) else torch.stack(known)
-            self._images.keys = keys if self._images.keys is None else torch.cat([self._images.keys, keys])
+    def _note_values(self, encoded: list[Tensor], given: dict[str, Any]) -> None:
+        """Keep what pixels and tower say of each item until the item enters the language model, by the content of its features:
+        `generate` encodes first, may repeat the features for its beams, and hands them in later."""
+        pixels = next((v for name, v in given.items() if name.startswith("pixel_values") and v is not None), None)
+        grids = next((v for name, v in given.items() if name.endswith("grid_thw") and v is not None), None)
+        if pixels is not None and grids is not None:
+            pixels = list(torch.split(pixels, grids.prod(-1).tolist()))
+        keys = content_keys(pixels if pixels is not None and len(pixels) == len(encoded) else encoded)
+        values: dict[Signal, list[Tensor]] = {}
+        if self._tower is not None:
+            lengths, core, pack = [int(item.shape[0]) for item in encoded], self.anatomy.core, None
+            if hasattr(core, "pack_image_features"):
+                raise FoveateError("tiles with newlines between their rows: the tower's scores cannot be carried to the tokens yet")
+            if hasattr(getattr(core, "bridge", None), "boxes") and pixels is not None:
+                grid = core.config.patch_grid(*pixels.shape[-2:])
+                pack = over_boxes(core.bridge.boxes(grid), grid)
+            for signal, crops in self._tower.read().crops.items():
+                values[signal] = carry(crops, lengths, grouped=self.anatomy.grouped, pack=pack)
+        if len(self._encoded) > _REMEMBERED:
+            self._encoded.clear()
+        for i, name in enumerate(content_keys(encoded).tolist()):
+            self._encoded[name] = _Item(keys[i], {signal: items[i] for signal, items in values.items()})
+
+    def _note_images(self, features: Any) -> None:
+        """Features enter the language model: look up what is known of them."""
+        items = list(features)
+        self._images.lengths += [int(f.shape[0]) for f in items]
+        if self._wants_items:
+            for item, name in zip(items, content_keys(items).tolist(), strict=True):
+                known = self._encoded.get(name)
+                if known is None and self._tower is not None:
+                    raise FoveateError("images handed in as features have no tower scores: hand in pixel_values, or encode them while attached")
+                self._images.items.append(known or _Item(torch.tensor(name, device=item.device), {}))
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         labels = kwargs.get("labels")
@@ -213,7 +257,7 @@ class Run:
         for modality in ("image", "video"):
             handed_in = (kwargs.get("mm_encoder_outputs") or {}).get(modality)
             if handed_in is not None:
-                self._note_images(handed_in.pooler_output, None)
+                self._note_images(handed_in.pooler_output)
         memory = recall(kwargs.get("past_key_values")) if kwargs.get("past_key_values") is not None else None
         if memory is not None and memory.valid is not None and kwargs.get("attention_mask") is None:
             # Without the caller's mask the library would take the prompt's padding for tokens.
@@ -255,7 +299,7 @@ class Run:
         )
         config = self.anatomy.text_config
         chunk = Chunk(layout, past, memory, cache, str(config._attn_implementation), self.anatomy.rotary)
-        self._pass = _PassState(chunk, bool(self._images.lengths), self._images.keys, self._answers)
+        self._pass = _PassState(chunk, self._images, self._answers)
         return None
 
     def _after_rotary(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -283,6 +327,8 @@ class Run:
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if chunk.cache is None:  # the decoder has made one by itself
             chunk.cache = kwargs.get("past_key_values")
+        if index == 0 and self._cuts and state.has_images:
+            state.view = self._view(0, state, hidden)
         if index in self._cuts:
             hidden = self._enter_stage(index, state, hidden)
         state.seen.layouts.append(chunk.layout)
@@ -314,6 +360,7 @@ class Run:
                 chunk.enter(index, TokenMap.identity(chunk.layout), renumber=False)
             return hidden
         maps: list[TokenMap] = []
+        state.here = TokenMap.identity(chunk.layout)
         for reducer, stage in self._cuts[index]:
             token_map = reducer.reduce(self._view(index, state, hidden), stage).map
             renumber = reducer.positions == "renumber"
@@ -321,9 +368,10 @@ class Run:
                 continue
             hidden = token_map.apply(hidden)
             chunk.enter(index, token_map, renumber)
+            state.here = state.here.then(token_map)
             maps.append(token_map)
         if maps:
-            whole = functools.reduce(lambda a, b: a.then(b), maps)
+            whole = state.here if len(maps) > 1 else maps[0]
             state.seen.maps[index] = TokenMap(whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean)
         elif chunk.memory is not None or chunk.changed:
             chunk.pass_by(index)
@@ -336,8 +384,10 @@ class Run:
         signals: dict[Signal, Any] = {}
         for signal in self._needs:
             if isinstance(signal, (Attention, Keys)) and signal.layer == index - 1:
-                probe = self._probes[signal.layer]
-                signals[signal] = probe.attention() if isinstance(signal, Attention) else probe.keys()
+                probe, here = self._probes[signal.layer], state.here
+                signals[signal] = probe.attention().of_slots(here) if isinstance(signal, Attention) else here.apply(probe.keys())
+            elif isinstance(signal, TOWER_SIGNALS):
+                signals[signal] = state.tower(signal)
         N = layout.shape[1]
         slot = torch.arange(N, device=hidden.device)
         prompt = layout.valid
@@ -347,10 +397,7 @@ class Run:
             first = torch.where(answers.any(1), answers.to(torch.int8).argmax(1), N)
             prompt = prompt & (slot < first[:, None])
         asking = torch.where(prompt, slot, 0).max(1).values
-        view = View(layout, hidden, state.keys, signals, prompt & ~layout.visual, asking, state.view)
-        if state.view is None:
-            state.view = view
-        return view
+        return View(layout, hidden, state.images.keys, signals, prompt & ~layout.visual, asking, state.view)
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         state = self._pass
@@ -367,12 +414,24 @@ class _PassState:
     """The forward pass under way."""
 
     chunk: Chunk
-    has_images: bool
-    keys: Tensor | None
+    images: _Images
     answers: Tensor | None
     seen: Pass = field(default_factory=Pass)
     started: bool = False
     view: View | None = None  # in front of the first decoder layer
+    here: Any = None  # what the reducers of the layer under way have made of the slots that arrived at it
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self.images.lengths)
+
+    def tower(self, signal: Signal) -> Tensor:
+        """(B, N) or (B, N, h): what the tower said, at the slots that are left of the chunk."""
+        first = self.chunk.first
+        values = torch.cat([item.values[signal] for item in self.images.items]).to(first.kind.device)
+        spread = torch.zeros((*first.shape, *values.shape[1:]), dtype=torch.float32, device=values.device)
+        spread[first.visual] = values
+        return self.chunk.whole.apply(spread) if self.chunk.moves else spread
 
 
 _SAVED: Any = object()

@@ -30,7 +30,7 @@ class LayerProbe:
         if not self._modules:
             raise FoveateError(f"{type(layer).__name__} has no attention that can be watched")
         self._configs: list[tuple[Any, Any]] = []
-        self._hook: Any = None
+        self._hook = layer.register_forward_hook(lambda *_: self.disarm(), always_call=True)
 
     def arm(self) -> None:
         """From now until the layer has run."""
@@ -41,7 +41,6 @@ class LayerProbe:
         for config in {id(m.config): m.config for m in self._modules}.values():
             self._configs.append((config, config._attn_implementation))
             config._attn_implementation_internal = WATCHED
-        self._hook = self.layer.register_forward_hook(lambda *_: self.disarm(), always_call=True)
 
     def disarm(self) -> None:
         for config, name in self._configs:
@@ -49,9 +48,11 @@ class LayerProbe:
         self._configs = []
         for module in self._modules:
             _ARMED.pop(id(module), None)
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+
+    def remove(self) -> None:
+        """Leaves the layer as it was."""
+        self.disarm()
+        self._hook.remove()
 
     def attention(self) -> AttentionRows:
         """The layer's attention; FoveateError if it did not run attention (recurrent and convolving layers) or in several parts."""

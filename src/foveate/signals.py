@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.tokens import Layout
+from foveate.tokens import Layout, TokenMap
 
 BLOCK = 256  # query rows whose attention is held at once
 
@@ -122,6 +122,24 @@ class AttentionRows:
             low = torch.finfo(torch.float32).min
             logits = logits.masked_fill(~mask, low) if mask.dtype == torch.bool else (logits + mask.to(torch.float32)).clamp(min=low)
         return logits.softmax(-1)
+
+    def of_slots(self, here: TokenMap) -> AttentionRows:
+        """The same in terms of the slots behind a cut: rows and columns of the representatives. Keys without a slot are left out and the
+        softmax goes over the others; only for the chunk itself, without a cache before it."""
+        index = here.representative.clamp(min=0)
+        if self.weights is not None or index.shape[1] == here.source.shape[1]:
+            return self
+        rows = index[:, None, :, None]
+        query = self.query.gather(2, rows.expand(-1, self.query.shape[1], -1, self.query.shape[3]))
+        key = self.key.gather(2, rows.expand(-1, self.key.shape[1], -1, self.key.shape[3]))
+        B, N = here.source.shape
+        mask = self.mask
+        if mask is None:
+            mask = torch.ones((N, N), dtype=torch.bool, device=index.device).tril()[None, None]
+        mask = mask[..., :N].expand(B, -1, -1, -1)
+        mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        mask = mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
+        return AttentionRows(query, key, self.scale, mask, self.softcap)
 
     def row(self, index_B: Tensor) -> Tensor:
         """(B, K) attention of one row a sample, mean over heads."""

@@ -73,7 +73,7 @@ class Reducer(ABC):
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
             if option.default is dataclasses.MISSING or value != option.default or type(value) is not type(option.default):
-                options.append(f"{option.name}={value}")
+                options.append(f"{option.name}={str(value).lower() if isinstance(value, bool) else value}")
         return self.name + (":" + ",".join(options) if options else "")
 
 
