@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 
-
 _ATTENTION_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 
 

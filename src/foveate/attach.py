@@ -223,7 +223,8 @@ class Run:
         keys = content_keys(pixels if pixels is not None and len(pixels) == len(encoded) else encoded)
         values: dict[Signal, list[Tensor]] = {}
         if self._tower is not None:
-            lengths, core, pack = [int(item.shape[0]) for item in encoded], self.anatomy.core, None
+            lengths, pack = [int(item.shape[0]) for item in encoded], None
+            core: Any = self.anatomy.core
             if hasattr(core, "pack_image_features"):
                 raise FoveateError("tiles with newlines between their rows: the tower's scores cannot be carried to the tokens yet")
             if hasattr(getattr(core, "bridge", None), "boxes") and pixels is not None:
@@ -244,7 +245,7 @@ class Run:
             for item, name in zip(items, content_keys(items).tolist(), strict=True):
                 known = self._encoded.get(name)
                 if known is None and self._tower is not None:
-                    raise FoveateError("images handed in as features have no tower scores: hand in pixel_values, or encode them while attached")
+                    raise FoveateError("images handed in as features have no tower scores: hand in pixel_values, or encode while attached")
                 self._images.items.append(known or _Item(torch.tensor(name, device=item.device), {}))
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

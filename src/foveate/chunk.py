@@ -1,9 +1,9 @@
 """One forward pass under way: what the cuts have made of the chunk of the sequence that came in, and what the layers get instead.
 
-The library makes masks, rotary embeddings and side inputs once, for the whole chunk, and hands the same objects to every layer. Behind a cut
-each of them is gathered from the whole one by the slots that are left: so a mask keeps all that its model put into it (causality, padding,
-sliding windows by original distance, image blocks that see both ways), for the chunk's rows as for the columns of what is cached.
-Only positions that change (a group's mean, closed gaps) are computed anew, by the model's own rotary module.
+The library makes masks, rotary embeddings and side inputs once, for the whole chunk, and hands the same objects to every layer. Behind
+a cut each of them is gathered from the whole one by the slots that are left, for the chunk's rows as for the columns of what is cached. So
+a mask keeps all that its model put into it: causality, padding, sliding windows by original distance, image blocks that see both ways. Only
+positions that change (a group's mean, closed gaps) are computed anew, by the model's own rotary module.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ class Chunk:
             seen = (columns[:, None] >= 0) & (columns[:, None] <= (self._filled(rows) + self.past)[..., None])
             return seen[:, None]
         if not isinstance(mask, Tensor):
-            raise FoveateError(f"masks of {self.implementation} ({type(mask).__name__}) cannot be reduced; load the model with sdpa or eager attention")
+            kind = f"{self.implementation} ({type(mask).__name__})"
+            raise FoveateError(f"masks of {kind} cannot be reduced; load the model with sdpa or eager attention")
         if mask.ndim == 2:
             return mask.expand(B, -1).gather(1, columns.clamp(min=0)) * (columns >= 0).to(mask.dtype)
         if mask.ndim != 4:

@@ -102,7 +102,7 @@ def remember(cache: Any) -> Memory:
     """The memory of a request's cache; from the first call on the cache counts tokens, not slots."""
     if not isinstance(cache, _Remembering):
         cache.memory = Memory(int(cache.get_seq_length()))
-        cache.__class__ = _remembering(type(cache))
+        cache.__class__ = _remembering(type(cache))  # type: ignore[arg-type]
     memory: Memory = cache.memory
     return memory
 

@@ -38,7 +38,8 @@ class LayerProbe:
         self.calls = []
         for module in self._modules:
             _ARMED[id(module)] = self
-        for config in {id(m.config): m.config for m in self._modules}.values():
+        configs: dict[int, Any] = {id(m.config): m.config for m in self._modules}
+        for config in configs.values():
             self._configs.append((config, config._attn_implementation))
             config._attn_implementation_internal = WATCHED
 
@@ -55,10 +56,10 @@ class LayerProbe:
         self._hook.remove()
 
     def attention(self) -> AttentionRows:
-        """The layer's attention; FoveateError if it did not run attention (recurrent and convolving layers) or in several parts."""
+        """The layer's attention; FoveateError if it did not run any (recurrent and convolving layers) or ran it in several parts."""
         if len(self.calls) != 1:
             raise FoveateError(
-                f"{type(self.layer).__name__} called its attention function {len(self.calls)} times; a score from this layer needs one call: "
+                f"{type(self.layer).__name__} called its attention function {len(self.calls)} times; a score needs one call: "
                 "choose a layer with full attention"
             )
         return self.calls[0]

@@ -147,7 +147,7 @@ class AttentionRows:
 
     def received(self, rows_BN: Tensor) -> Tensor:
         """(B, K) attention received from the rows where `rows_BN` (bool) is True, mean over heads and over those rows; 0 without any."""
-        B, N = rows_BN.shape
+        B = rows_BN.shape[0]
         total: Tensor | None = None
         for index in _blocks(rows_BN):
             part = self.rows(index.clamp(min=0)).mean(1) * (index >= 0)[..., None]
@@ -188,8 +188,8 @@ class View:
         image_keys: Tensor | None = None,
         signals: dict[Signal, Any] | None = None,
     ) -> View:
-        """A view of plain tensors: one image a row, `tokens` (B, L, D), followed by `text`, the states (B, T, D) of the question or how many
-        of them there are (these are the last of `tokens` then). grid: (rows, columns) of the image. With a layout, `tokens` are all slots.
+        """A view of plain tensors: one image a row, `tokens` (B, L, D), followed by `text`, the states (B, T, D) of the question or how
+        many there are (these are the last of `tokens` then). grid: (rows, columns) of the image. With a layout, `tokens` are all slots.
         Signals of tokens alone, (B, L), are padded with zeros for the text."""
         if isinstance(text, Tensor):
             tokens, text = torch.cat([tokens, text], 1), text.shape[1]

@@ -24,16 +24,15 @@ TOWER_SIGNALS = (ClsAttention, ReceivedAttention, TowerKeys)
 
 def blocks(tower: nn.Module) -> nn.ModuleList:
     """The tower's attention blocks. FoveateError for a tower without any (convolutions)."""
-    lists = [
-        m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and any(hasattr(x, "config") and _attends(x) for x in m[0].modules())
-    ]
+    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and any(_attends(x) for x in m[0].modules())]
     if not lists:
-        raise FoveateError(f"{type(tower).__name__} has no attention blocks, so there are no attention scores of patches; use a method without them")
+        name = type(tower).__name__
+        raise FoveateError(f"{name} has no attention blocks, so there are no attention scores of patches; use a method without them")
     return max(lists, key=len)
 
 
 def _attends(module: nn.Module) -> bool:
-    return "attention" in type(module).__name__.lower()
+    return hasattr(module, "config") and "attention" in type(module).__name__.lower()
 
 
 @dataclass(frozen=True)

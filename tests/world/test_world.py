@@ -48,7 +48,7 @@ def test_tower_loads_and_serves_two_resolutions() -> None:
 
 
 def test_language_model_answers_from_a_description() -> None:
-    """It has learnt to look things up in a text: well above what guessing gives (half, a sixth), where training left it at 0.75 and 0.72."""
+    """It has learnt to look things up in a text: well above guessing (half, a sixth); training left it at 0.75 and 0.72."""
     model = LlamaForCausalLM.from_pretrained(asset("lm"), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
     score = backbones.score_lm(model, tokenizer, 40)

@@ -171,7 +171,9 @@ class Stage(Strict):
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
         if self.precision == "bf16-copy" and self.gradient_checkpointing:
-            raise ValueError("gradient_checkpointing would recompute with the float32 weights: use precision bf16 (autocast) or fp32 with it")
+            raise ValueError(
+                "gradient_checkpointing would recompute with the float32 weights: with it use precision bf16 (autocast) or fp32"
+            )
         if self.reducers:
             total = sum((slot.share for slot in self.reducers), Fraction(0))
             if total != 1:
