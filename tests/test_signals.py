@@ -110,6 +110,42 @@ def test_the_map_does_not_depend_on_the_answer() -> None:
     assert torch.equal(maps[0][:, : alone.shape[1]], alone)
 
 
+def test_rows_of_a_second_chunk_leave_the_cache_out() -> None:
+    """Columns are those of the slots that arrive, though the softmax goes over everything that was cached."""
+    model, row, reducer = llava(), ROWS[0], Asking((Attention(1), Keys(1)), layer=2)
+    pixels, N = Batch([row, row]).pixels, len(row)
+    ids = torch.tensor([row])
+    with foveate.attach(model, reducer), torch.no_grad():
+        cache = model(input_ids=ids, pixel_values=pixels[:1], use_cache=True).past_key_values
+        model(input_ids=ids, pixel_values=pixels[1:], past_key_values=cache, use_cache=True)
+    whole = llava("eager")(input_ids=torch.cat([ids, ids], 1), pixel_values=pixels, output_attentions=True).attentions[1]
+    second = reducer.seen[1]
+    every = torch.arange(N)[None]
+    torch.testing.assert_close(second.signal(Attention(1)).rows(every), whole[:, :, N:, N:], rtol=1e-4, atol=1e-6)
+    assert second.signal(Keys(1)).shape == (1, N, 16)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("reducer", ["vcc:layer=1,stride=2,positions=renumber+random:keep=3,layer=2", "random:keep=0.5"])
+def test_recorded_maps_are_done_again(side: str, reducer: str) -> None:
+    model, batch = llava(), Batch(ROWS, side)
+    with foveate.attach(model, reducer) as run, torch.no_grad():
+        first = model(**batch.inputs).logits
+        recorded = run.maps
+    with foveate.attach(model, maps=recorded) as run, torch.no_grad():
+        assert torch.equal(model(**batch.inputs).logits, first)
+        longer = {**batch.inputs, "input_ids": torch.nn.functional.pad(batch.inputs["input_ids"], (0, 3), value=8)}
+        longer["attention_mask"] = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 3), value=1)
+        N = first.shape[1]
+        real = batch.inputs["attention_mask"].bool()
+        torch.testing.assert_close(model(**longer).logits[:, :N][real], first[real], rtol=1e-4, atol=1e-5)
+        other = Batch([ROWS[0]]).inputs
+        with pytest.raises(FoveateError, match="belongs to another batch"):
+            model(**other)
+    with pytest.raises(FoveateError, match="either reducers or maps"):
+        foveate.attach(model, reducer, maps=recorded)
+
+
 def test_generate_hands_scores_to_every_beam() -> None:
     """`generate` encodes the images before the first forward pass and repeats their features for the beams."""
     model, reducer = llava(), Asking((ClsAttention(-1),))

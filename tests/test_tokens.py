@@ -1,5 +1,7 @@
 """The algebra of token maps, and the budgets."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -191,8 +193,8 @@ def test_budget(keep: float, tokens: int, kept: int) -> None:
     assert budget(keep, tokens) == kept
 
 
-@pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5, True])
-def test_impossible_budgets(keep: float) -> None:
+@pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5, True, "half", None])
+def test_impossible_budgets(keep: Any) -> None:
     with pytest.raises(FoveateError, match="keep="):
         budget(keep, 10)
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from foveate.memory import recall, remember
 from foveate.probes import LayerProbe
 from foveate.reducers import Reducer, load_reducers, parse, spell
 from foveate.signals import Attention, Keys, Noise, Signal, View, content_keys
+from foveate.sites import Cut, FromLayer, Site
 from foveate.tokens import Layout, TokenMap
 from foveate.towers import TOWER_SIGNALS, TowerProbes, carry, over_boxes
 
@@ -73,6 +74,7 @@ class Pass:
     layouts: list[Layout] = field(default_factory=list)
     maps: dict[int, TokenMap] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
+    renumbered: set[int] = field(default_factory=set)
 
     @property
     def visual_tokens(self) -> list[int]:
@@ -205,6 +207,15 @@ class Run:
             hint = ': attach with record="last"' if self.record == "none" else " yet"
             raise FoveateError(f"no forward pass with images was recorded{hint}")
         return self.passes[-1]
+
+    @property
+    def maps(self) -> list[Reducer]:
+        """What was done in the last forward pass with images, to be done again: `attach(model, maps=run.maps)`."""
+        seen = self.last
+        return [
+            _Replay(index, token_map, positions="renumber" if index in seen.renumbered else "keep")
+            for index, token_map in sorted(seen.maps.items())
+        ]
 
     @property
     def ledger(self) -> Ledger:
@@ -373,6 +384,8 @@ class Run:
             maps.append(token_map)
         if maps:
             whole = state.here if len(maps) > 1 else maps[0]
+            if any(reducer.positions == "renumber" for reducer, _ in self._cuts[index]):
+                state.seen.renumbered.add(index)
             state.seen.maps[index] = TokenMap(whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean)
         elif chunk.memory is not None or chunk.changed:
             chunk.pass_by(index)
@@ -386,7 +399,11 @@ class Run:
         for signal in self._needs:
             if isinstance(signal, (Attention, Keys)) and signal.layer == index - 1:
                 probe, here = self._probes[signal.layer], state.here
-                signals[signal] = probe.attention().of_slots(here) if isinstance(signal, Attention) else here.apply(probe.keys())
+                start = chunk.cached(signal.layer)
+                if isinstance(signal, Attention):
+                    signals[signal] = probe.attention().of_slots(here, start)
+                else:
+                    signals[signal] = here.apply(probe.keys()[:, start : start + here.source.shape[1]])
             elif isinstance(signal, TOWER_SIGNALS):
                 signals[signal] = state.tower(signal)
         N = layout.shape[1]
@@ -435,6 +452,26 @@ class _PassState:
         return self.chunk.whole.apply(spread) if self.chunk.moves else spread
 
 
+@dataclass(frozen=True)
+class _Replay(Reducer):
+    """A recorded map, on the same batch or on one that goes on behind it."""
+
+    name: ClassVar[str] = "replay"
+    paper: ClassVar[str] = "-"
+    layer: int = 0
+    map: TokenMap | None = None
+
+    def sites(self, layers: int) -> list[Site]:
+        return [FromLayer(self.layer)]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        assert self.map is not None
+        return Cut(self.map.onto(view.layout))
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        raise FoveateError("recorded maps have the counts of their batch, not of any image; see run.ledger")
+
+
 _SAVED: Any = object()
 
 
@@ -442,6 +479,7 @@ def attach(
     model: nn.Module,
     reducers: str | Reducer | Sequence[Reducer] | None = _SAVED,
     *,
+    maps: Sequence[Reducer] | None = None,
     record: str = "last",
     shortcuts: bool = True,
 ) -> Run:
@@ -450,6 +488,7 @@ def attach(
     model: a transformers VLM, also wrapped by PEFT or DDP.
     reducers: a reducer, a list (applied in order of their layers), a spelling such as "vcc:layer=2,stride=8", None or "none" for
         none at all; left out, what `foveate.json` beside the model's weights says.
+    maps: `run.maps` of another attachment, in place of reducers: what was done there is done again, on the same batch or a longer one.
     record: which forward passes with images stay readable in `run.passes`: "none", "last" or "all".
     shortcuts: False runs the whole machinery even where nothing is to be done; results are the same (tests use it).
 
@@ -461,6 +500,10 @@ def attach(
     if anatomy.core in _ATTACHED:
         attached = spell(_ATTACHED[anatomy.core].reducers)
         raise FoveateError(f"the model already has {attached!r} attached; detach it first, or give both reducers to one attach as a list")
+    if maps is not None:
+        if reducers is not _SAVED:
+            raise FoveateError("give either reducers or maps, not both")
+        reducers = list(maps)
     if reducers is _SAVED:
         name = getattr(model.config, "name_or_path", "")
         reducers = load_reducers(Path(str(name)))

@@ -126,6 +126,12 @@ class Chunk:
             self._known[key] = (mask, self._cut_mask(mask, columns, recurrent, dtype))
         return self._known[key][1]
 
+    def cached(self, layer: int) -> int:
+        """How many keys this decoder layer had before the chunk's: asked for behind the layer, in front of the next stage."""
+        if self.cache is None:
+            return 0
+        return held_before(self.cache, layer, self._before(self.memory, self.stage, self.first.shape[0])).shape[1]
+
     def _columns(self, layer: int) -> Tensor:
         """(B, K) the sequence index of every key that the layer will see, -1 where there is none."""
         now = self.tables[self.stage]

@@ -121,13 +121,12 @@ def fixed_length(cache: Any, layer: int) -> int | None:
 
 
 def held_before(cache: Any, layer: int, slots: Tensor) -> Tensor:
-    """(B, K) of the stage's earlier slots those that this layer still has: a sliding layer keeps the last of them only."""
+    """(B, K) of the stage's earlier slots those that this layer gives its next queries: a sliding layer the last of them only."""
     layers = cache.layers
     held = layers[layer] if layer < len(layers) else None
     if getattr(held, "is_sliding", False):
         if fixed_length(cache, layer) is not None:
             raise FoveateError("a static cache with sliding windows cannot be reduced; use a dynamic cache (cache_implementation=None)")
-        keys = getattr(held, "keys", None)
-        kept = min(int(keys.shape[-2]), held.sliding_window - 1) if keys is not None and held.is_initialized else 0  # type: ignore[union-attr]
+        kept = min(slots.shape[1], held.sliding_window - 1)  # type: ignore[union-attr]
         return slots[:, slots.shape[1] - kept :]
     return slots

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,9 @@ class AttentionRows:
     query   (B, H, N, h) and key (B, G, K, h) as they enter the attention function: after norm and rotary embedding
     scale   what their product is multiplied with; `softcap` bounds it as tanh(x / softcap) * softcap where the model does
     mask    (B or 1, 1 or H, N, K) bool (True: may attend) or additive; None: causal, the last query beside the last key
+
+    Rows and columns are those of the layer, or, with `slots`, those of the slots that are left of them (`of_slots`): the softmax was over
+    all keys, and stays so.
     """
 
     query: Tensor
@@ -93,6 +96,8 @@ class AttentionRows:
     mask: Tensor | None = None
     softcap: float | None = None
     weights: Tensor | None = None
+    slots: Tensor | None = None  # (B, M) int64: the query behind each slot; its key is `start` further on, behind what was cached before
+    start: int = 0
 
     @classmethod
     def of(cls, weights_BHNK: Tensor) -> AttentionRows:
@@ -102,6 +107,12 @@ class AttentionRows:
 
     def rows(self, index_BR: Tensor) -> Tensor:
         """(B, H, R, K) attention of the rows `index_BR` (int64)."""
+        if self.slots is None:
+            return self._rows(index_BR)
+        found = self._rows(self.slots.gather(1, index_BR))
+        return found.gather(3, (self.slots + self.start)[:, None, None].expand(-1, found.shape[1], found.shape[2], -1))
+
+    def _rows(self, index_BR: Tensor) -> Tensor:
         if self.weights is not None:
             H, K = self.weights.shape[1], self.weights.shape[3]
             return self.weights.gather(2, index_BR[:, None, :, None].expand(-1, H, -1, K))
@@ -123,23 +134,9 @@ class AttentionRows:
             logits = logits.masked_fill(~mask, low) if mask.dtype == torch.bool else (logits + mask.to(torch.float32)).clamp(min=low)
         return logits.softmax(-1)
 
-    def of_slots(self, here: TokenMap) -> AttentionRows:
-        """The same in terms of the slots behind a cut: rows and columns of the representatives. Keys without a slot are left out and the
-        softmax goes over the others; only for the chunk itself, without a cache before it."""
-        index = here.representative.clamp(min=0)
-        if self.weights is not None or index.shape[1] == here.source.shape[1]:
-            return self
-        rows = index[:, None, :, None]
-        query = self.query.gather(2, rows.expand(-1, self.query.shape[1], -1, self.query.shape[3]))
-        key = self.key.gather(2, rows.expand(-1, self.key.shape[1], -1, self.key.shape[3]))
-        B, N = here.source.shape
-        mask = self.mask
-        if mask is None:
-            mask = torch.ones((N, N), dtype=torch.bool, device=index.device).tril()[None, None]
-        mask = mask[..., :N].expand(B, -1, -1, -1)
-        mask = mask.gather(2, rows.expand(-1, mask.shape[1], -1, mask.shape[3]))
-        mask = mask.gather(3, index[:, None, None].expand(-1, mask.shape[1], mask.shape[2], -1))
-        return AttentionRows(query, key, self.scale, mask, self.softcap)
+    def of_slots(self, here: TokenMap, start: int = 0) -> AttentionRows:
+        """The same in terms of the slots that `here` leaves of the layer's queries, whose keys begin at number `start`."""
+        return replace(self, slots=here.representative.clamp(min=0), start=start)
 
     def row(self, index_B: Tensor) -> Tensor:
         """(B, K) attention of one row a sample, mean over heads."""
@@ -153,7 +150,8 @@ class AttentionRows:
             part = self.rows(index.clamp(min=0)).mean(1) * (index >= 0)[..., None]
             total = part.sum(1) if total is None else total + part.sum(1)
         if total is None:
-            return torch.zeros((B, self.key.shape[2] if self.weights is None else self.weights.shape[3]), device=rows_BN.device)
+            keys = self.slots if self.slots is not None else self.key[0, 0] if self.weights is None else self.weights[0, 0].T
+            return torch.zeros((B, keys.shape[1] if self.slots is not None else keys.shape[0]), device=rows_BN.device)
         return total / rows_BN.sum(1, keepdim=True).clamp(min=1)
 
 

@@ -365,6 +365,17 @@ class TokenMap:
         representative = torch.where(after.representative >= 0, self.representative.gather(1, after.representative.clamp(min=0)), -1)
         return TokenMap(self.source, after.target, member, weight, representative)
 
+    def onto(self, layout: Layout) -> TokenMap:
+        """The same map on a sequence that goes on behind its source: what comes there stays. FoveateError if it begins otherwise."""
+        B, N = self.source.shape
+        if layout.shape[0] != B or layout.shape[1] < N or not torch.equal(layout.kind[:, :N], self.source.kind):
+            raise FoveateError(f"this map belongs to another batch: its source has shape {(B, N)}, the sequences here {layout.shape}")
+        more = torch.arange(N, layout.shape[1], device=self.member.device).expand(B, -1)
+        single = torch.nn.functional.pad(more[..., None], (0, self.member.shape[-1] - 1), value=-1)
+        weight = None if self.weight is None else torch.cat([self.weight, (single >= 0).to(torch.float64)], 1)
+        member, representative = torch.cat([self.member, single], 1), torch.cat([self.representative, more], 1)
+        return TokenMap._with_targets(layout, member, weight, representative, mean=self.mean)
+
     def sources(self, row: int, slot: int) -> list[int]:
         """The source slots that made target `slot` of batch row `row`, ascending."""
         return sorted(int(s) for s in self.member[row, slot] if s >= 0)
@@ -410,7 +421,8 @@ def _coalesce(member: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | N
 
 def budget(keep: float | int, tokens: int) -> int:
     """How many of `tokens` to keep: an int is a number (at most `tokens`), a float in (0, 1] a share, rounded half up, at least 1."""
-    if isinstance(keep, bool) or (isinstance(keep, int) and keep < 1) or (isinstance(keep, float) and not 0.0 < keep <= 1.0):
+    number = isinstance(keep, (int, float)) and not isinstance(keep, bool)
+    if not number or (isinstance(keep, int) and keep < 1) or (isinstance(keep, float) and not 0.0 < keep <= 1.0):
         raise FoveateError(f"keep={keep!r} is not possible: give a share in (0, 1] as a float or a number of tokens >= 1 as an int")
     if isinstance(keep, int):
         return min(keep, tokens)

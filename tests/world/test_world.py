@@ -6,13 +6,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
 from foveate.data.pictures import render, scene
+from foveate.data.scenes import write_world
 from foveate.errors import FoveateError
+from foveate.evaluation.run import evaluate
 from foveate.world import asset, backbones, resolve
 
-SHIPPED = ("tower", "lm")
+SHIPPED = ("tower", "lm", "vlm")
 
 
 def test_unknown_asset_names_the_known_ones() -> None:
@@ -28,7 +30,7 @@ def test_other_names_pass_unchanged(tmp_path: Path) -> None:
 
 def test_assets_are_small_and_in_half_precision() -> None:
     files = [path for name in SHIPPED for path in asset(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 9_000_000
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
     for name in SHIPPED:
         with safe_open(asset(name) / "model.safetensors", "pt") as weights:
             assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118
@@ -55,6 +57,20 @@ def test_language_model_answers_from_a_description() -> None:
     assert score["reading"] > 0.9
     assert score["presence"] > 0.6
     assert score["attribute"] > 0.6
+
+
+def test_finished_model_answers(tmp_path: Path) -> None:
+    """As the README says: all families but relation are learnt. 40 scenes are few, so the bars are lower than what was measured on 600."""
+    write_world(tmp_path / "world", train=0, test=40, seed=100, progress=False)
+    families = evaluate(resolve("asset:vlm"), tmp_path / "world").families
+    assert families["presence"].accuracy > 0.95
+    assert families["count"].accuracy > 0.9
+    assert families["attribute"].accuracy > 0.9
+    assert families["reading"].accuracy > 0.85
+    assert families["locating"].accuracy > 0.35
+    assert all(
+        weight.dtype == torch.float32 for weight in AutoModelForImageTextToText.from_pretrained(asset("vlm"), dtype="float32").parameters()
+    )
 
 
 def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
