@@ -24,8 +24,8 @@ HERE = Path(__file__).parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=6000, help="scenes to train on")
-    parser.add_argument("--test", type=int, default=400, help="scenes to ask about")
+    parser.add_argument("--train", type=int, default=3000, help="scenes to train on")
+    parser.add_argument("--test", type=int, default=300, help="scenes to ask about")
     parser.add_argument("--work", type=Path, default=Path("runs/pretraining"), help="where worlds, checkpoints and models go")
     given = parser.parse_args()
     results = HERE / "results.json"
