@@ -374,8 +374,9 @@ class Run:
         maps: list[TokenMap] = []
         state.here = TokenMap.identity(chunk.layout)
         for reducer, stage in self._cuts[index]:
-            token_map = reducer.reduce(self._view(index, state, hidden), stage).map
-            renumber = reducer.positions == "renumber"
+            with torch.autocast(hidden.device.type, enabled=False):  # scores are float32, also where the model is not
+                token_map = reducer.reduce(self._view(index, state, hidden), stage).map
+            renumber = reducer.positions_at(stage) == "renumber"
             if self._shortcuts and chunk.memory is None and token_map.is_identity:
                 continue
             hidden = token_map.apply(hidden)
@@ -384,7 +385,7 @@ class Run:
             maps.append(token_map)
         if maps:
             whole = state.here if len(maps) > 1 else maps[0]
-            if any(reducer.positions == "renumber" for reducer, _ in self._cuts[index]):
+            if any(reducer.positions_at(stage) == "renumber" for reducer, stage in self._cuts[index]):
                 state.seen.renumbered.add(index)
             state.seen.maps[index] = TokenMap(whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean)
         elif chunk.memory is not None or chunk.changed:

@@ -45,6 +45,10 @@ class Reducer(ABC):
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         """Visual tokens of one image that leave the site, when `arriving` of its `original` tokens come to it."""
 
+    def positions_at(self, stage: int) -> str:
+        """What happens to positions at one of its sites, for a method that renumbers at some of them only."""
+        return self.positions
+
     # ---- cost
 
     def visual_tokens(self, per_image: int, num_layers: int) -> list[int]:
