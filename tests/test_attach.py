@@ -307,6 +307,24 @@ def test_detach_leaves_nothing_behind_after_an_exception_too() -> None:
     assert state_of(model) == before
 
 
+@pytest.mark.parametrize("reducer", ["vcc:layer=0,stride=4", "vcc:layer=2,stride=4"])
+def test_padding_of_the_prompt_is_remembered(reducer: str) -> None:
+    """Behind a right-padded prompt, decoding without a mask is decoding with the right one."""
+    model, batch = llava(), Batch(ROWS, "right")
+    token = torch.full((len(ROWS), 1), 7)
+    position = batch.inputs["attention_mask"].sum(1, keepdim=True)
+    mask = torch.nn.functional.pad(batch.inputs["attention_mask"], (0, 1), value=1)
+    logits = []
+    for given in (mask, None, torch.ones_like(mask)):
+        with foveate.attach(model, reducer), torch.no_grad():
+            cache = model(**batch.inputs, use_cache=True).past_key_values
+            step = model(input_ids=token, attention_mask=given, position_ids=position, past_key_values=cache, use_cache=True)
+        logits.append(step.logits)
+    assert torch.equal(logits[0], logits[1])
+    # A cut in front of the first layer has taken the padding out of every layer; behind a later one, taking it for tokens is seen.
+    assert torch.allclose(logits[0], logits[2], atol=1e-3) == ("layer=0" in reducer)
+
+
 def test_memory_goes_with_its_cache() -> None:
     """A copy of a cache decodes like the original; cropped by what was decoded, it is the prompt's again; cut tokens cannot be cropped."""
     model, batch = llava(), Batch(ROWS, "left")

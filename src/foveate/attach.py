@@ -241,7 +241,7 @@ class Run:
             if hasattr(getattr(core, "bridge", None), "boxes") and pixels is not None:
                 grid = core.config.patch_grid(*pixels.shape[-2:])
                 pack = over_boxes(core.bridge.boxes(grid), grid)
-            for signal, crops in self._tower.read().crops.items():
+            for signal, crops in self._tower.read().items():
                 values[signal] = carry(crops, lengths, grouped=self.anatomy.grouped, pack=pack)
         if len(self._encoded) > _REMEMBERED:
             self._encoded.clear()

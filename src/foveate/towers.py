@@ -1,16 +1,14 @@
 """What the vision tower says of each visual token: attention of [CLS], attention received, keys; and how it gets from patches to tokens.
 
 A score belongs to a patch of the tower, a token to the language model. Between them patches are merged (pixel shuffle, pooling, grouped
-patches), and tiles are put together to one image with newlines between their rows. A score takes the way of its patch: the mean over the
-patches of a token, and through the model's own packing of tiles as one more channel.
+patches, a bridge's windows); a token's score is the mean over its patches. Models that pack tiles with newlines between their rows are
+refused where a tower score is needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +33,6 @@ def _attends(module: nn.Module) -> bool:
     return hasattr(module, "config") and "attention" in type(module).__name__.lower()
 
 
-@dataclass(frozen=True)
-class Read:
-    """What one pass of the tower left behind: for each signal, for each crop, one value a patch (P,) or (P, h)."""
-
-    crops: dict[Signal, list[Tensor]]
-
-
 class TowerProbes:
     """Watches the blocks that the signals name, whenever the tower runs."""
 
@@ -60,15 +51,15 @@ class TowerProbes:
         self._depth = len(layers)
         self._hooks = [probe.layer.register_forward_pre_hook(_armer(probe)) for probe in self._probes.values()]
 
-    def read(self) -> Read:
-        """The values of the pass that has just run; the probes forget it."""
+    def read(self) -> dict[Signal, list[Tensor]]:
+        """For each signal, crop by crop, one value a patch, (P,) or (P, h), of the pass that has just run; the probes forget it."""
         crops: dict[Signal, list[Tensor]] = {}
         for signal in self.signals:
             probe = self._probes[signal.layer % self._depth]  # type: ignore[attr-defined]
             crops[signal] = [values for call in probe.calls for values in _values(signal, call, *self._prefix)]
         for probe in self._probes.values():
             probe.calls = []
-        return Read(crops)
+        return crops
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -153,18 +144,5 @@ def over_boxes(boxes: Sequence[tuple[int, int, int, int]], grid: tuple[int, int]
             values = crop.view(*grid, *crop.shape[1:])
             found.append(torch.stack([values[r0:r1, c0:c1].flatten(0, 1).mean(0) for r0, c0, r1, c1 in boxes]))
         return found
-
-    return pack
-
-
-def packing(core: Any, crops_per_item: Sequence[int], image_sizes: Any, strategy: Any) -> Pack:
-    """The model's own `pack_image_features`, with values in place of features; newlines get zero."""
-
-    def pack(crops: list[Tensor]) -> list[Tensor]:
-        wide = [c if c.ndim > 1 else c[:, None] for c in crops]
-        stacked = torch.split(torch.stack(wide), list(crops_per_item))
-        newline = wide[0].new_zeros(wide[0].shape[-1])
-        packed, _ = core.pack_image_features(stacked, image_sizes, vision_feature_select_strategy=strategy, image_newline=newline)
-        return [p if crops[0].ndim > 1 else p[:, 0] for p in packed]
 
     return pack

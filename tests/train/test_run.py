@@ -143,6 +143,14 @@ def test_bfloat16_is_near(recipe_file: Write, precision: str) -> None:
     assert all(value.dtype == torch.float32 for value in weights(near).values())
 
 
+def test_only_a_lasting_reducer_is_saved_with_the_model(recipe_file: Write) -> None:
+    """What takes turns until the end teaches the model to do with any of it, or with none: nothing is to be attached by default."""
+    lasting = main(recipe_file("lasting", ONE), ['stages.0.reducers=[{share: 1, reducer: "random:keep=0.5"}]'])
+    turns = main(recipe_file("turns", ONE), ['stages.0.reducers=[{share: 1, cycle: [none, "random:keep=0.5"]}]'])
+    assert (lasting / "foveate.json").is_file()
+    assert not (turns / "foveate.json").exists()
+
+
 def test_progress_without_a_terminal(recipe_file: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from foveate.train import trainer
 
