@@ -24,7 +24,6 @@ import contextlib
 import copy
 import gc
 import json
-import os
 import random
 import sys
 import time
@@ -34,7 +33,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import exact_peaks, peak, reset_peak, synchronize
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from shapes import AFTER, BEFORE, SHAPES, build, prompt, words
@@ -44,7 +42,9 @@ import foveate
 from foveate import FoveateError
 from foveate.anatomy import read
 from foveate.cost import Ledger
+from foveate.evaluation.cells import write_json
 from foveate.reducers import METHODS, parse
+from foveate.report.machine import exact_peaks, peak, reset_peak, synchronize
 from foveate.report.runs import environment
 from foveate.signals import ClsAttention, ReceivedAttention, TowerKeys
 
@@ -319,9 +319,7 @@ def command(given: argparse.Namespace) -> str:
 
 def save(path: Path, report: dict[str, Any]) -> None:
     """The numbers at once or not at all, so that an interruption never leaves half a file; then what is made of them."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, report)
     path.with_suffix(".md").write_text(table(report), encoding="utf-8")
     draw(report, path.with_suffix(".png"))
 

@@ -21,7 +21,6 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import random
 import statistics
 import sys
@@ -42,13 +41,14 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 import foveate
 from foveate import FoveateError
+from foveate.evaluation.cells import write_json
 from foveate.reducers import parse, visual_tokens
+from foveate.report.machine import exact_peaks, peak, reset_peak, synchronize
 from foveate.report.runs import environment
 
 HERE = Path(__file__).parent
-sys.path.insert(1, str(HERE.parent / "prefill"))  # the models, and how memory is read, are those of the benchmark of prefill
+sys.path.insert(1, str(HERE.parent / "prefill"))  # the models are those of the benchmark of prefill
 
-from machine import exact_peaks, peak, reset_peak, synchronize  # noqa: E402
 from shapes import SHAPES, build, prompt  # noqa: E402
 
 METHODS = ("random", "fastervlm", "divprune", "fastv", "pyramiddrop")
@@ -253,9 +253,7 @@ def command(given: argparse.Namespace) -> str:
 
 def save(path: Path, report: dict[str, Any]) -> None:
     """The numbers at once or not at all, so that an interruption never leaves half a file; then what is made of them."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(path, report)
     path.with_suffix(".md").write_text(table(report), encoding="utf-8")
     draw(report, path.with_suffix(".png"))
 

@@ -1,5 +1,7 @@
 """The exceptions that Foveate raises."""
 
+import difflib
+from collections.abc import Iterable
 from enum import StrEnum
 
 
@@ -27,3 +29,9 @@ class NotApplicable(FoveateError):
     def __init__(self, reason: Reason, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """What was probably meant, as a part of a message; "" if nothing comes near."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -30,7 +30,7 @@ _REMEMBERED = 1024  # items that are known until they enter the language model
 _CALLS = 64  # calls of towers that are known until then
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
     """A call that encoded images or videos, as far as its cost depends on it.
 
@@ -39,7 +39,7 @@ class Encoded:
     """
 
     method: str
-    given: Mapping[str, Any] = field(hash=False)
+    given: Mapping[str, Any]
 
     @classmethod
     def of(cls, method: str, given: Mapping[str, Any]) -> Encoded:

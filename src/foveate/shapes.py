@@ -8,6 +8,7 @@ mergers and resamplers are counted as they run, with no formula for any of them.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoModelForImageTextToText
 from foveate.anatomy import read
 from foveate.counting import Counter
 from foveate.errors import FoveateError
-from foveate.images import Encoded, Images, stand_in
+from foveate.images import Encoded, Images
 from foveate.tokens import Kind
 
 _aten = torch.ops.aten
@@ -53,13 +54,13 @@ def encode(config: Any, call: Encoded) -> tuple[dict[str, int], list[tuple[int, 
 
 
 def _encode(config: Any, call: Encoded) -> tuple[dict[str, int], list[tuple[int, int]]]:
-    given = {name: value.cpu().clone() if isinstance(value, Tensor) else value for name, value in call.given.items()}
+    given = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in call.given.items()}
     key = config.to_json_string(use_diff=False), json.dumps([call.method, {name: _spelled(value) for name, value in given.items()}])
     if key not in _counted:
         model = skeleton(config)
         anatomy = read(model)
         core: Any = anatomy.core
-        given = {name: value.float() if isinstance(value, Tensor) and "pixel_values" in name else value for name, value in given.items()}
+        given = {name: _usable(name, value) if isinstance(value, Tensor) else value for name, value in given.items()}
         images = Images(anatomy, ())
         images.begin(None, {})
         try:
@@ -75,14 +76,18 @@ def _encode(config: Any, call: Encoded) -> tuple[dict[str, int], list[tuple[int,
     return _counted[key]
 
 
+def _usable(name: str, value: Tensor) -> Tensor:
+    """A copy, since what was made in inference mode cannot be used outside; pixels as numbers again."""
+    return value.float() if "pixel_values" in name and value.dtype == torch.bool else value.clone()
+
+
 def _spelled(value: Any) -> Any:
     """Two calls that are spelled alike cost the same."""
     if not isinstance(value, Tensor):
         return repr(value)
-    if value.numel() > 4096 or value.is_floating_point():
-        whole = stand_in(value.float()) if value.ndim > 1 else value
-        return [list(value.shape), whole.flatten(min(2, value.ndim - 1))[..., 0].tolist() if value.ndim > 1 else value.tolist()]
-    return [str(value.dtype), value.tolist()]
+    compact = value[(..., *[0 if step == 0 else slice(None) for step in value.stride()])]  # of a stand-in one value for each patch or tile
+    digest = hashlib.sha256(compact.contiguous().flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return [str(value.dtype), list(value.shape), digest]
 
 
 class _Shapes(TorchDispatchMode):

@@ -199,6 +199,18 @@ def prompts(processor: Any, questions: Sequence[str], images: Sequence[int] | No
     return [str(processor.apply_chat_template(renderer.messages([("user", text)]), add_generation_prompt=True)) for text in texts]
 
 
+def model_inputs(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
+    """What the processor makes of prompts that `prompts` wrote, each about its own images, padded on the left."""
+    given: dict[str, Any] = {"images": [list(own) for own in images]} if any(images) else {}
+    start = processor.tokenizer.bos_token
+    if start and texts[0].startswith(start):
+        given["add_special_tokens"] = False  # the template has written them
+    try:
+        return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **given)
+    except ValueError as error:
+        raise FoveateError(f"{type(processor).__name__} does not take these images and prompts: {error}") from error
+
+
 def shrunk(processor: Any, reducers: Sequence[Reducer]) -> tuple[Any, Sequence[Reducer]]:
     """The processor to use where reducers make images smaller, and those of them that are still to `prepare` each image.
 
@@ -229,13 +241,7 @@ def answer(
     """
     tokenizer = processor.tokenizer
     shown = [k for owner in owners for k in owner]
-    given: dict[str, Any] = {"images": [[images[k] for k in owner] for owner in owners]} if shown else {}
-    if tokenizer.bos_token and texts[0].startswith(tokenizer.bos_token):
-        given["add_special_tokens"] = False  # the template has written them
-    try:
-        inputs = processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **given).to(model.device, model.dtype)
-    except ValueError as error:
-        raise FoveateError(f"{type(processor).__name__} does not take these images and prompts: {error}") from error
+    inputs = model_inputs(processor, [[images[k] for k in owner] for owner in owners], texts).to(model.device, model.dtype)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     token = tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", conversations.MARKER))
     plain = set(inputs) == {"input_ids", "attention_mask", "pixel_values"} and len(inputs["pixel_values"]) == len(shown)

@@ -48,12 +48,12 @@ from foveate.data import conversations
 from foveate.data.conversations import MARKER
 from foveate.data.pictures import render
 from foveate.data.scenes import conversation, world_scene
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, nearest
 from foveate.evaluation.metrics import FAMILIES
 from foveate.evaluation.rows import read_rows
 from foveate.evaluation.run import load_image, progress_bar, read_questions
 from foveate.evaluation.scorers import METRICS, find, make
-from foveate.evaluation.scorers.base import Scorer, nearest
+from foveate.evaluation.scorers.base import Scorer
 from foveate.evaluation.scorers.choice import LETTERS
 from foveate.evaluation.scorers.scenes import Scenes
 

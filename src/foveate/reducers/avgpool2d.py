@@ -15,7 +15,7 @@ import torch
 
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import integers, into, nearest
+from foveate.reducers.common import integers, into, nearest_stride
 from foveate.signals import View
 from foveate.sites import BeforeLM, Cut, FromLayer, Site
 from foveate.tokens import PLACE, TokenMap
@@ -44,7 +44,7 @@ class AvgPool2d(Reducer):
 
     def at(self, keep: float) -> Self:
         """Of the strides that keep 1/1, 1/4, 1/9, … the nearest to the root of 1 / `keep`."""
-        return replace(self, stride=nearest(self.name, keep, power=2))
+        return replace(self, stride=nearest_stride(self.name, keep, power=2))
 
     def sites(self, layers: int) -> list[Site]:
         return [FromLayer(self.layer) if self.layer else BeforeLM()]

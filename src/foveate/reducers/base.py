@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from PIL.Image import Image
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, nearest
 from foveate.signals import View
 from foveate.sites import Decision, Site, ThroughLayer
 
@@ -81,7 +80,7 @@ class Reducer(ABC):
         known = {f.name: f for f in dataclasses.fields(cls)}
         for key in options:
             if key not in known:
-                raise FoveateError(f"{cls.name} has no option {key!r}{_nearest(key, known)}; its options are {', '.join(known) or 'none'}")
+                raise FoveateError(f"{cls.name} has no option {key!r}{nearest(key, known)}; its options are {', '.join(known) or 'none'}")
         missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in options]
         if missing:
             raise FoveateError(f"{cls.name} needs {', '.join(missing)}: write {cls.name}:{','.join(m + '=…' for m in missing)}")
@@ -100,11 +99,6 @@ class Reducer(ABC):
             if option.default is dataclasses.MISSING or value != option.default or type(value) is not type(option.default):
                 options.append(f"{option.name}={str(value).lower() if isinstance(value, bool) else value}")
         return self.name + (":" + ",".join(options) if options else "")
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _value(text: str) -> int | float | str | bool:
@@ -131,7 +125,7 @@ def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
     for part in text.split("+"):
         name, _, rest = part.strip().partition(":")
         if name not in methods:
-            raise FoveateError(f"unknown reducer {name!r}{_nearest(name, methods)}; known are {', '.join(sorted(methods))} and none")
+            raise FoveateError(f"unknown reducer {name!r}{nearest(name, methods)}; known are {', '.join(sorted(methods))} and none")
         options: dict[str, Any] = {}
         for item in filter(None, rest.split(",")):
             key, equals, value = item.partition("=")

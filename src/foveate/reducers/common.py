@@ -61,7 +61,7 @@ def spelled(entries: Sequence[int | float]) -> int | float | str:
     return entries[0] if len(entries) == 1 else "-".join(format(Decimal(str(e)), "f") for e in entries)
 
 
-def nearest(name: str, keep: float, power: int) -> int:
+def nearest_stride(name: str, keep: float, power: int) -> int:
     """The stride that leaves one of `stride ** power` tokens, nearest to one of 1 / `keep`. FoveateError where that would leave all."""
     stride = round(keep ** (-1 / power))
     if stride == 1 and keep < 1:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import integers, nearest
+from foveate.reducers.common import integers, nearest_stride
 from foveate.signals import View
 from foveate.sites import Cut, FromLayer, Site
 from foveate.tokens import TokenMap
@@ -43,7 +43,7 @@ class VCC(Reducer):
 
     def at(self, keep: float) -> Self:
         """Of the strides that keep 1/1, 1/2, 1/3, … the nearest to 1 / `keep`."""
-        return replace(self, stride=nearest(self.name, keep, power=1))
+        return replace(self, stride=nearest_stride(self.name, keep, power=1))
 
     def sites(self, layers: int) -> list[Site]:
         return [FromLayer(self.layer)]

@@ -33,7 +33,7 @@ from foveate.attach import Run, attach
 from foveate.data import conversations
 from foveate.data.pictures import render, scene
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_image, load_model, prompts
+from foveate.evaluation.run import load_image, load_model, model_inputs, prompts
 from foveate.reducers import METHODS, Reducer, parse, prepare
 from foveate.report import figures
 from foveate.report.demo import spell as said
@@ -311,7 +311,7 @@ def _ask(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, r
     """Greedy, with the reducers attached."""
     tokenizer = processor.tokenizer
     pictures = [prepare(reducers, picture) for picture in pictures]
-    inputs = processor(images=pictures, text=[prompt], return_tensors="pt").to(model.device)
+    inputs = model_inputs(processor, [pictures], [prompt]).to(model.device, model.dtype)
     training = model.training
     model.eval()
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from foveate.cost import predict
 from foveate.errors import FoveateError
 from foveate.evaluation.bench import batches, picture
-from foveate.evaluation.run import progress_bar, prompts, shrunk
+from foveate.evaluation.run import model_inputs, progress_bar, prompts, shrunk
 from foveate.evaluation.tasks import Sample, Task, open_image
 from foveate.reducers import Reducer, parse, prepare
 
@@ -58,11 +58,7 @@ def _inputs(processor: Any, samples: Sequence[Sample], reducers: Sequence[Reduce
     """What the processor makes of the samples' prompts, as they are asked in a run."""
     images = [[prepare(reducers, open_image(ref)) for ref in sample.images] for sample in samples]
     texts = prompts(processor, [sample.question for sample in samples], [len(own) for own in images])
-    given: dict[str, Any] = {"images": images} if any(images) else {}
-    start = processor.tokenizer.bos_token
-    if start and texts[0].startswith(start):
-        given["add_special_tokens"] = False  # the template has written them
-    return processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **given)
+    return model_inputs(processor, images, texts)
 
 
 def asked(task: Task) -> Sequence[Sample]:

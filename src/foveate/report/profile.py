@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from json import dumps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from foveate.attach import attach
 from foveate.cost import CONVENTION, Ledger, predict
 from foveate.counting import Counter, parameters_of, parts_of
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_model, prompts
+from foveate.evaluation.run import load_model, model_inputs, prompts
 from foveate.reducers import parse, prepare, spell
 from foveate.report.look import open_image
+from foveate.report.machine import peak, reset_peak, synchronize
 from foveate.report.runs import environment
 
 TIMES = ("processor", "tower", "bridge", "prefill", "first decode")
@@ -90,11 +90,11 @@ class _Bench:
         self.model, self.processor, self.text, self.new_tokens = model, processor, reducers, new_tokens
         self.reducers = parse(reducers)
         self.pictures = [prepare(self.reducers, picture) for picture in pictures]
-        self.prompt = prompts(processor, ["<image>\n" * len(pictures) + question])[0]
+        self.prompt = prompts(processor, [question], [len(pictures)])[0]
         self.runs: list[dict[str, float]] = []
 
     def inputs(self) -> Any:
-        return self.processor(images=self.pictures, text=[self.prompt], return_tensors="pt").to(self.model.device, self.model.dtype)
+        return model_inputs(self.processor, [self.pictures], [self.prompt]).to(self.model.device, self.model.dtype)
 
     def survey(self) -> None:
         """What one pass tells that no clock is needed for."""
@@ -114,7 +114,9 @@ class _Bench:
             t.numel() * t.element_size() for layer in out.past_key_values.layers for t in (layer.keys, layer.values) if t is not None
         )
         del out
-        self.peak = _peak(lambda: self.step(inputs))
+        base = reset_peak(self.model.device.type)
+        self.step(inputs)
+        self.peak = max(0, round(peak(self.model.device.type) - base)) if base else None
 
     @torch.no_grad()
     def step(self, inputs: Any) -> dict[str, float]:
@@ -186,31 +188,8 @@ class _timed:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device.type)
     return time.perf_counter()
-
-
-def _peak(call: Any) -> int | None:
-    """Bytes in use at the highest point of `call`, above those in use before it."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return int(torch.cuda.max_memory_allocated() - before)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the highest resident size counts from here
-    except OSError:
-        call()
-        return None
-    before = _status("VmRSS")
-    call()
-    return max(0, _status("VmHWM") - before)
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 
 def _spread(values: list[float]) -> tuple[float, float, float]:

@@ -27,9 +27,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, nearest
 from foveate.evaluation.scorers.anls import Anls
-from foveate.evaluation.scorers.base import Scorer, nearest
+from foveate.evaluation.scorers.base import Scorer
 from foveate.evaluation.scorers.choice import Choice
 from foveate.evaluation.scorers.exact import Exact, Gqa
 from foveate.evaluation.scorers.iou import Iou

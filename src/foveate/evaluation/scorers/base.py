@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import fsum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, nearest
 
 if TYPE_CHECKING:
     from foveate.evaluation.tasks import Sample
@@ -74,12 +73,6 @@ def split(samples: Sequence[Sample], values: Sequence[Any]) -> dict[str, list[An
 def by_group(figure: str, samples: Sequence[Sample], values: Sequence[float]) -> dict[str, float]:
     """{"<figure>/<group>": percentage}; {} where there are not at least two groups."""
     return {f"{figure}/{group}": percent(own) for group, own in split(samples, values).items()}
-
-
-def nearest(word: str, words: Iterable[str]) -> str:
-    """What was probably meant, as a part of a message; "" if nothing comes near."""
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def one_of(metric: str, option: str, value: str, allowed: Iterable[str]) -> None:

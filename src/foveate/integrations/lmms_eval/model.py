@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import time
 from abc import abstractmethod
@@ -21,7 +20,7 @@ from lmms_eval.models.model_utils.progress import make_progress
 from loguru import logger
 
 from foveate.attach import Run, attach
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, nearest
 from foveate.evaluation.run import load_model, shrunk
 from foveate.integrations.lmms_eval.answering import (
     Answer,
@@ -71,9 +70,8 @@ class _Foveate(lmms):
         super().__init__()
         for name in unknown:
             known = list(inspect.signature(_Foveate.__init__).parameters)[1:-1]
-            near = difflib.get_close_matches(name, known, n=1)
             raise FoveateError(
-                f"--model_args: there is no argument {name!r}{f' (did you mean {near[0]!r}?)' if near else ''}; known are "
+                f"--model_args: there is no argument {name!r}{nearest(name, known)}; known are "
                 f"{', '.join(known)}. Options of a reducer are joined by colons there: reduce=fastv:keep=0.25:layer=3"
             )
         if not pretrained:
