@@ -22,8 +22,10 @@ from transformers import (
 import foveate
 from foveate import cost
 from foveate.cost import Ledger, Trained, compression_ratio, predict, schedule_tokens, visual_tokens
+from foveate.counting import Counter
 from foveate.errors import FoveateError
 from foveate.reducers import parse
+from foveate.sizes import ImageSize, Sizes
 from tests import tiny
 
 VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
@@ -358,3 +360,66 @@ def test_errors_name_the_thing() -> None:
         predict(LMS[0], text_tokens=-1)
     with pytest.raises(FoveateError, match="at least one"):
         compression_ratio(0, 576, 32)
+
+
+# ---- scores
+
+
+SEVEN_B = {"width": 4096, "heads": 32, "query_width": 4096, "tower_width": 64}
+
+
+@pytest.mark.parametrize(
+    ("reducer", "macs"),
+    [
+        ("random:keep=0.25", 0),
+        ("fastervlm:keep=0.25", 0),  # its one row is the tower's
+        ("fastv", 640 * 4096),  # the last token's queries with every key
+        ("fastv:rows=all", 640 * 640 * 4096),
+        ("pyramiddrop", 640 * 4096),
+        ("divprune:keep=0.25", 576 * 576 * 4096),
+        ("divprune:keep=1.0", 0),
+        ("cdpruner:keep=64", 576 * 576 * 4096 + 576 * (64 * 63 // 2)),  # pick k subtracts what the k - 1 before it explain
+        ("dart", (4 + 4) * 576 * 4096),
+        ("visionzip:dominant=54,contextual=10", (522 - 10) * 10 * 64),
+        ("tome:keep=288", 288 * 288 * 4096 + 288 * 576 * 4096),  # one pass: A with B, and the groups' means
+        ("tome:keep=0.25", 288 * 288 * 4096 + 288 * 576 * 4096 + 144 * 144 * 4096 + 144 * 288 * 4096),
+        ("sparsevlm", 576 * 64 * 4096 + 64 * 640 * 4096),  # if all 64 text tokens rate
+        ("aim:keep=1.0,steps=1", 0),  # its only drop is of all
+    ],
+)
+def test_scores_of_one_image_in_a_7b_model(reducer: str, macs: int) -> None:
+    (method,) = parse(reducer)
+    sizes = Sizes((ImageSize.whole(576),), (576,), text=64, keys=640, **SEVEN_B)
+    assert method.score_flops(sizes) == 2 * macs
+
+
+def test_scores_compete_within_their_scope() -> None:
+    tiles = ImageSize(crops=(100, 60, 40), frames=(200,))
+    at_once = Sizes((tiles, tiles), (200, 200), width=8)
+    assert [at_once.groups(scope) for scope in ("crop", "frame", "image", "sample")] == [[100, 60, 40] * 2, [200] * 2, [200] * 2, [400]]
+    halved = Sizes((tiles,), (100,), width=8)
+    assert halved.groups("crop") == [50, 30, 20]
+    assert parse("divprune:keep=0.5,scope=crop")[0].score_flops(halved) == 2 * 8 * (50**2 + 30**2 + 20**2)
+
+
+def test_predicted_scores_are_counted_wherever_they_are_computed() -> None:
+    """Tower, in front of the language model, and inside it; of two images with text between."""
+    model = tiny.llava(attn="eager")
+    ids = torch.tensor([tiny.prompt(2, [4, 5])])
+    for reducer in ("fastervlm", "divprune:keep=0.5", "fastv:layer=1", "fopru+fastv:layer=1"):
+        with torch.no_grad(), foveate.attach(model, reducer) as run, Counter(model) as seen:
+            model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32))
+        predicted = predict(model.config, images=2, text_tokens=ids.shape[1] - 2 * tiny.PATCHES, reducers=parse(reducer))
+        assert predicted.flops["scores"] == run.ledger.flops["scores"] == seen.flops["scores"] > 0
+        assert predict(model.config, text_tokens=5, images=0, reducers=parse(reducer)).flops["scores"] == 0
+
+
+def test_recorded_maps_score_nothing() -> None:
+    model = tiny.llava(attn="eager")
+    given = {"input_ids": torch.tensor([tiny.prompt(1, [4])]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    with torch.no_grad(), foveate.attach(model, "fastv:layer=1") as run:
+        model(**given)
+    with torch.no_grad(), foveate.attach(model, maps=run.maps) as again, Counter(model) as seen:
+        model(**given)
+    assert run.ledger.flops["scores"] > 0
+    assert again.ledger.flops["scores"] == seen.flops["scores"] == 0

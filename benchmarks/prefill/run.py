@@ -222,8 +222,8 @@ class Bench:
             "watches_tower": watches(variant, self.layers),
             "inside_lm": inside(variant, self.layers),
             "visual_tokens": list(ledger.visual_tokens),
-            # The tower's part is left out, as it is of the time.
-            "flops": sum(flops for part, flops in ledger.flops.items() if part != "tower"),
+            # Without the tower, as the time is, and without scores: what shorter sequences alone allow.
+            "flops": sum(flops for part, flops in ledger.flops.items() if part not in ("tower", "scores")),
             "kv_bytes": sum(t.numel() * t.element_size() for t in tensors),
             "kv_bytes_counted": sum(ledger.kv_bytes),
             "peak_bytes": above if self.tower.base and variant.text is None else None,  # counted from the tower's end on
@@ -259,6 +259,7 @@ def measure(given: argparse.Namespace) -> None:
     depth = shape.config(given.layers).text_config.num_hidden_layers
     chosen, skipped = variants(given.reducers or [name for name in METHODS if name != CUT], given.keep, given.tokens, shape.options, depth)
     name = f"{given.shape}-{given.tokens}-{given.device}-{given.dtype}" + (f"-{given.layers}layers" if given.layers else "")
+    name += "" if given.keep == list(KEEP) else "-keep" + "".join(f"-{keep:g}" for keep in given.keep)
     path = given.output / f"{name}.json"
     machine = environment() if given.device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"
     report = {"settings": settings, "chosen": [v.label for v in chosen], "machine": machine}

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from foveate import hooks
 from foveate.anatomy import Anatomy, read
 from foveate.chunk import Chunk, is_selection, put_back, valid_slots
-from foveate.cost import Ledger
+from foveate.cost import Ledger, Prompt
+from foveate.counting import scoring
 from foveate.encoder import GROUPS, Carried, Encoder, Groups, ReplayInTower, TowerPass
 from foveate.errors import FoveateError
 from foveate.hooks import Hook
@@ -42,6 +43,7 @@ from foveate.probes import LayerProbe
 from foveate.reducers import Reducer, load_reducers, parse, spell
 from foveate.signals import Attention, Keys, Signal, View
 from foveate.sites import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer
+from foveate.sizes import ImageSize
 from foveate.tokens import Layout, TokenMap
 from foveate.towers import TOWER_SIGNALS
 
@@ -62,6 +64,7 @@ class Pass:
     lengths: list[int] = field(default_factory=list)
     steps: list[Reducer] = field(default_factory=list)  # what was decided, one by one, to be done again
     encoded: list[tuple[Encoded, Fraction] | None] = field(default_factory=list)  # by item: what encoded it, None where that was not seen
+    reducers: list[Reducer] = field(default_factory=list)  # what scored and decided; recorded maps do not
 
     @property
     def first(self) -> Layout:
@@ -99,7 +102,17 @@ class Pass:
             for call, share in seen:  # counting a call takes a while, and many items may share one
                 calls[id(call)] = call, share + calls.get(id(call), (call, Fraction(0)))[1]
             options = {"encoded": list(calls.values()), **options}
-        return Ledger.observed(config, visual, total, images=self.images, **options)
+        return Ledger.observed(config, visual, total, images=self.images, reducers=self.reducers, prompts=self.prompts, **options)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The sizes of what entered the language model, row by row."""
+        layout = self.first
+        found = []
+        for visual, place, length in zip(layout.visual, layout.place, layout.valid.sum(1).tolist(), strict=True):
+            images = [ImageSize.of(place[visual & (place[:, 0] == i)][:, 1:]) for i in place[visual][:, 0].unique().tolist()]
+            found.append(Prompt(images, length - int(visual.sum())))
+        return found
 
     def provenance(self, layer: int) -> TokenMap:
         """From the slots that entered the language model to those that went through decoder layer `layer`."""
@@ -341,6 +354,7 @@ class Run:
         if state.has_images and self.record != "none":
             state.seen.tower = list(state.images.calls)
             state.seen.encoded = [item.call for item in state.images.items]
+            state.seen.reducers = [reducer for reducer in self.reducers if not isinstance(reducer, (_Replay, ReplayInTower))]
             self.passes = [*self.passes, state.seen] if self.record == "all" else [state.seen]
 
     def _before_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
@@ -450,7 +464,7 @@ class Run:
 
     def _decided(self, kind: type[Decision], reducer: Reducer, stage: int, view: View) -> TokenMap:
         """The map of a reducer's decision, which must be of the kind that its site understands."""
-        with torch.autocast(view.layout.kind.device.type, enabled=False):  # scores are float32, also where the model is not
+        with scoring(), torch.autocast(view.layout.kind.device.type, enabled=False):  # scores are float32, also where the model is not
             decision: Decision = reducer.reduce(view, stage)
         if not isinstance(decision, kind):
             raise FoveateError(f"{reducer.name} decides {type(decision).__name__} at a site where {kind.__name__} is possible")

@@ -27,14 +27,19 @@ from foveate.errors import FoveateError
 from foveate.images import Encoded
 from foveate.reducers import Reducer
 from foveate.reducers import visual_tokens as visual_tokens
+from foveate.reducers.base import Step, acting
 from foveate.shapes import encode, skeleton
+from foveate.sites import InEncoder, ThroughLayer
+from foveate.sizes import ImageSize, Sizes
+from foveate.towers import TOWER_SIGNALS, blocks
 
 CONVENTION = (
     "2 FLOPs per multiply-add; matrix products only (no norms, activations, softmax, rotary angles, recurrences); causal attention and "
     "sliding windows counted as the full N x N; of experts those that a token meets; a trained part costs 3 forwards, a frozen part behind "
-    "a trained one 2 (its attention products 3), other frozen parts 1; recomputation by gradient checkpointing is not counted"
+    "a trained one 2 (its attention products 3), other frozen parts 1; recomputation by gradient checkpointing is not counted; scores are "
+    "what reducers multiply in order to decide, in training too 1 forward"
 )
-PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head")
+PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores")
 
 
 @dataclass(frozen=True)
@@ -98,16 +103,20 @@ class Ledger:
         head_tokens: int | None = None,
         dtype_bytes: int = 2,
         encoded: Sequence[tuple[Encoded, Fraction]] | None = None,
+        reducers: Sequence[Reducer] = (),
+        prompts: Sequence[Prompt] = (),
     ) -> Ledger:
         """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
         Attention's cost needs the rows apart: a layer given as one number is taken for one sequence. `head_tokens`: how many got logits;
         unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
-        each with the share of it that is theirs; without them `images` images of `grid` patches are counted.
+        each with the share of it that is theirs; without them `images` images of `grid` patches are counted. `reducers` acted on
+        `prompts`; what their scores took follows from the sizes of these.
         """
         if len(visual) != len(total):
             raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
-        return _ledger(config, _rows(visual), _rows(total), images, grid, mode, trained, head_tokens, dtype_bytes, encoded)
+        decided = _decided(config, reducers, prompts, encoded if encoded is not None else _calls(config, grid, images))
+        return _ledger(config, _rows(visual), _rows(total), images, grid, mode, trained, head_tokens, dtype_bytes, encoded, decided)
 
 
 def compression_ratio(tokens: Sequence[int] | Fraction | int, per_image: int, num_layers: int) -> Fraction:
@@ -164,7 +173,9 @@ def predict(
         head_tokens = images * per_image + text_tokens if mode == "train" else 1
     if mode == "decode":
         return _decode(config, visual, total, new_tokens, dtype_bytes)
-    return _ledger(config, visual, total, images, grid, mode, trained, head_tokens, dtype_bytes)
+    prompt = Prompt([ImageSize.whole(per_image)] * images, text_tokens)
+    decided = _decided(config, reducers, [prompt], _calls(config, grid, images))
+    return _ledger(config, visual, total, images, grid, mode, trained, head_tokens, dtype_bytes, decided=decided)
 
 
 def _of_prompts(
@@ -177,35 +188,40 @@ def _of_prompts(
     head_tokens: int | None,
     dtype_bytes: int,
 ) -> Ledger:
-    prompts = read_prompts(config, inputs)
+    prompts, encoded = read_prompts(config, inputs)
     layers = len(decoder(config).linear)
-    per_item = {n: visual_tokens(reducers, n, layers) for items, _ in prompts.rows for n in items}
-    visual = [[sum(per_item[n][layer] for n in items) for items, _ in prompts.rows] for layer in range(layers)]
-    total = [[count + text for count, (_, text) in zip(row, prompts.rows, strict=True)] for row in visual]
+    per_image = {image.tokens: visual_tokens(reducers, image.tokens, layers) for prompt in prompts for image in prompt.images}
+    visual = [[sum(per_image[image.tokens][layer] for image in prompt.images) for prompt in prompts] for layer in range(layers)]
+    total = [[count + prompt.text for count, prompt in zip(row, prompts, strict=True)] for row in visual]
     if head_tokens is None and mode == "train":
-        head_tokens = sum(sum(items) + text for items, text in prompts.rows)
+        head_tokens = sum(prompt.tokens for prompt in prompts)
     if mode == "decode":
         return _decode(config, visual, total, new_tokens, dtype_bytes)
-    calls = [(call, Fraction(1)) for call in prompts.calls]
-    return _ledger(config, visual, total, 0, None, mode, trained, head_tokens, dtype_bytes, calls)
+    calls = [(call, Fraction(1)) for call in encoded]
+    decided = _decided(config, reducers, prompts, calls)
+    return _ledger(config, visual, total, 0, None, mode, trained, head_tokens, dtype_bytes, calls, decided)
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """What a processor made of some prompts: of each the patches' tokens of its items and how many tokens beside them (text, newlines), and
-    what is encoded."""
+class Prompt:
+    """The images and videos of one prompt, and how many tokens beside their patches (text, newlines)."""
 
-    rows: list[tuple[list[int], int]]
-    calls: list[Encoded]
+    images: list[ImageSize]
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(image.tokens for image in self.images) + self.text
 
 
-def read_prompts(config: Any, inputs: Mapping[str, Any]) -> Prompts:
-    """Reads a processor's outputs by `config` alone. FoveateError where placeholders and images do not match."""
+def read_prompts(config: Any, inputs: Mapping[str, Any]) -> tuple[list[Prompt], list[Encoded]]:
+    """Reads a processor's outputs by `config` alone: the prompts, and what is encoded. FoveateError where placeholders and images do not
+    match."""
     inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     core: Any = read(skeleton(config)).core if any("pixel_values" in name for name in inputs) else None
-    rows: list[list[int]] = [[] for _ in ids]
+    rows: list[list[ImageSize]] = [[] for _ in ids]
     calls: list[Encoded] = []
     for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if inputs.get(pixels) is None:
@@ -214,24 +230,26 @@ def read_prompts(config: Any, inputs: Mapping[str, Any]) -> Prompts:
         names = inspect.signature(getattr(core, method)).parameters
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}
         calls.append(Encoded.of(method, given if pixels in given else {**given, "pixel_values": inputs[pixels]}))
-        items = encode(config, calls[-1])[1]
+        items = encode(config, calls[-1]).items
+        made = sum(image.tokens + others for image, others in items)
         tokens = [getattr(config, f"{name}_token_id", None) for name in (modality, "image")]  # some write videos as images
         slots = next((at for at in (ids.eq(token).sum(1).tolist() for token in tokens if token is not None) if any(at)), [0] * len(ids))
-        if sum(map(sum, items)) != sum(slots):
+        if made != sum(slots):
             raise FoveateError(
-                f"the prompts have {sum(slots)} {modality} placeholders, but the {len(items)} {modality}s make {sum(map(sum, items))} "
-                "visual tokens; use the processor that belongs to the model"
+                f"the prompts have {sum(slots)} {modality} placeholders, but the {len(items)} {modality}s make {made} visual tokens; use the "
+                "processor that belongs to the model"
             )
         left = iter(items)
         for row, count in zip(rows, slots, strict=True):
             while count > 0:
-                patches, others = next(left, (0, 0))
-                if patches + others > count or patches + others == 0:
-                    raise FoveateError(f"a prompt has placeholders for {count} visual tokens where an image makes {patches + others}")
-                row.append(patches)
-                count -= patches + others
+                image, others = next(left, (ImageSize.whole(0), 0))
+                tokens = image.tokens + others
+                if tokens > count or tokens == 0:
+                    raise FoveateError(f"a prompt has placeholders for {count} visual tokens where an image makes {tokens}")
+                row.append(image)
+                count -= tokens
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
-    return Prompts([(row, length - sum(row)) for row, length in zip(rows, lengths, strict=True)], calls)
+    return [Prompt(row, length - sum(image.tokens for image in row)) for row, length in zip(rows, lengths, strict=True)], calls
 
 
 def image_tokens(config: Any, grid: tuple[int, int] | None) -> int:
@@ -316,6 +334,7 @@ def _ledger(
     head_tokens: int | None,
     dtype_bytes: int,
     encoded: Sequence[tuple[Encoded, Fraction]] | None = None,
+    decided: tuple[int, int] = (0, 0),
 ) -> Ledger:
     stack, vision = decoder(config), _vision(config)
     if len(total) != len(stack.linear):
@@ -330,15 +349,16 @@ def _ledger(
     if head_tokens is None:
         head_tokens = sum(total[0]) if mode == "train" else len(total[0])
     head = weights * 2 * head_tokens * stack.embed
-    flops = {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": head}
+    scores, saved = decided
+    flops = {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": head, "scores": scores}
     if encoded is not None:
         for part in ("tower", "bridge"):
-            flops[part] = round(sum(encode(config, call)[0][part] * share for call, share in encoded))
+            flops[part] = round(sum(encode(config, call).flops[part] * share for call, share in encoded))
     elif vision is not None and images:
         grid = grid or _grid(config, None)
         flops["tower"] = images * tower_flops(config, grid)
         flops["bridge"] = images * bridge_flops(config, grid)
-    flops["tower"] *= 3 if trained.tower else 1
+    flops["tower"] = (flops["tower"] - saved) * (3 if trained.tower else 1)
     flops["bridge"] *= 3 if trained.bridge else 2 if trained.tower else 1
     return Ledger(
         mode,
@@ -374,8 +394,84 @@ def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_to
         tuple(n * width * dtype_bytes for n, width in zip(after, stack.kv_width, strict=True)),
         tuple(sum(rows) * width * dtype_bytes for rows, width in zip(visual, stack.kv_width, strict=True)),
         tuple(a + b for a, b in zip(linear, attention, strict=True)),
-        {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": 2 * new_tokens * stack.embed},
+        {
+            "tower": 0,
+            "bridge": 0,
+            "lm_linear": sum(linear),
+            "lm_attention": sum(attention),
+            "head": 2 * new_tokens * stack.embed,
+            "scores": 0,
+        },
     )
+
+
+Calls = Sequence[tuple[Encoded, Fraction]]
+
+
+def _calls(config: Any, grid: tuple[int, int] | None, images: int) -> Calls:
+    """What encodes `images` images of `grid` patches: one such image, as often."""
+    vision = _vision(config)
+    if vision is None or not images:
+        return []
+    rows, columns = grid or _grid(config, None)
+    shape = 1, getattr(vision, "num_channels", 3), rows * vision.patch_size, columns * vision.patch_size
+    return [(Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)}), Fraction(images))]
+
+
+def _decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt], calls: Calls) -> tuple[int, int]:
+    """FLOPs that the reducers' scores take, and FLOPs that cuts in the vision tower save it."""
+    steps = acting(reducers, len(decoder(config).linear)) if reducers else []
+    needs = [signal for site, _, _ in steps for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
+    scores = saved = Fraction(0)
+    width = 0
+    for call, share in calls if needs else ():
+        counted = encode(config, call, needs)
+        scores, width = scores + share * counted.flops["scores"], counted.width
+        for crops, tokens, beside in counted.crops if any(isinstance(site, InEncoder) for site, _, _ in steps) else ():
+            spent, less = _in_tower(config, steps, tokens, beside, width)
+            scores, saved = scores + share * crops * spent, saved + share * crops * less
+    return round(scores + sum(_in_lm(config, steps, prompt, width) for prompt in prompts if prompt.images)), round(saved)
+
+
+def _in_tower(config: Any, steps: Sequence[Step], tokens: int, beside: int, width: int) -> tuple[int, int]:
+    """FLOPs of the scores of one crop of `tokens` tokens, of which `beside` are no patches, and those that its cuts save."""
+    tower = read(skeleton(config)).tower_of("image")
+    stack = _stack(blocks(tower), _vision(config), None, tower)
+    image = ImageSize.whole(tokens - beside)
+    left, score, saved = image.tokens, 0, 0
+    for block, (macs, attention) in enumerate(zip(stack.linear, stack.attention_width, strict=True)):
+        for site, reducer, stage in steps:
+            if isinstance(site, InEncoder) and site.block == block:
+                score += reducer.score_flops(Sizes((image,), (left,), beside, tower_width=width), stage)
+                left = reducer.count(left, image.tokens, stage)
+        n = left + beside
+        saved += 2 * (tokens - n) * macs + 4 * (tokens**2 - n**2) * attention
+    return score, saved
+
+
+def _in_lm(config: Any, steps: Sequence[Step], prompt: Prompt, tower_width: int) -> int:
+    """FLOPs of the scores of one prompt in front of and inside the language model."""
+    stack, text = decoder(config), config.get_text_config()
+    counts = [[image.tokens] * len(stack.linear) for image in prompt.images]
+    score = 0
+    for site, reducer, stage in steps:
+        at, before = site.layer, max(0, site.layer - 1)
+        if not isinstance(site, InEncoder):
+            sizes = Sizes(
+                tuple(prompt.images),
+                tuple(count[at] for count in counts),
+                prompt.text,
+                width=text.hidden_size,
+                heads=text.num_attention_heads,
+                query_width=stack.attention_width[before],
+                keys=sum(count[before] for count in counts) + prompt.text,
+                tower_width=tower_width,
+            )
+            score += reducer.score_flops(sizes, stage)
+        end = at + 1 if isinstance(site, ThroughLayer) else len(stack.linear)
+        for count, image in zip(counts, prompt.images, strict=True):
+            count[at:end] = [reducer.count(count[at], image.tokens, stage)] * (end - at)
+    return score
 
 
 def tower_flops(config: Any, grid: tuple[int, int]) -> int:

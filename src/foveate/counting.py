@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter as Tally
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -18,7 +20,21 @@ _FORMULAS = {  # the fused kernel of the CPU is missing in torch's own registry
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],
 }
 _LINEAR = {_aten.mm, _aten.addmm, _aten.convolution, _aten._convolution}
-PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "other")
+PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores", "other")
+_entered: list[Counter] = []
+
+
+@contextlib.contextmanager
+def scoring() -> Iterator[None]:
+    """What runs in it is counted as a reducer's scores, wherever in the model that is."""
+    counters = list(_entered)
+    for counter in counters:
+        counter.enter("scores")
+    try:
+        yield
+    finally:
+        for counter in counters:
+            counter.leave()
 
 
 class Counter(TorchDispatchMode):
@@ -29,11 +45,11 @@ class Counter(TorchDispatchMode):
     lm_linear     decoder layers: products with weights
     lm_attention  decoder layers: products of queries, keys and values, the full square even where a kernel does half of it
     head          the output embeddings
-    other         everything between: a reducer's scores, rotary angles, recurrences
+    scores        what attached reducers compute in order to decide
+    other         everything between: rotary angles, recurrences
 
     The formulas are those of torch's own counter (2 per multiply-add, matrix products and convolutions only). It does not know kernels
-    for grouped experts: load such a model with `experts_implementation="eager"`. Enter it behind `attach`, or the scores that a reducer
-    computes in front of a layer count as that layer's.
+    for grouped experts: load such a model with `experts_implementation="eager"`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,9 +61,11 @@ class Counter(TorchDispatchMode):
         self._depth = 0
 
     def __enter__(self) -> Self:
-        for module, part in self._parts.items() if not self._depth else ():  # it is entered again for what it decomposes
-            self._handles.append(module.register_forward_pre_hook(lambda *_, part=part: self._within.append(part)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+        if not self._depth:  # it is entered again for what it decomposes
+            for module, part in self._parts.items():
+                self._handles.append(module.register_forward_pre_hook(lambda *_, part=part: self.enter(part)))
+                self._handles.append(module.register_forward_hook(self.leave, always_call=True))
+            _entered.append(self)
         self._depth += 1
         return super().__enter__()
 
@@ -59,8 +77,12 @@ class Counter(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _entered.remove(self)
 
-    def _leave(self, *_: Any) -> None:
+    def enter(self, part: str) -> None:
+        self._within.append(part)
+
+    def leave(self, *_: Any) -> None:
         self._within.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

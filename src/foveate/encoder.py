@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.counting import scoring
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.hooks import Hook
 from foveate.probes import LayerProbe
@@ -159,7 +160,7 @@ class Encoder:
 
     def _cut(self, call: _Call, index: int, reducer: Reducer, stage: int, states: Tensor) -> Tensor:
         assert call.seen is not None
-        with torch.autocast(states.device.type, enabled=False):
+        with scoring(), torch.autocast(states.device.type, enabled=False):
             view = self._view(call, index, states)
             decision: Any = reducer.reduce(view, self._count if isinstance(reducer, ReplayInTower) else stage)
         if not isinstance(decision, Cut):

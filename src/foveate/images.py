@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import SLOT_METHODS, Anatomy
+from foveate.counting import scoring
 from foveate.encoder import GROUPS, Encoder, TowerPass, check_groups
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.hooks import Hook, uncompiled
@@ -382,7 +383,9 @@ class Images:
         pixels = _pixels(given)
         boxes = self.anatomy.boxes(pixels) if pixels is not None else None
         found: dict[Signal, list[Tensor]] = dict(merged)
-        for signal, crops in self.probes[modality].read(segments).items():
+        with scoring():
+            said = self.probes[modality].read(segments)
+        for signal, crops in said.items():
             found[signal] = carry(crops, where, grouped=side**2 if grouped and side else 0, order=order, boxes=boxes)
         return found
 
@@ -418,17 +421,20 @@ class Images:
         device = where[0][0].device
         wide = [_tiles_in_a_row(item, len(of[0][0])) for item, of in zip(self._pack([n.to(device) for n in numbers]), tiles, strict=True)]
         channels = []
-        for start, of, columns in zip(starts, tiles, wide, strict=True):
+        for of, columns in zip(tiles, wide, strict=True):
             stacked = []
             for t, (kind, place) in enumerate(of):
                 cell = place[:, 2:].double()
                 if t and columns:
                     cell = cell + torch.tensor([(t - 1) // columns, (t - 1) % columns], device=device) * _size(place)
-                scores = [values[s][start + t].reshape(len(kind), -1).double() for s in values]
-                stacked.append(torch.cat([kind[:, None].double(), torch.full((len(kind), 1), float(t), device=device), cell, *scores], 1))
+                stacked.append(torch.cat([kind[:, None].double(), torch.full((len(kind), 1), float(t), device=device), cell], 1))
             channels.append(torch.stack(stacked))
+        scores = {
+            signal: self._packed_scores([said[start : start + n] for start, n in zip(starts, crops, strict=True)])
+            for signal, said in values.items()
+        }
         described = []
-        for item, of, columns in zip(self._pack(channels), tiles, wide, strict=True):
+        for i, (item, of, columns) in enumerate(zip(self._pack(channels), tiles, wide, strict=True)):
             newline = item.isnan().any(-1)
             whole = torch.where(newline[:, None], -1.0, item)
             kind = torch.where(newline, int(Kind.NEWLINE), whole[:, 0].round().to(torch.int64))
@@ -437,15 +443,14 @@ class Images:
                 size = _size(of[0][1])
                 tile = 1 + row // size[0] * columns + column // size[1]
                 crop = torch.where(newline | (torch.arange(len(crop), device=device) < len(of[0][0])), crop, tile)
-            scored: dict[Signal, Tensor] = {}
-            at = 4
-            for signal, of_crops in values.items():
-                width = of_crops[0].reshape(len(where[0][0]), -1).shape[1]
-                part = torch.where(newline[:, None], 0.0, item[:, at : at + width]).to(torch.float32)
-                scored[signal] = part[:, 0] if of_crops[0].ndim == 1 else part
-                at += width
+            scored = {signal: torch.where(newline.view(-1, *[1] * (v[i].ndim - 1)), 0.0, v[i]) for signal, v in scores.items()}
             described.append((kind, torch.stack([crop, torch.full_like(crop, -1), row, column], 1), scored))
         return described
+
+    def _packed_scores(self, said: list[list[Tensor]]) -> list[Tensor]:
+        """From what was said of each image's tiles, (l,) or (l, h) each, to what that says of its tokens; NaN where a newline is."""
+        packed = self._pack([torch.stack([tile.reshape(len(tile), -1).double() for tile in tiles]) for tiles in said])
+        return [item.to(torch.float32).view(len(item), *said[0][0].shape[1:]) for item in packed]
 
     def _pack(self, channels: list[Tensor]) -> list[Tensor]:
         """(tiles, l, C) of each image -> (L, C), NaN where a newline is."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,11 +24,30 @@ from foveate.anatomy import read
 from foveate.counting import Counter
 from foveate.errors import FoveateError
 from foveate.images import Encoded, Images
+from foveate.signals import Signal, TowerKeys
+from foveate.sizes import ImageSize
 from foveate.tokens import Kind
+from foveate.towers import blocks, prefix_of
 
 _aten = torch.ops.aten
 _models: dict[str, nn.Module] = {}
-_counted: dict[tuple[str, str], tuple[dict[str, int], list[tuple[int, int]]]] = {}
+_counted: dict[tuple[str, str, str], Counted] = {}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a call that encodes images costs and makes.
+
+    flops  by part: "tower", "bridge", "scores" (the signals that were asked for), "other"
+    items  of each item its patches' tokens and how many others it has (newlines, [CLS])
+    crops  (crops, tokens of each, not patches among them) as they come to the tower's first block, call by call; signals asked for only
+    width  of the tower's keys, mean over heads, where they are asked for
+    """
+
+    flops: dict[str, int]
+    items: list[tuple[ImageSize, int]]
+    crops: list[tuple[int, int, int]]
+    width: int
 
 
 def skeleton(config: Any) -> nn.Module:
@@ -43,27 +64,27 @@ def skeleton(config: Any) -> nn.Module:
     return _models[key]
 
 
-def encode(config: Any, call: Encoded) -> tuple[dict[str, int], list[tuple[int, int]]]:
-    """FLOPs by part ("tower", "bridge", "other") of a call, and of each of its items how many tokens are patches and how many are not
-    (newlines, [CLS]).
-
-    FoveateError where the model's code wants values of what has only a shape.
-    """
+def encode(config: Any, call: Encoded, needs: Iterable[Signal] = ()) -> Counted:
+    """Runs a call with `needs`, signals of the tower. FoveateError where the model's code wants values of what has only a shape."""
     with torch.inference_mode(False):
-        return _encode(config, call)
+        return _encode(config, call, sorted(set(needs), key=repr))
 
 
-def _encode(config: Any, call: Encoded) -> tuple[dict[str, int], list[tuple[int, int]]]:
+def _encode(config: Any, call: Encoded, needs: Sequence[Signal]) -> Counted:
     given = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in call.given.items()}
-    key = config.to_json_string(use_diff=False), json.dumps([call.method, {name: _spelled(value) for name, value in given.items()}])
+    spelled = json.dumps([call.method, {name: _spelled(value) for name, value in given.items()}])
+    key = config.to_json_string(use_diff=False), spelled, repr(needs)
     if key not in _counted:
         model = skeleton(config)
         anatomy = read(model)
         core: Any = anatomy.core
         given = {name: _usable(name, value) if isinstance(value, Tensor) else value for name, value in given.items()}
-        images = Images(anatomy, ())
+        images = Images(anatomy, needs)
         images.begin(None, {})
+        arriving = None
         try:
+            if needs:
+                arriving = _Arriving(anatomy.tower_of("video" if "video" in call.method else "image"))
             with torch.no_grad(), Counter(model) as counted, _Shapes():
                 getattr(core, call.method)(**given)
         except (NotImplementedError, RuntimeError, TypeError) as error:
@@ -71,9 +92,28 @@ def _encode(config: Any, call: Encoded) -> tuple[dict[str, int], list[tuple[int,
             raise FoveateError(f"cannot count {call.method} of a {config.model_type!r} model on shapes alone: {reason}") from error
         finally:
             images.remove()
-        patches = [(len(item), int((item.kind == Kind.PATCH).sum())) for item in images.encoded]
-        _counted[key] = dict(counted.flops), [(found, length - found) for length, found in patches]
+            if arriving is not None:
+                arriving.hook.remove()
+        patches = [item.place[item.kind == Kind.PATCH] for item in images.encoded]
+        items = [(ImageSize.of(place), len(item) - len(place)) for item, place in zip(images.encoded, patches, strict=True)]
+        widths = [values.shape[1] for item in images.encoded for signal, values in item.values.items() if isinstance(signal, TowerKeys)]
+        crops = arriving.crops if arriving is not None else []
+        _counted[key] = Counted(dict(counted.flops), items, crops, widths[0] if widths else 0)
     return _counted[key]
+
+
+class _Arriving:
+    """Notes what comes to a tower's first block."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        self.crops: list[tuple[int, int, int]] = []
+        self._prefix = prefix_of(tower)[1]
+        self.hook = blocks(tower)[0].register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        if states.ndim == 3:
+            self.crops.append((states.shape[0], states.shape[1], self._prefix))
 
 
 def _usable(name: str, value: Tensor) -> Tensor:
@@ -100,7 +140,7 @@ class _Shapes(TorchDispatchMode):
             kwargs["device"] = torch.device("meta" if without else "cpu")
         if not without:
             return func(*args, **kwargs)
-        if func._overloadpacket in (_aten.index, _aten.index_put):  # how many a mask picks must be known
+        if func._overloadpacket in (_aten.index, _aten.index_put, _aten.index_put_):  # how many a mask picks must be known
             args = (args[0], [part for index in args[1] for part in _numbers(index)], *args[2:])
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
         return func(*args, **kwargs)

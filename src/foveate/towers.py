@@ -48,12 +48,11 @@ class TowerProbes:
         self.signals = list(signals)
         self._probes: dict[int, LayerProbe] = {}
         for signal in self.signals:
-            layer = signal.layer  # type: ignore[attr-defined]
-            if not -len(layers) <= layer < len(layers):
+            if not -len(layers) <= signal.layer < len(layers):  # type: ignore[attr-defined]
                 raise FoveateError(f"{signal}: the tower has {len(layers)} blocks; choose a layer from {-len(layers)} to {len(layers) - 1}")
-            # Counted from the end, -1 is the last block, whose output is the last hidden state.
-            if layer % len(layers) not in self._probes:
-                self._probes[layer % len(layers)] = LayerProbe(layers[layer])
+        # Counted from the end, -1 is the last block, whose output is the last hidden state.
+        for block in {signal.layer % len(layers) for signal in self.signals}:  # type: ignore[attr-defined]
+            self._probes[block] = LayerProbe(layers[block])
         self._depth = len(layers)
         self._hooks = [probe.layer.register_forward_pre_hook(Hook(_arm, probe)) for probe in self._probes.values()]
 

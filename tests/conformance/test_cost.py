@@ -8,14 +8,33 @@ import torch
 import foveate
 from foveate.cost import predict
 from foveate.counting import Counter
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, NotApplicable
 from foveate.reducers import parse
 from tests.conformance.checks import Loaded, load
 from tests.conformance.family import families
 from tests.conformance.test_conformance import REPRESENTATIVE
 
 REDUCERS = ("none", "random:keep=0.5", "uniform:keep=0.5,layer=2", "vcc:layer=1,stride=2+random:keep=0.5,layer=3")
-PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head")
+SCORED = (
+    "fastervlm:keep=0.5",
+    "fopru:keep=0.5",
+    "hired:keep=0.5",
+    "visionzip:dominant=0.3,contextual=0.2",
+    "divprune:keep=0.5",
+    "cdpruner:keep=0.5",
+    "tome:keep=0.3",
+    "tome:keep=0.3,metric=keys",
+    "tome:keep=0.5,site=tower,blocks=1",
+    "aim:keep=0.5,steps=2",
+    "fastv:keep=0.5,layer=1",
+    "fastv:keep=0.5,layer=1,rows=all",
+    "pyramiddrop:stages=2",
+    "schedule:keeps=1:0.5",
+    "dart:keep=0.5,layer=1,text_pivots=1",
+    "sparsevlm:keep=0.5,layers=1",
+    "cdpruner:keep=0.5+fastv:keep=0.5,layer=1",
+)
+PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores")
 UNTOLD = {
     "gemma3n": "read the keys of earlier ones",
     "gemma4": "heads differ from layer to layer",
@@ -64,6 +83,28 @@ def test_predicted_is_the_ledger_and_what_a_counter_sees(name: str, reducers: st
         for part in PARTS:
             if part not in OTHERWISE.get(name, ()):
                 assert told.flops[part] == pytest.approx(counted.flops[part], rel=0.01), part
+
+
+@pytest.mark.parametrize("reducers", SCORED)
+def test_scores_are_told_as_a_counter_sees_them(name: str, reducers: str) -> None:
+    loaded = eager(name)
+    if name in UNTOLD:
+        pytest.skip(UNTOLD[name])
+    for inputs in loaded.singles[:2]:
+        try:
+            with foveate.attach(loaded.model, reducers) as run, Counter(loaded.model) as counted, torch.no_grad():
+                loaded.model(**inputs, logits_to_keep=1)
+        except NotApplicable as refused:
+            pytest.skip(f"{refused.reason.name}: {refused}")
+        told = predict(loaded.model.config, inputs=inputs, reducers=parse(reducers), dtype_bytes=4)
+        assert told.flops["scores"] == pytest.approx(run.last.ledger(loaded.model.config).flops["scores"], rel=0.01)
+        assert counted.flops["scores"] > 0
+        if reducers.startswith("sparsevlm"):  # how much of the text rates is known only after looking
+            assert counted.flops["scores"] <= told.flops["scores"]
+        else:
+            assert told.flops["scores"] == pytest.approx(counted.flops["scores"], rel=0.01)
+        if "tower" not in OTHERWISE.get(name, ()):
+            assert told.flops["tower"] == pytest.approx(counted.flops["tower"], rel=0.01)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -39,8 +39,9 @@ def test_the_bare_model_comes_first_and_everything_predicted_is_measured(profile
         assert one.predicted_kv_bytes == one.kv_bytes
         for part, flops in one.predicted.items():
             assert flops == one.counted[part], part
-    assert profiles[0].counted["other"] == profiles[1].counted["other"] == 0
-    assert profiles[2].counted["other"] > 0  # one row of attention
+    assert [one.counted["other"] for one in profiles] == [0, 0, 0]
+    assert profiles[0].counted["scores"] == profiles[1].counted["scores"] == 0
+    assert profiles[2].counted["scores"] > 0  # one row of attention
 
 
 def test_every_time_has_a_median_within_its_range(profiles: list[Profile]) -> None:
@@ -57,6 +58,8 @@ def test_the_table_shows_one_number_where_both_are_the_same(profiles: list[Profi
     text = console.export_text()
     line = next(line for line in text.splitlines() if "last layer" in line)
     assert [cell.strip() for cell in line.strip("│ ").split("│")][1:] == ["64", "16", "32"]
+    line = next(line for line in text.splitlines() if "FLOPs, scores" in line)
+    assert [cell.strip() for cell in line.strip("│ ").split("│")][1:] == ["0", "0", f"{profiles[2].counted['scores'] / 1e3:.2f} k"]
     assert "– | 0" in next(line for line in text.splitlines() if "FLOPs, other" in line)
 
 

@@ -37,7 +37,7 @@ class Cell:
     method, keep, seed   what the table's rows and columns are made of; "none", 1.0, None for the bare model
     reducer              canonical spelling, as `attach` takes it
     visual_tokens        of one sample in each decoder layer, as they went through it
-    flops                by part: "tower", "bridge", "lm_linear", "lm_attention", "head"; {} where the model's cost cannot be predicted
+    flops                by part: "tower", "bridge", "lm_linear", "lm_attention", "head", "scores"; {} where the cost cannot be predicted
     kv_bytes             of the prompt, all layers
     seconds              wall clock of answering all samples, processor and tower included
     summary              the metric's figures, headline first, percentages

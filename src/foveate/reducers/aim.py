@@ -30,9 +30,10 @@ from torch import Tensor
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import asking, attention_before, choose, integers, states
-from foveate.reducers.tome import merge_groups
+from foveate.reducers.tome import merge_flops, merge_groups
 from foveate.signals import Attention, AttentionRows, View
 from foveate.sites import BeforeLM, Cut, FromLayer, Site
+from foveate.sizes import Sizes
 from foveate.tokens import SCOPES, TokenMap, budget, top
 
 ELEMENTS = 1 << 26  # of the attention map that are held at once
@@ -109,6 +110,15 @@ class AIM(Reducer):
         if stage == 0:
             return budget(self.keep, arriving)
         return min(arriving, budget(self.share(stage), budget(self.keep, original))) if stage < self.steps else 0
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        """In the language model that of one prompt alone: a batch may be too large to hold its attention maps between the steps."""
+        if stage == 0:
+            return sum(merge_flops(n, budget(self.keep, n), sizes.width) for n in sizes.groups(self.scope))
+        if self.share(stage) == 0:
+            return 0
+        whole = sizes.heads * sizes.keys * sizes.slots <= ELEMENTS
+        return sizes.rows(sizes.slots) * (1 if whole else self.walks) + 2 * self.walks * sizes.heads * sizes.slots**2
 
     def _merged(self, view: View) -> Tensor:
         """(B, N) int64: how many tokens the slot's image had after merging."""

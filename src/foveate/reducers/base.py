@@ -16,6 +16,7 @@ from PIL.Image import Image
 from foveate.errors import FoveateError, nearest
 from foveate.signals import View
 from foveate.sites import Decision, Site, ThroughLayer
+from foveate.sizes import Sizes
 
 SAVED_NAME = "foveate.json"
 
@@ -68,6 +69,10 @@ class Reducer(ABC):
     def visual_tokens(self, per_image: int, num_layers: int) -> list[int]:
         """Visual tokens of one image in each decoder layer."""
         return visual_tokens([self], per_image, num_layers)
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        """What its own matrix products at one site take for one prompt; what the signals of the vision tower take is not in it."""
+        return 0
 
     # ---- spelling
 
@@ -139,12 +144,21 @@ def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
     return found
 
 
+Step = tuple[Site, Reducer, int]
+
+
+def acting(reducers: Sequence[Reducer], num_layers: int) -> list[Step]:
+    """(site, reducer, stage) in the order in which they act."""
+    sites = [(site, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers)) if site.layer < num_layers]
+    ordered = sorted(sites, key=lambda at: (at[0].layer, isinstance(at[0], ThroughLayer), *at[1:]))
+    return [(site, reducers[i], stage) for site, i, stage in ordered]
+
+
 def visual_tokens(reducers: Sequence[Reducer], per_image: int, num_layers: int) -> list[int]:
     """Visual tokens of one image in each decoder layer under several reducers, applied in order of their layers."""
     counts = [per_image] * num_layers
-    sites = [(site, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers)) if site.layer < num_layers]
-    for site, i, stage in sorted(sites, key=lambda at: (at[0].layer, isinstance(at[0], ThroughLayer), *at[1:])):
-        left = reducers[i].count(counts[site.layer], per_image, stage)
+    for site, reducer, stage in acting(reducers, num_layers):
+        left = reducer.count(counts[site.layer], per_image, stage)
         end = site.layer + 1 if isinstance(site, ThroughLayer) else num_layers
         counts[site.layer : end] = [left] * (end - site.layer)
     return counts

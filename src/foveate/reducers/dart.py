@@ -35,6 +35,7 @@ from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, choose, images, integers, leaving, meant
 from foveate.signals import Keys, View
 from foveate.sites import Cut, FromLayer, Site
+from foveate.sizes import Sizes, products
 from foveate.tokens import TokenMap, budget
 
 
@@ -93,6 +94,14 @@ class DART(Reducer):
             t = self.keep // pivots if isinstance(self.keep, int) else int(meant(self.keep) * base / pivots)
             total = t * pivots + self.visual_pivots
         return min(arriving, total)
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        """Where at least `text_pivots` text tokens follow each image."""
+        pairs = []
+        for image, arriving in zip(sizes.images, sizes.arriving, strict=True):
+            own = min(self.visual_pivots, self.count(arriving, image.tokens, stage))
+            pairs.append((own + min(self.text_pivots, sizes.text), arriving))
+        return products(pairs, sizes.width)
 
 
 def _first(score: Tensor, count: int) -> Tensor:

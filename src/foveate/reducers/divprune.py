@@ -23,6 +23,7 @@ from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, groups, into, states
 from foveate.signals import View
 from foveate.sites import BeforeLM, Cut, Site
+from foveate.sizes import Sizes, products
 from foveate.tokens import SCOPES, budget
 
 
@@ -61,6 +62,9 @@ class DivPrune(Reducer):
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return budget(self.keep, arriving)
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        return products(((n, n) for n in sizes.groups(self.scope) if budget(self.keep, n) < n), sizes.width)
 
 
 def spread(states_ND: Tensor, picks: int) -> Tensor:

@@ -28,6 +28,7 @@ from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, asking, choose, leaving
 from foveate.signals import BLOCK, Attention, AttentionRows, View
 from foveate.sites import Cut, FromLayer, Site
+from foveate.sizes import Sizes
 from foveate.tokens import TokenMap, budget, top
 
 
@@ -66,6 +67,9 @@ class FastV(Reducer):
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return min(arriving, budget(self.keep, original if self.of == "original" else arriving))
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        return sizes.rows(1 if self.rows == "last" else sizes.slots)
 
 
 def _from_others(attention: AttentionRows, view: View, asking_B: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, asking, attention_before, choose, integers, leaving, meant, numbers, spelled
 from foveate.signals import Attention, View
 from foveate.sites import Cut, FromLayer, Site
+from foveate.sizes import Sizes
 from foveate.tokens import TokenMap, budget, top
 
 
@@ -80,3 +81,6 @@ class PyramidDrop(Reducer):
         if len(entries) == 1 and self.of == "original":
             share **= stage + 1
         return min(arriving, max(1, int(share * (original if self.of == "original" else arriving))))
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        return sizes.rows(1)

@@ -25,6 +25,7 @@ from foveate.reducers.common import asking, choose, integers, leaving
 from foveate.reducers.uniform import Uniform
 from foveate.signals import Attention, ClsAttention, Noise, Signal, View
 from foveate.sites import BeforeLM, Cut, FromLayer, Site
+from foveate.sizes import Sizes
 from foveate.tokens import TokenMap, budget, top
 
 SIGNALS = ("attention", "cls", "random", "uniform")
@@ -90,6 +91,9 @@ class Schedule(Reducer):
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return min(arriving, budget(self.cuts[stage][1], original))
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        return sizes.rows(1) if self.signal == "attention" else 0
 
 
 def _read(keeps: Any) -> list[tuple[int, float]]:

@@ -39,6 +39,7 @@ from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, asking, choose, images, into, leaving, numbers, spelled
 from foveate.signals import Attention, AttentionRows, View
 from foveate.sites import Cut, FromLayer, Site
+from foveate.sizes import Sizes, products
 from foveate.tokens import TokenMap, budget, top
 
 LISTS = {
@@ -115,6 +116,10 @@ class SparseVLM(Reducer):
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         kept = self._kept(arriving, original, stage)
         return kept + (_clusters(arriving - kept) if self.recycle else 0)
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        """At most: as if all text came behind every image and rated it. How much does is known only after looking."""
+        return products(((image.tokens, sizes.text) for image in sizes.images), sizes.width) + len(sizes.images) * sizes.rows(sizes.text)
 
     def _kept(self, arriving: int, original: int, stage: int) -> int:
         entries = self._entries

@@ -32,6 +32,7 @@ from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, groups, integers, into, states
 from foveate.signals import TowerKeys, View
 from foveate.sites import BeforeLM, Cut, InEncoder, Site
+from foveate.sizes import Sizes, products
 from foveate.tokens import SCOPES, Layout, TokenMap, budget
 
 
@@ -93,6 +94,13 @@ class ToMe(Reducer):
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return arriving - self._merged(arriving, original, stage) if self.site == "tower" else budget(self.keep, arriving)
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        if self.site == "tower":
+            merges = self._merged(sizes.arriving[0], sizes.images[0].tokens, stage) > 0
+            return products([(-(-sizes.slots // 2), sizes.slots // 2)] if merges else [], sizes.tower_width)
+        width = sizes.tower_width if self.metric == "keys" else sizes.width
+        return sum(merge_flops(n, budget(self.keep, n), width, r=self.r) for n in sizes.groups(self.scope))
 
     def _merged(self, arriving: int, original: int, stage: int) -> int:
         """How many of a crop's tokens one pass in the tower merges."""
@@ -174,6 +182,16 @@ def merge_until(metric_ND: Tensor, size_N: Tensor, left: int, *, r: int = 0, wei
         size = torch.zeros_like(total).index_add_(0, step.group, size)
         group, keeper = step.group[group], keeper[step.keeper]
     return Matching(group, keeper), weight
+
+
+def merge_flops(tokens: int, left: int, width: int, *, r: int = 0) -> int:
+    """What the matrix products of `merge_until` take."""
+    flops = 0
+    while tokens > left:
+        after = tokens - min(tokens - left, r or tokens, tokens // 2)
+        flops += products([(-(-tokens // 2), tokens // 2), (after, tokens)], width)
+        tokens = after
+    return flops
 
 
 def merge_groups(

@@ -29,6 +29,7 @@ from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, groups, integers, into
 from foveate.signals import ClsAttention, TowerKeys, View
 from foveate.sites import BeforeLM, Cut, Site
+from foveate.sizes import Sizes, products
 from foveate.tokens import budget, top
 
 
@@ -105,6 +106,10 @@ class VisionZip(Reducer):
         """Of one crop (or frame) where `scope` says so: an image of several has the sum."""
         D = budget(self.dominant, arriving)
         return D + min(self._contextual(arriving), arriving - D)
+
+    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+        merged = ((n - budget(self.dominant, n), self._contextual(n)) for n in sizes.groups(self.scope))
+        return products(((n - C, C) for n, C in merged if n > C), sizes.tower_width)
 
     def _contextual(self, patches: int) -> int:
         return budget(self.contextual, patches) if self.contextual else 0

@@ -27,7 +27,7 @@ from foveate.report.machine import peak, reset_peak, synchronize
 from foveate.report.runs import environment
 
 TIMES = ("processor", "tower", "bridge", "prefill", "first decode")
-FLOPS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "other")
+FLOPS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores", "other")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Profile:
     """One model under one set of reducers, for one prompt.
 
     predicted  by part: from the configuration and the processor's outputs alone; {} with `why` where that cannot be told
-    counted    by part: the products that ran in one prefill; "other" is what a reducer's scores take, and rotary angles
+    counted    by part: the products that ran in one prefill; "other" is rotary angles and recurrences
     seconds    medians and ranges; "prefill" is everything between the bridge and the first token
     peak_bytes on top of what was in use before; on the CPU None where the system does not tell it
     """
