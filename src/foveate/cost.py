@@ -236,18 +236,18 @@ def read_prompts(config: Any, inputs: Mapping[str, Any]) -> tuple[list[Prompt], 
         slots = next((at for at in (ids.eq(token).sum(1).tolist() for token in tokens if token is not None) if any(at)), [0] * len(ids))
         if made != sum(slots):
             raise FoveateError(
-                f"the prompts have {sum(slots)} {modality} placeholders, but the {len(items)} {modality}s make {made} visual tokens; use the "
-                "processor that belongs to the model"
+                f"the prompts have {sum(slots)} {modality} placeholders, but the {len(items)} {modality}s make {made} visual tokens; "
+                "use the processor that belongs to the model"
             )
         left = iter(items)
         for row, count in zip(rows, slots, strict=True):
             while count > 0:
                 image, others = next(left, (ImageSize.whole(0), 0))
-                tokens = image.tokens + others
-                if tokens > count or tokens == 0:
-                    raise FoveateError(f"a prompt has placeholders for {count} visual tokens where an image makes {tokens}")
+                made = image.tokens + others
+                if made > count or made == 0:
+                    raise FoveateError(f"a prompt has placeholders for {count} visual tokens where an image makes {made}")
                 row.append(image)
-                count -= tokens
+                count -= made
     lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
     return [Prompt(row, length - sum(image.tokens for image in row)) for row, length in zip(rows, lengths, strict=True)], calls
 
