@@ -85,7 +85,8 @@ class AttentionRows:
 
     query   (B, H, N, h) and key (B, G, K, h) as they enter the attention function: after norm and rotary embedding
     scale   what their product is multiplied with; `softcap` bounds it as tanh(x / softcap) * softcap where the model does
-    mask    (B or 1, 1 or H, N, K) bool (True: may attend) or additive; None: causal, the last query beside the last key
+    mask    (B or 1, 1 or H, N, K) bool (True: may attend) or additive; None: with `causal` as a causal mask has it, the last query beside
+            the last key, else every query sees every key
 
     Rows and columns are those of the layer, or, with `slots`, those of the slots that are left of them (`of_slots`): the softmax was over
     all keys, and stays so.
@@ -99,6 +100,7 @@ class AttentionRows:
     weights: Tensor | None = None
     slots: Tensor | None = None  # (B, M) int64: the query behind each slot; its key is `start` further on, behind what was cached before
     start: int = 0
+    causal: bool = True
 
     @classmethod
     def of(cls, weights_BHNK: Tensor) -> AttentionRows:
@@ -122,17 +124,17 @@ class AttentionRows:
         R = index_BR.shape[1]
         q = self.query.gather(2, index_BR[:, None, :, None].expand(-1, H, -1, h)).to(torch.float32)
         logits = q.view(B, G, H // G, R, h) @ self.key.to(torch.float32)[:, :, None].transpose(-1, -2)
-        logits = logits.view(B, H, R, K) * self.scale
+        logits = logits.view(B, H, R, K).mul_(self.scale)  # in place: new memory of this size costs more than the product
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        if self.mask is None:
+        if self.mask is None and self.causal:
             seen = torch.arange(K, device=q.device) <= index_BR[..., None] + (K - N)
-            logits = logits.masked_fill(~seen[:, None], float("-inf"))
-        else:
+            logits.masked_fill_(~seen[:, None], float("-inf"))
+        elif self.mask is not None:
             mask = self.mask[..., :K].expand(B, -1, -1, -1)
             mask = mask.gather(2, index_BR[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
             low = torch.finfo(torch.float32).min
-            logits = logits.masked_fill(~mask, low) if mask.dtype == torch.bool else (logits + mask.to(torch.float32)).clamp(min=low)
+            logits = logits.masked_fill_(~mask, low) if mask.dtype == torch.bool else logits.add_(mask.to(torch.float32)).clamp_(min=low)
         return logits.softmax(-1)
 
     def of_slots(self, here: TokenMap, start: int = 0) -> AttentionRows:

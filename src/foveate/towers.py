@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,19 +92,10 @@ def values_of(signal: Signal, call: AttentionRows, cls: bool, prefix: int) -> li
     if isinstance(signal, TowerKeys):
         values = call.key.float().mean(1)
     elif isinstance(signal, ClsAttention) and cls:
-        bidirectional = AttentionRows(call.query, call.key, call.scale, _all(call), call.softcap)
-        values = bidirectional.row(torch.zeros(b, dtype=torch.int64, device=call.query.device))
+        values = replace(call, causal=False).row(torch.zeros(b, dtype=torch.int64, device=call.query.device))
     else:
-        bidirectional = AttentionRows(call.query, call.key, call.scale, _all(call), call.softcap)
-        values = bidirectional.received(torch.ones((b, n), dtype=torch.bool, device=call.query.device))
+        values = replace(call, causal=False).received(torch.ones((b, n), dtype=torch.bool, device=call.query.device))
     return list(values[:, prefix:])
-
-
-def _all(call: AttentionRows) -> Tensor:
-    """The call's mask; a tower without one lets every patch see every other."""
-    if call.mask is not None:
-        return call.mask
-    return torch.ones((1, 1, 1, 1), dtype=torch.bool, device=call.query.device).expand(1, 1, call.query.shape[2], call.key.shape[2])
 
 
 def prefix_of(tower: nn.Module) -> tuple[bool, int]:

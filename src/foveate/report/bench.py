@@ -207,7 +207,8 @@ def _task(part: _Part, source: _Source, number: int, methods: dict[str, Any], pr
 
 def _measure(part: _Part) -> str:
     few = len(part.counted) < len(part.families)
-    return f"accuracy, %, {len(part.counted)} of {len(part.families)} families" if few else "accuracy, %"
+    name = "mean score of a question, %" if _headline(part) else "accuracy, %"
+    return f"{name}, {len(part.counted)} of {len(part.families)} families" if few else name
 
 
 def _left_out(unlearnt: Sequence[Family]) -> str:
