@@ -403,7 +403,7 @@ class Run:
         chunk = state.chunk
         if not state.has_images:
             if chunk.memory is not None:
-                chunk.enter(index, TokenMap.identity(chunk.layout), renumber=False)
+                chunk.go_on(index)
             return hidden
         maps: list[TokenMap] = []
         for reducer, stage in self._cuts[index]:

@@ -22,14 +22,17 @@ from foveate.tokens import Layout, TokenMap
 
 @dataclass
 class Move:
-    """What one stage did to positions: maps, then by how much earlier chunks had been shifted already, and whether gaps are closed."""
+    """What one stage did to positions: maps (None: nothing is cut), then by how much earlier chunks had been shifted already, and whether
+    gaps are closed."""
 
-    map: TokenMap
+    map: TokenMap | None
     own: Tensor
     renumber: bool
 
     def __call__(self, positions: Tensor) -> Tensor:
         """(B, N) or (R, B, N) -> the same with M. Several rows a token (m-RoPE) name places in a grid: their gaps are not closed."""
+        if self.map is None:
+            return positions if positions.ndim == 3 else positions - self.own[:, None]
         if positions.ndim == 3:
             return torch.stack([self.map.positions(row, mean=self.map.mean) for row in positions])
         moved = self.map.positions(positions, mean=self.map.mean) - self.own[:, None]
@@ -59,10 +62,12 @@ class Chunk:
     shift: Tensor = field(init=False)
     shift_before: Tensor = field(init=False)
     changed: bool = False  # whether layers need anything else than what the library hands them
+    cut: bool = False  # whether `whole` does anything
     rotary_calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
     tables: dict[int, Tensor] = field(default_factory=dict)
     shifts: dict[int, Tensor] = field(default_factory=dict)
     _known: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
+    _keys: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _aside: dict[str, Any] = field(default_factory=dict)  # the chunk as it was in front of the layer that a part of it passes by
 
     def __post_init__(self) -> None:
@@ -70,7 +75,8 @@ class Chunk:
         self.whole = TokenMap.identity(self.first)
         self.shift = self.shift_before = torch.zeros(self.first.shape[0], dtype=torch.int64, device=self.first.kind.device)
         self.changed = self.memory is not None
-        self.tables[0] = self._sequence_index()
+        self._rows = self.whole.representative
+        self.tables[0] = self._rows + self.past
 
     # ---- cuts
 
@@ -86,10 +92,23 @@ class Chunk:
         self.shift, self.shift_before = self.shift + own + closed, before
         self.whole = token_map if self.whole.source is token_map.source else self.whole.then(token_map)
         self.layout, self.stage = replace(token_map.target, position=self.positions(self.first.position)), stage
-        self.changed = True
-        self._known = {}
+        self.changed = self.cut = True
+        self._known, self._keys = {}, {}
         self.tables[stage] = self._sequence_index()
         self.shifts[stage] = self.shift
+
+    def go_on(self, stage: int) -> None:
+        """A stage begins at which nothing of this chunk is cut, though of earlier ones something was: what `enter` does for a map that
+        keeps all, in a few steps, since every decoded token comes here."""
+        assert self.memory is not None
+        before = self.memory.shift.get(stage, self.shift_before)
+        own = before - self.shift_before
+        self.moves.append(Move(None, own, False))
+        self.moved |= bool(own.any())
+        self.shift, self.shift_before = self.shift + own, before
+        self.layout = replace(self.layout, position=self.layout.position - own[:, None])
+        self._known, self._keys = {}, {}
+        self.tables[stage], self.shifts[stage], self.stage = self.tables[self.stage], self.shift, stage
 
     def pass_by(self, stage: int) -> None:
         """Nothing happens at this stage and nothing ever has; its layers go on with what the ones before had."""
@@ -99,7 +118,7 @@ class Chunk:
 
     def go_through(self, layer: int, token_map: TokenMap) -> None:
         """What the map keeps goes through this one layer, the rest passes by."""
-        names = ("layout", "whole", "moved", "shift", "shift_before")
+        names = ("layout", "whole", "moved", "cut", "shift", "shift_before")
         self._aside = {name: getattr(self, name) for name in names} | {"moves": list(self.moves)}
         self.enter(layer, token_map, renumber=False)
 
@@ -107,13 +126,13 @@ class Chunk:
         """Behind that layer: the chunk is as it was in front of it, in a stage of its own, since the layer has cached less."""
         for name, value in self._aside.items():
             setattr(self, name, value)
-        self.stage, self._aside, self._known = stage, {}, {}
+        self.stage, self._aside, self._known, self._keys = stage, {}, {}, {}
         self.tables[stage] = self._sequence_index()
         self.shifts[stage] = self.shift
 
     def _sequence_index(self) -> Tensor:
-        there = in_order(self.whole.representative)
-        return torch.where((there >= 0), there + self.past, -1)
+        self._rows = in_order(self.whole.representative)
+        return torch.where(self._rows >= 0, self._rows + self.past, -1)
 
     def remember(self, memory: Memory) -> None:
         """Called when the pass has gone through: the tables grow by this chunk."""
@@ -153,12 +172,16 @@ class Chunk:
         if self.cache is None:
             return now
         before = held_before(self.cache, layer, self._before(self.memory, self.stage, now.shape[0]))
-        columns = torch.cat([before, now], 1)
         length = fixed_length(self.cache, layer)
-        return columns if length is None else torch.nn.functional.pad(columns, (0, length - columns.shape[1]), value=-1)
+        key = (self.stage, before.shape[1], length)
+        if key not in self._keys:
+            columns = torch.cat([before, now], 1)
+            more = 0 if length is None else length - columns.shape[1]
+            self._keys[key] = torch.nn.functional.pad(columns, (0, more), value=-1) if more else columns
+        return self._keys[key]
 
     def _cut_mask(self, mask: Any, columns: Tensor, recurrent: bool, dtype: torch.dtype) -> Any:
-        rows = in_order(self.whole.representative)
+        rows = self._rows
         B, M = rows.shape
         K = columns.shape[1]
         if recurrent:
@@ -212,8 +235,8 @@ class Chunk:
     def _cut_side(self, value: Any) -> Any:
         for args, kwargs, output in self.rotary_calls:
             if value is output:
-                return self._rotary_again(args, kwargs) if self.moved else _each(value, self._gather)
-        return _each(value, self._carry)
+                return self._rotary_again(args, kwargs) if self.moved else _each(value, self._gather) if self.cut else value
+        return _each(value, self._carry) if self.cut else value
 
     def _rotary_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.rotary is not None

@@ -10,6 +10,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from foveate.errors import FoveateError
@@ -19,7 +20,7 @@ from foveate.evaluation.run import load_model
 from foveate.evaluation.tasks import load_task
 from foveate.report.bench import write_bench_report
 from foveate.report.compared import Line, families, lines, middle, signed
-from foveate.report.frontier import Mark, looks, pareto, printable
+from foveate.report.frontier import Mark, add_legend, looks, pareto, printable
 
 SCRIPT = "<script>alert(1)</script>"
 BREAK = "\"'><img src=x onerror=alert(2)>"
@@ -342,6 +343,18 @@ def test_without_random_nothing_is_said_about_it(made: Made) -> None:
     for path in (made.folder / "cells").glob("*random*.json"):
         path.unlink()
     assert "Without the random baseline the run cannot say" in Page(made.report()).text
+
+
+def test_the_legend_stays_inside_however_long_its_names() -> None:
+    names = {f"method{n}:positions=keep,scope=crop": look for n, look in enumerate(looks([str(n) for n in range(24)], []).values())}
+    figure = Figure(figsize=(10.0, 3.5), layout="constrained")
+    add_legend(figure, names, 6)
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 26
+    figure.canvas.draw()
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.height
 
 
 def test_an_unknown_cost_leaves_out_its_plot(made: Made) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup, escape
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
@@ -101,10 +102,7 @@ def save_plots(folder: Path, rows: Sequence[tuple[str, Sequence[Panel]]], method
     """frontier.png and frontier.svg in `folder`: a row of plots with its title for each task, the legend below."""
     with figures.style():
         columns = max(len(panels) for _, panels in rows)
-        entries = _legend(methods)
-        per_line = min(len(entries), 3 * columns)
-        height = 3.5 * len(rows) + 0.2 * -(-len(entries) // per_line)
-        figure = Figure(figsize=(5.0 * columns, height), layout="constrained")
+        figure = Figure(figsize=(5.0 * columns, 3.5 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), columns, squeeze=False)
         for (title, panels), line in zip(rows, grid, strict=True):
             for axes in line[len(panels) :]:
@@ -112,12 +110,23 @@ def save_plots(folder: Path, rows: Sequence[tuple[str, Sequence[Panel]]], method
             for axes, panel in zip(line, panels, strict=False):
                 _draw(axes, panel, methods, values=False)
             line[0].set_title(printable(title), loc="left", parse_math=False)
-        labels = [printable(label) for _, label in entries]
-        legend = figure.legend([handle for handle, _ in entries], labels, loc="outside lower center", ncols=per_line, handlelength=2.4)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
+        add_legend(figure, methods, 3 * columns)
         figure.savefig(folder / "frontier.svg", metadata={"Date": None})
         figure.savefig(folder / "frontier.png", dpi=130, metadata={"Software": None})
+
+
+def add_legend(figure: Figure, methods: dict[str, Look], most: int) -> None:
+    """Below the plots, in as many columns as there is room for, at most `most`, and makes the figure as much taller."""
+    entries = _legend(methods)
+    handles, labels = [handle for handle, _ in entries], [printable(label) for _, label in entries]
+    for columns in range(min(most, len(entries)), 0, -1):
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, handlelength=2.4)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        if legend.get_window_extent(FigureCanvasAgg(figure).get_renderer()).width <= figure.bbox.width or columns == 1:
+            figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(entries) // columns))
+            return
+        legend.remove()
 
 
 def printable(text: str) -> str:
