@@ -111,7 +111,7 @@ class _Arriving:
         self.hook = blocks(tower)[0].register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
+        states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))  # under whatever name
         if states.ndim == 3:
             self.crops.append((states.shape[0], states.shape[1], self._prefix))
 
