@@ -10,7 +10,7 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
-from foveate.images import over_boxes, places
+from foveate.places import over_boxes, places
 from foveate.reducers.base import Reducer
 from foveate.signals import Attention, AttentionRows, ClsAttention, Keys, ReceivedAttention, Signal, TowerKeys, View
 from foveate.sites import BeforeLM, Cut, FromLayer, Site

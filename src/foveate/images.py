@@ -8,9 +8,8 @@ and hands the features in later, perhaps repeated for its beams: then items are 
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import SLOT_METHODS, Anatomy
-from foveate.counting import scoring
-from foveate.encoder import GROUPS, Encoder, TowerPass, check_groups
-from foveate.errors import FoveateError, NotApplicable, Reason
+from foveate.encoder import Encoder, TowerPass
+from foveate.errors import FoveateError
 from foveate.hooks import Hook, uncompiled
+from foveate.places import Described, Encoding, places
 from foveate.signals import Noise, Signal, content_keys
-from foveate.tokens import PLACE, Kind, Layout
-from foveate.towers import TOWER_SIGNALS, TowerProbes, carry, prefix_of
+from foveate.tokens import Kind, Layout
+from foveate.towers import TOWER_SIGNALS, TowerProbes, prefix_of
 
 MODALITIES = ("image", "video")
 _REMEMBERED = 1024  # items that are known until they enter the language model
@@ -56,20 +55,12 @@ def stand_in(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Item:
-    """What is known of one item of L tokens.
+class Item(Described):
+    """What is known of one item.
 
-    key     () int64 hash of its pixels (of its features, where these are all there is)
-    kind    (L,) int64, a `Kind`
-    place   (L, 4) int64: crop, frame, row, column in it, -1 where that is not known
-    values  what the tower says of each token, (L,) or (L, h)
     call    what encoded it, and the share of that call which is this item's
     """
 
-    key: Tensor | None
-    kind: Tensor
-    place: Tensor
-    values: dict[Signal, Tensor] = field(default_factory=dict)
     call: tuple[Encoded, Fraction] | None = None
 
     def __len__(self) -> int:
@@ -271,7 +262,9 @@ class Images:
         features = _features(outputs)
         given = watched.given(args, kwargs)
         call = Encoded.of(watched.name, given), Fraction(1, max(1, len(features)))
-        items = [replace(item, call=call) for item in self._described(modality, features, given)]
+        seen = Encoding(self.anatomy, modality, features, given, self._crops, self._packing, self._has_cls.get(modality, False))
+        described = seen.described(keyed=self._keyed, probes=self.probes.get(modality), merged=self._merged(modality))
+        items = [Item(item.key, item.kind, item.place, item.values, call) for item in described]
         if self._inside:
             self._latest = items
             if modality not in self._entered:
@@ -283,262 +276,21 @@ class Images:
             self._known[name] = item
         return outputs
 
+    def _merged(self, modality: str) -> list[Tensor] | None:
+        """Crop by crop, what was merged in the tower; None where nothing acts in it."""
+        encoder = self._encoders.get(modality)
+        if encoder is None:
+            return None
+        calls = encoder.take()
+        self.calls = [*self.calls, *calls][-_CALLS:]
+        return encoder.groups(calls)
+
     def _recognised(self, features: Tensor) -> Item:
         known = self._known.get(_names([features])[0])
         if known is not None:
             return known
         kind, place = places(features.shape[0], device=features.device)
         return Item(content_keys([features])[0] if self._keyed else None, kind, place)
-
-    def _described(self, modality: str, features: list[Tensor], given: dict[str, Any]) -> list[Item]:
-        lengths = [int(f.shape[0]) for f in features]
-        device = features[0].device if features else torch.device("cpu")
-        keys = self._keys(features, given) if self._keyed else [None] * len(features)
-        values: dict[Signal, list[Tensor]] = {}
-        if self._packing is not None and modality == "image":
-            crops = [int(f.shape[0]) for f in self._packing["image_features"]]
-            inner = [int(f.shape[1]) for f in self._packing["image_features"] for _ in range(f.shape[0])]
-            where = [places(length, cls=self._cls(modality, length), device=device) for length in inner]
-            values = self._tower_values(modality, where, given)
-            described = self._repacked(crops, where, values)
-            items = [Item(key, kind, place, of) for key, (kind, place, of) in zip(keys, described, strict=True)]
-            return self._checked(items, features)
-        where = self._places(modality, lengths, given, device)
-        values = self._tower_values(modality, where, given)
-        items = [
-            Item(keys[i], kind, place, {signal: found[i] for signal, found in values.items()}) for i, (kind, place) in enumerate(where)
-        ]
-        return self._checked(items, features)
-
-    def _checked(self, items: list[Item], features: list[Tensor]) -> list[Item]:
-        """NotApplicable where what was merged in the tower did not stay equal on the way."""
-        for item, made in zip(items, features, strict=True):
-            if GROUPS in item.values:
-                check_groups(item.values[GROUPS], made, item.kind)
-        return items
-
-    def _keys(self, features: list[Tensor], given: dict[str, Any]) -> Sequence[Tensor]:
-        pixels: Any = next((v for name, v in given.items() if name.startswith("pixel_values") and v is not None), None)
-        grids = _grids(given)
-        if pixels is not None and grids is not None:
-            pixels = list(torch.split(pixels, grids.prod(-1).tolist()))
-        elif isinstance(pixels, Tensor) and pixels.ndim == 5:  # without the empty tiles that a batch is filled up with
-            pixels = [tiles[(tiles != 0).flatten(1).any(1)] for tiles in pixels]
-        return list(content_keys(pixels if pixels is not None and len(pixels) == len(features) else features))
-
-    def _cls(self, modality: str, length: int) -> bool:
-        """Whether a crop's first token is the tower's [CLS]: one more than a square, and the tower has one."""
-        return self._has_cls.get(modality, False) and math.isqrt(length) ** 2 != length and math.isqrt(length - 1) ** 2 == length - 1
-
-    def _side(self, given: dict[str, Any], item: int) -> int | None:
-        """Sides of the block of patches that becomes one token of an item."""
-        sizes = next((v for name, v in given.items() if name.endswith("merge_sizes") and v is not None), None)
-        return self.anatomy.merge if sizes is None else int(sizes[item])
-
-    def _places(self, modality: str, lengths: list[int], given: dict[str, Any], device: torch.device) -> list[tuple[Tensor, Tensor]]:
-        grids = _grids(given)
-        pixels = _pixels(given)
-        if grids is not None and len(grids) == len(lengths):
-            found = []
-            for i, (length, (t, h, w)) in enumerate(zip(lengths, grids.tolist(), strict=True)):
-                side = self._side(given, i) or max(1, math.isqrt(t * h * w // max(1, length)))
-                each = h * w // side**2
-                whole = (
-                    each > 0 and length % each == 0 and t % (length // each) == 0
-                )  # frames may be merged as well; newlines may be among them
-                frames = length // each if whole else 1
-                found.append(places(length, frames=frames, shape=(h, w), raster=whole, device=device))
-            return found
-        boxes = self.anatomy.boxes(pixels) if pixels is not None else None
-        if boxes is not None:
-            return [over_boxes(boxes[0], device) for _ in lengths]
-        if modality == "video" and pixels is not None and pixels.ndim == 5:
-            frames = pixels.shape[1]
-            if len(lengths) == pixels.shape[0] * frames:  # an item is a frame
-                found = [places(n, cls=self._cls(modality, n), device=device) for n in lengths]
-                for i, (_, place) in enumerate(found):
-                    place[:, 1] = i % frames
-                return found
-            return [places(n, frames=frames, newline=n % frames == 1, cls=self._cls(modality, n // frames), device=device) for n in lengths]
-        sizes = given.get("spatial_shapes", given.get("image_sizes"))
-        if sizes is not None and len(sizes) == len(lengths):
-            return [places(n, shape=(int(s[0]), int(s[1])), device=device) for n, s in zip(lengths, sizes, strict=True)]
-        if self.anatomy.resampled:
-            return [places(n, raster=False, device=device) for n in lengths]
-        total, crops = sum(lengths), sum(self._crops)
-        each = total // crops if crops and total % crops == 0 else 0
-        if each and all(n % each == 0 for n in lengths):
-            return [places(n, crops=n // each, cls=self._cls(modality, each), device=device) for n in lengths]
-        return [places(n, device=device) for n in lengths]
-
-    def _tower_values(self, modality: str, where: list[tuple[Tensor, Tensor]], given: dict[str, Any]) -> dict[Signal, list[Tensor]]:
-        merged = self._groups(modality, where, given)
-        if not self.probes:
-            return merged
-        grids = _grids(given)
-        order = self.anatomy.window_order(grids)
-        side = self._side(given, 0) if grids is not None else None
-        grouped = side is not None and (self.anatomy.grouped or any(name.endswith("merge_sizes") for name in given))
-        segments = int(grids[:, 0].sum()) if grids is not None else None
-        pixels = _pixels(given)
-        boxes = self.anatomy.boxes(pixels) if pixels is not None else None
-        found: dict[Signal, list[Tensor]] = dict(merged)
-        with scoring():
-            said = self.probes[modality].read(segments)
-        for signal, crops in said.items():
-            found[signal] = carry(crops, where, grouped=side**2 if grouped and side else 0, order=order, boxes=boxes)
-        return found
-
-    def _groups(self, modality: str, where: list[tuple[Tensor, Tensor]], given: dict[str, Any]) -> dict[Signal, list[Tensor]]:
-        """What was merged in the tower. NotApplicable where there is not one token for each patch."""
-        encoder = self._encoders.get(modality)
-        if encoder is None:
-            return {}
-        calls = encoder.take()
-        self.calls = [*self.calls, *calls][-_CALLS:]
-        crops = encoder.groups(calls)
-        patches, tokens = sum(map(len, crops)), sum(int((kind == Kind.PATCH).sum()) for kind, _ in where)
-        pixels = _pixels(given)
-        boxes = self.anatomy.boxes(pixels) if pixels is not None else None
-        ordered = boxes is None or [(r, c, r + 1, c + 1) for r in range(boxes[1][0]) for c in range(boxes[1][1])] == list(boxes[0])
-        if patches != tokens or not ordered or self.anatomy.resampled:
-            raise NotApplicable(
-                Reason.NOT_BY_PATCH,
-                f"{patches} patches of the tower become {tokens} tokens, not one of each: what is merged in the tower cannot be carried "
-                "to the language model; act before it instead",
-            )
-        return {GROUPS: carry(crops, where)}
-
-    def _repacked(
-        self, crops: list[int], where: list[tuple[Tensor, Tensor]], values: dict[Signal, list[Tensor]]
-    ) -> list[tuple[Tensor, Tensor, dict[Signal, Tensor]]]:
-        """The model's own packing (mosaic of tiles, padding cut off, newlines), done again with places and scores for features.
-
-        Crop 0 is the whole picture, the others its tiles; these have their rows and columns in the mosaic."""
-        starts = [sum(crops[:i]) for i in range(len(crops))]
-        tiles = [where[start : start + count] for start, count in zip(starts, crops, strict=True)]
-        numbers = [torch.stack([torch.full((len(kind), 1), float(t)) for t, (kind, _) in enumerate(of)]) for of in tiles]
-        device = where[0][0].device
-        wide = [_tiles_in_a_row(item, len(of[0][0])) for item, of in zip(self._pack([n.to(device) for n in numbers]), tiles, strict=True)]
-        channels = []
-        for of, columns in zip(tiles, wide, strict=True):
-            stacked = []
-            for t, (kind, place) in enumerate(of):
-                cell = place[:, 2:].double()
-                if t and columns:
-                    cell = cell + torch.tensor([(t - 1) // columns, (t - 1) % columns], device=device) * _size(place)
-                stacked.append(torch.cat([kind[:, None].double(), torch.full((len(kind), 1), float(t), device=device), cell], 1))
-            channels.append(torch.stack(stacked))
-        scores = {
-            signal: self._packed_scores([said[start : start + n] for start, n in zip(starts, crops, strict=True)])
-            for signal, said in values.items()
-        }
-        described = []
-        for i, (item, of, columns) in enumerate(zip(self._pack(channels), tiles, wide, strict=True)):
-            newline = item.isnan().any(-1)
-            whole = torch.where(newline[:, None], -1.0, item)
-            kind = torch.where(newline, int(Kind.NEWLINE), whole[:, 0].round().to(torch.int64))
-            crop, row, column = whole[:, 1:4].round().to(torch.int64).unbind(1)
-            if columns:  # a mosaic that is scaled down mixes the numbers of tiles, but not the order of their rows and columns
-                size = _size(of[0][1])
-                tile = 1 + row // size[0] * columns + column // size[1]
-                crop = torch.where(newline | (torch.arange(len(crop), device=device) < len(of[0][0])), crop, tile)
-            scored = {signal: torch.where(newline.view(-1, *[1] * (v[i].ndim - 1)), 0.0, v[i]) for signal, v in scores.items()}
-            described.append((kind, torch.stack([crop, torch.full_like(crop, -1), row, column], 1), scored))
-        return described
-
-    def _packed_scores(self, said: list[list[Tensor]]) -> list[Tensor]:
-        """From what was said of each image's tiles, (l,) or (l, h) each, to what that says of its tokens; NaN where a newline is."""
-        packed = self._pack([torch.stack([tile.reshape(len(tile), -1).double() for tile in tiles]) for tiles in said])
-        return [item.to(torch.float32).view(len(item), *said[0][0].shape[1:]) for item in packed]
-
-    def _pack(self, channels: list[Tensor]) -> list[Tensor]:
-        """(tiles, l, C) of each image -> (L, C), NaN where a newline is."""
-        assert self._packing is not None
-        packing = {**self._packing, "image_features": channels}
-        if packing.get("image_newline") is not None:
-            packing["image_newline"] = torch.full((channels[0].shape[-1],), float("nan"), dtype=torch.float64, device=channels[0].device)
-        with torch.no_grad():
-            core: Any = self.anatomy.core
-            result = type(core).pack_image_features(core, **packing)
-        return list(result[0] if isinstance(result, tuple) else result)
-
-
-def _tiles_in_a_row(item: Tensor, base: int) -> int:
-    """Of a packed image, given as the numbers of its tiles: how many stand side by side; 0 where no newline tells."""
-    mosaic = item[base:, 0]
-    ends = mosaic.isnan().nonzero()
-    return int(mosaic[: int(ends[0])].round().unique().numel()) if len(ends) and int(ends[0]) else 0
-
-
-def _size(place: Tensor) -> Tensor:
-    """Rows and columns of a crop."""
-    return place[:, 2:].amax(0) + 1
-
-
-def places(
-    length: int,
-    *,
-    crops: int = 1,
-    frames: int = 1,
-    shape: tuple[int, int] | None = None,
-    cls: bool = False,
-    newline: bool = False,
-    raster: bool = True,
-    device: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(L,) kinds and (L, 4) places of an item's tokens: `crops` tiles or `frames` one behind the other, each a raster of the proportions of
-    `shape` (rows, columns; a square without it), each behind a [CLS] token with `cls`; one newline token at the very end with `newline`;
-    without `raster` nothing is said of rows and columns."""
-    parts = max(1, crops * frames)
-    each = (length - newline) // parts
-    kind = torch.full((length,), int(Kind.PATCH), dtype=torch.int64, device=device)
-    place = torch.full((length, len(PLACE) - 1), -1, dtype=torch.int64, device=device)
-    index = torch.arange(each * parts, device=device)
-    part, rank = index // max(each, 1), index % max(each, 1)
-    if crops > 1:
-        place[: len(index), 0] = part
-    if frames > 1:
-        place[: len(index), 1] = part
-    columns = _columns(each - cls, shape) if raster else 0
-    if columns:
-        place[: len(index), 2] = torch.where(rank >= cls, (rank - int(cls)) // columns, -1)
-        place[: len(index), 3] = torch.where(rank >= cls, (rank - int(cls)) % columns, -1)
-    if cls:
-        kind[: len(index)] = torch.where(rank == 0, int(Kind.CLS), kind[: len(index)])
-    if newline:
-        kind[-1] = int(Kind.NEWLINE)
-    return kind, place
-
-
-def over_boxes(boxes: Sequence[tuple[int, int, int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Kinds and places of the tokens of a bridge that says from which box of patches each is made: a raster if the boxes are one."""
-    kind = torch.full((len(boxes),), int(Kind.PATCH), dtype=torch.int64, device=device)
-    place = torch.full((len(boxes), len(PLACE) - 1), -1, dtype=torch.int64, device=device)
-    rows, columns = sorted({b[0] for b in boxes}), sorted({b[1] for b in boxes})
-    corners = [(rows.index(b[0]), columns.index(b[1])) for b in boxes]
-    if corners == [(r, c) for r in range(len(rows)) for c in range(len(columns))]:
-        place[:, 2:] = torch.tensor(corners, device=device)
-    return kind, place
-
-
-def _columns(length: int, shape: tuple[int, int] | None) -> int:
-    """Columns of a raster of `length` tokens with the proportions of `shape`; 0 if there is none."""
-    if length < 1:
-        return 0
-    if shape is None:
-        side = math.isqrt(length)
-        return side if side * side == length else 0
-    columns = round(math.sqrt(length * shape[1] / shape[0]))
-    return columns if columns and length % columns == 0 else 0
-
-
-def _grids(given: dict[str, Any]) -> Tensor | None:
-    return next((v for name, v in given.items() if name.endswith("grid_thw") and v is not None), None)
-
-
-def _pixels(given: dict[str, Any]) -> Tensor | None:
-    return next((v for name, v in given.items() if name.startswith("pixel_values") and isinstance(v, Tensor)), None)
 
 
 def _features(outputs: Any) -> list[Tensor]:
