@@ -10,7 +10,7 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
-from foveate.chunk import Chunk
+from foveate.engine.chunk import Chunk
 from foveate.reducers import (
     AIM,
     DART,

@@ -37,7 +37,7 @@ class Asking(Reducer):
             view.signal(signal)
         self.seen.append(view)
         score = view.signal(self.needs[0])
-        score = score.row(view.asking) if isinstance(score, AttentionRows) else score
+        score = score.row(view.questions[0].asking) if isinstance(score, AttentionRows) else score
         return Cut(TokenMap.keep(view.layout, top(view.layout, score if score.ndim == 2 else score.sum(-1), 4)))
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
@@ -86,7 +86,7 @@ def test_attention_rows_are_those_of_the_eager_map(make: Callable[..., Any], att
     )
     assert view.signal(Keys(1)).shape == (len(ROWS), real.shape[1], 2 * 8)
     last = real.to(torch.int64).cumsum(1).argmax(1)
-    assert torch.equal(view.asking, last)
+    assert torch.equal(view.questions[0].asking, last)
 
 
 def test_the_map_does_not_depend_on_the_answer() -> None:
@@ -101,8 +101,9 @@ def test_the_map_does_not_depend_on_the_answer() -> None:
             model(input_ids=ids, pixel_values=Batch([row]).pixels, labels=labels)
             maps.append(run.last.maps[2].representative)
         seen.append(reducer.seen[0])
-    assert seen[0].asking.tolist() == [len(row) - 1]
-    assert not seen[0].text[0, len(row) :].any()
+    (question,) = seen[0].questions
+    assert question.asking.tolist() == [len(row) - 1]
+    assert not question.text[0, len(row) :].any()
     assert torch.equal(maps[0][:, : maps[0].shape[1] - 3], maps[1][:, : maps[1].shape[1] - 3])
     prompt = Asking((Attention(1),), layer=2)
     with foveate.attach(model, prompt) as run, torch.no_grad():

@@ -104,7 +104,11 @@ class Batch:
         n = len(self.rows[row])
         return outputs[row, -n:] if self.side == "left" else outputs[row, :n]
 
-    def labels(self, prompt_tokens: int = 3) -> Tensor:
+    def labels(self) -> Tensor:
+        """The prompt's last tokens are the answer: all but the first of what stands after the last image."""
         ids = self.inputs["input_ids"].clone()
-        ids[(ids == IMAGE) | (self.inputs["attention_mask"] == 0)] = -100
-        return ids
+        slot = torch.arange(ids.shape[1])
+        last = torch.where(ids == IMAGE, slot, 2).max(1, keepdim=True).values
+        begin = torch.where(self.inputs["attention_mask"] > 0, slot, ids.shape[1]).min(1, keepdim=True).values
+        answer = (slot > torch.maximum(last, begin + 2) + 1) & (self.inputs["attention_mask"] > 0)
+        return torch.where(answer, ids, -100)

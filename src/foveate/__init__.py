@@ -1,6 +1,7 @@
 """Foveate trains and runs vision-language models (VLMs) on fewer visual tokens."""
 
-from foveate.attach import Run, attach
+from foveate.engine.attach import attach
+from foveate.engine.run import Run
 from foveate.errors import FoveateError
 
 __version__ = "0.1.0"

@@ -132,6 +132,19 @@ class Anatomy:
         types = getattr(self.text_config, "layer_types", None)
         return types is not None and types[layer] not in ATTENDING
 
+    def window(self, layer: int) -> int | None:
+        """How many tokens a decoder layer reaches back to, its own among them; None: to all."""
+        named = [vars(module)["sliding_window"] for module in self.layers[layer].modules() if "sliding_window" in vars(module)]
+        if named:
+            return next((int(window) for window in named if window), None)
+        types = getattr(self.text_config, "layer_types", None)
+        window = getattr(self.text_config, "sliding_window", None)
+        return int(window) if window and (types is None or "sliding" in types[layer]) else None
+
+    def kept(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """By modality, which of its features enter the language model, (tokens,) bool, from the arguments of the core; None: all."""
+        return {"video": kwargs.get("video_compression_mask")}
+
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(B, N) bool: the slots of image features, for models that have no method to say so."""
         config: Any = self.core.config

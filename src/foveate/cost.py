@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from foveate.anatomy import ATTENDING, read
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
-from foveate.images import Encoded
+from foveate.encoding import Encoded
 from foveate.reducers import Reducer
 from foveate.reducers import visual_tokens as visual_tokens
 from foveate.reducers.base import Step, acting

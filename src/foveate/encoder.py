@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from foveate.counting import scoring
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.hooks import Hook
+from foveate.live import Live
 from foveate.probes import LayerProbe
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import into
@@ -67,14 +68,22 @@ class TowerPass:
         return list(torch.stack([torch.where(kept >= 0, before + kept, -1), own], -1)[:, prefix:].double())
 
 
+class _Calls(Live):
+    """Of the tower's calls: the one under way, what became of those since they were last taken, and how many there were."""
+
+    def __init__(self) -> None:
+        self.now: TowerCall | None = None
+        self.done: list[TowerPass] = []
+        self.count = 0
+
+
 class Encoder:
-    """The cuts in one tower; `calls` are what became of its calls since they were last taken."""
+    """The cuts in one tower."""
 
     def __init__(self, tower: nn.Module, acting: Acting, needs: Sequence[Signal], shortcuts: bool) -> None:
         self.tower, self.acting, self.needs, self._shortcuts = tower, acting, list(needs), shortcuts
         self.layers = blocks(tower)
         self.cls, self.prefix = prefix_of(tower)
-        self.calls: list[TowerPass] = []
         depth = len(self.layers)
         for block in acting:
             if not 0 <= block < depth:
@@ -86,8 +95,7 @@ class Encoder:
                 if block + 1 not in acting:
                     raise FoveateError(f"{signal}: in the tower a reducer may look at the block before its own only")
                 self._probes.setdefault(block, LayerProbe(self.layers[block]))
-        self._call: _Call | None = None
-        self._count = 0
+        self._live = _Calls()
         self._hooks = [
             tower.register_forward_pre_hook(Hook(self._begin), with_kwargs=True),
             tower.register_forward_hook(Hook(self._end), always_call=True),
@@ -101,11 +109,11 @@ class Encoder:
             hook.remove()
         for probe in self._probes.values():
             probe.remove()
-        self._hooks, self._call = [], None
+        self._hooks, self._live = [], _Calls()
 
     def take(self) -> list[TowerPass]:
         """The calls since the last time."""
-        calls, self.calls = self.calls, []
+        calls, self._live.done = self._live.done, []
         return calls
 
     def groups(self, calls: Sequence[TowerPass]) -> list[Tensor]:
@@ -120,10 +128,10 @@ class Encoder:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         pixels = args[0] if args else kwargs.get("pixel_values")
-        self._call = _Call(pixels if isinstance(pixels, Tensor) else None)
+        self._live.now = TowerCall(pixels if isinstance(pixels, Tensor) else None)
 
     def _before_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        call = self._call
+        call = self._live.now
         if call is None:
             return None
         states: Any = args[0] if args else kwargs.get("hidden_states")
@@ -158,11 +166,11 @@ class Encoder:
             return (*given[:at], mask, *given[at + 1 :]), kwargs
         return given, {**kwargs, "attention_mask": mask}
 
-    def _cut(self, call: _Call, index: int, reducer: Reducer, stage: int, states: Tensor) -> Tensor:
+    def _cut(self, call: TowerCall, index: int, reducer: Reducer, stage: int, states: Tensor) -> Tensor:
         assert call.seen is not None
         with scoring(), torch.autocast(states.device.type, enabled=False):
             view = self._view(call, index, states)
-            decision: Any = reducer.reduce(view, self._count if isinstance(reducer, ReplayInTower) else stage)
+            decision: Any = reducer.reduce(view, self._live.count if isinstance(reducer, ReplayInTower) else stage)
         if not isinstance(decision, Cut):
             raise FoveateError(f"{reducer.name} decides {type(decision).__name__} at a site where Cut is possible")
         token_map = decision.map
@@ -179,7 +187,7 @@ class Encoder:
         call.ragged |= not bool(token_map.target.valid.all())
         return token_map.apply(states)
 
-    def _view(self, call: _Call, index: int, states: Tensor) -> View:
+    def _view(self, call: TowerCall, index: int, states: Tensor) -> View:
         layout, first = call.layouts[-1], call.layouts[0]
         if call.index != index:
             call.index, call.here = index, None
@@ -196,18 +204,19 @@ class Encoder:
         return View(layout, states, keys, signals, none, none.sum(1), before, layers=len(self.layers))
 
     def _after_blocks(self, module: nn.Module, args: Any, output: Any) -> Any:
-        call = self._call
+        call = self._live.now
         if call is None or call.seen is None or not call.seen.maps:
             return None
         states = output[0] if isinstance(output, tuple) else output
         return (call.full(states, len(self.layers)), *output[1:]) if isinstance(output, tuple) else call.full(states, len(self.layers))
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
-        call, self._call = self._call, None
+        live = self._live
+        call, live.now = live.now, None
         if call is None or call.seen is None or output is None:
             return None  # an exception ended the call
-        self.calls.append(call.seen)
-        self._count += 1
+        live.done.append(call.seen)
+        live.count += 1
         if not call.seen.maps:
             return None
         levels = getattr(output, "hidden_states", None)
@@ -259,7 +268,7 @@ class Encoder:
 
 
 @dataclass
-class _Call:
+class TowerCall:
     """A call of the tower under way."""
 
     pixels: Tensor | None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 _uncompiled: Callable[..., Any] | None = None
+WHY = "Foveate's hooks decide by values and cannot be traced: compile the model without fullgraph=True while something is attached to it"
 
 
 class Hook:
@@ -29,7 +30,7 @@ def prepare() -> None:
     """To be called before the first hook of a model that may be compiled runs. Not at import: it takes a second."""
     global _uncompiled
     if _uncompiled is None:
-        _uncompiled = torch.compiler.disable(_call)
+        _uncompiled = torch.compiler.disable(_call, reason=WHY)
 
 
 def _call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

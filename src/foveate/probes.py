@@ -1,24 +1,35 @@
 """Watching attention where it happens: queries and keys as they enter the attention function of one layer.
 
-An attention layer of transformers looks its function up by name at every call. While a watched layer runs, its configuration names ours,
-which notes what comes in and calls the one that was meant. So any backend can be watched, and no submodule is called outside its forward.
+An attention layer of transformers looks its function up at every call, by a name in its configuration. A watched layer has a stand-in for
+its configuration, which names ours: that notes what comes in and calls the one that was meant. So any backend can be watched, no submodule
+is called outside its forward, and nothing changes from call to call: threads do not meet, and an interrupted call leaves nothing behind.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate.errors import NotApplicable, Reason
-from foveate.hooks import Hook
+from foveate.hooks import Hook, uncompiled
+from foveate.live import Live
 from foveate.signals import AttentionRows
 
-WATCHED = "foveate_watched"
-_ARMED: dict[int, LayerProbe] = {}  # by the attention module that is about to run
+WATCHED = "foveate_watched_"  # before the name of the backend that is meant
+
+
+class _Calls(Live):
+    """What a thread has seen of a layer since it armed the probe."""
+
+    def __init__(self) -> None:
+        self.armed = self.inside = False
+        self.seen: list[AttentionRows] = []
 
 
 class LayerProbe:
@@ -26,38 +37,36 @@ class LayerProbe:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
-        self.calls: list[AttentionRows] = []
+        self._live = _Calls()
         self._modules = [m for m in layer.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
         if not self._modules:
             raise NotApplicable(Reason.RECURRENT, f"{type(layer).__name__} has no attention that can be watched; choose another layer")
-        self._configs: list[tuple[Any, Any]] = []
+        for module in self._modules:
+            module.config = WatchedConfig(module.config, self)  # type: ignore[assignment]
         self._hook = layer.register_forward_hook(Hook(self._after), always_call=True)
 
+    @property
+    def calls(self) -> list[AttentionRows]:
+        """What this thread has seen since it armed the probe."""
+        return self._live.seen
+
     def _after(self, *_: Any) -> None:
-        self.disarm()
+        self._live.armed = False
 
-    def arm(self) -> None:
-        """From now until the layer has run."""
-        self.disarm()
-        self.calls = []
-        for module in self._modules:
-            _ARMED[id(module)] = self
-        configs: dict[int, Any] = {id(m.config): m.config for m in self._modules}
-        for config in configs.values():
-            self._configs.append((config, config._attn_implementation))
-            config._attn_implementation_internal = WATCHED
+    def arm(self, on: bool = True) -> None:
+        """From now until the layer has run, in this thread; `on=False`: not at all."""
+        self._live.armed, self._live.seen = on, []
 
-    def disarm(self) -> None:
-        for config, name in self._configs:
-            config._attn_implementation_internal = name
-        self._configs = []
-        for module in self._modules:
-            _ARMED.pop(id(module), None)
+    def forget(self) -> None:
+        """Lets go of what was seen."""
+        self._live.seen = []
 
     def remove(self) -> None:
         """Leaves the layer as it was."""
-        self.disarm()
         self._hook.remove()
+        for module in self._modules:
+            if isinstance(module.config, WatchedConfig) and module.config.watched_by is self:
+                module.config = module.config.meant  # type: ignore[assignment]
 
     def attention(self) -> AttentionRows:
         """The layer's attention; FoveateError if it did not run any (recurrent and convolving layers) or ran it in several parts."""
@@ -73,16 +82,85 @@ class LayerProbe:
         """(B, K, G * h) float32 keys, heads side by side."""
         return self.attention().key.float().transpose(1, 2).flatten(2)
 
+    # ---- the attention function
 
-def _watch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    probe = _ARMED[id(module)]
-    name = next(name for config, name in probe._configs if config is module.config)
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(type(module)))
-    scale = kwargs.get("scaling")
+    def attend(self, name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
+        """What is called in place of the backend `name`."""
+        live = self._live
+        if live.armed:
+            live.seen.append(_rows(name, query, key, attention_mask, kwargs))
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(type(module)))
+        live.inside = True  # the backend may ask for its own name
+        try:
+            return function(module, query, key, value, attention_mask, **kwargs)
+        finally:
+            live.inside = False
+
+    def name(self, meant: Any) -> Any:
+        """The name of the backend that a watched layer's configuration gives."""
+        if meant is None or self._live.inside:
+            return meant
+        watched = WATCHED + str(meant)
+        if watched not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(watched, partial(_attend, str(meant)))
+        return watched
+
+
+class WatchedConfig:
+    """A configuration in everything but the attention function that it names."""
+
+    def __init__(self, meant: Any, watched_by: LayerProbe) -> None:
+        self.__dict__.update(meant=meant, watched_by=watched_by)
+
+    @property
+    def _attn_implementation(self) -> Any:
+        return uncompiled(self.watched_by.name, self.meant._attn_implementation)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "meant":  # asked for by copies and pickles of what is not there yet
+            raise AttributeError(name)
+        return getattr(self.meant, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.meant, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _attend(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    config: Any = module.config
+    return uncompiled(config.watched_by.attend, name, module, *args, **kwargs)
+
+
+def _rows(name: str, query: Tensor, key: Tensor, mask: Any, given: dict[str, Any]) -> AttentionRows:
+    """The attention of a call, under the mask that its backend is given: 4-D, or what flash attention makes of 2-D ones and of packed rows."""
+    scale = given.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4 else None
-    probe.calls.append(AttentionRows(query.detach(), key.detach(), scale, mask, kwargs.get("softcap")))
-    return function(module, query, key, value, attention_mask, **kwargs)
+    rows = AttentionRows(query.detach(), key.detach(), scale, None, given.get("softcap"))
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        rows = AttentionRows(query.detach(), key.detach(), scale, mask, given.get("softcap"))
+    elif "flash" in name:
+        rows = rows.under_flash(mask if isinstance(mask, Tensor) else None, given.get("sliding_window"), _samples(query, key, mask, given))
+    return rows
+
+
+def _samples(query: Tensor, key: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
+    """(1, N) int64: which packed sample a slot belongs to, as flash attention is told; None where nothing is packed."""
+    N = query.shape[2]
+    if isinstance(mask, Tensor) or N == 1 or N != key.shape[2]:
+        return None
+    slots = torch.arange(N, device=query.device)
+    starts = given.get("cu_seq_lens_q")
+    if starts is not None:
+        return torch.searchsorted(starts.to(torch.int64)[1:], slots, right=True)[None]
+    positions = given.get("position_ids")
+    if not isinstance(positions, Tensor) or query.shape[0] != 1 or positions.shape != (1, N):
+        return None
+    return (positions == positions.min()).cumsum(1)
 
 
 def _eager(kind: type[nn.Module]) -> Callable[..., Any] | None:
@@ -90,6 +168,3 @@ def _eager(kind: type[nn.Module]) -> Callable[..., Any] | None:
     forward: Any = inspect.unwrap(kind.forward)
     name = next((name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")), None)
     return None if name is None else forward.__globals__[name]
-
-
-ALL_ATTENTION_FUNCTIONS.register(WATCHED, _watch)

@@ -23,7 +23,7 @@ from transformers import AutoModelForImageTextToText
 from foveate.anatomy import read
 from foveate.counting import Counter
 from foveate.errors import FoveateError
-from foveate.images import Encoded, Images
+from foveate.encoding import Encoded, Encodings, Item
 from foveate.signals import Signal, TowerKeys
 from foveate.sizes import ImageSize
 from foveate.tokens import Kind
@@ -79,8 +79,8 @@ def _encode(config: Any, call: Encoded, needs: Sequence[Signal]) -> Counted:
         anatomy = read(model)
         core: Any = anatomy.core
         given = {name: _usable(name, value) if isinstance(value, Tensor) else value for name, value in given.items()}
-        images = Images(anatomy, needs)
-        images.begin(None, {})
+        seen: list[Item] = []
+        encodings = Encodings(anatomy, needs, lambda modality, items, features: seen.extend(items))
         arriving = None
         try:
             if needs:
@@ -91,12 +91,12 @@ def _encode(config: Any, call: Encoded, needs: Sequence[Signal]) -> Counted:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FoveateError(f"cannot count {call.method} of a {config.model_type!r} model on shapes alone: {reason}") from error
         finally:
-            images.remove()
+            encodings.remove()
             if arriving is not None:
                 arriving.hook.remove()
-        patches = [item.place[item.kind == Kind.PATCH] for item in images.encoded]
-        items = [(ImageSize.of(place), len(item) - len(place)) for item, place in zip(images.encoded, patches, strict=True)]
-        widths = [values.shape[1] for item in images.encoded for signal, values in item.values.items() if isinstance(signal, TowerKeys)]
+        patches = [item.place[item.kind == Kind.PATCH] for item in seen]
+        items = [(ImageSize.of(place), len(item) - len(place)) for item, place in zip(seen, patches, strict=True)]
+        widths = [values.shape[1] for item in seen for signal, values in item.values.items() if isinstance(signal, TowerKeys)]
         crops = arriving.crops if arriving is not None else []
         _counted[key] = Counted(dict(counted.flops), items, crops, widths[0] if widths else 0)
     return _counted[key]

@@ -101,6 +101,9 @@ class AttentionRows:
     slots: Tensor | None = None  # (B, M) int64: the query behind each slot; its key is `start` further on, behind what was cached before
     start: int = 0
     causal: bool = True
+    valid: Tensor | None = None  # (B, <= K) bool: keys that are no padding; what lies beyond its width is no key at all
+    window: int | None = None  # keys, the query's own among them, that a row reaches back to
+    samples: Tensor | None = None  # (B or 1, N) int64: rows of one packed sample do not see another's keys
 
     @classmethod
     def of(cls, weights_BHNK: Tensor) -> AttentionRows:
@@ -128,14 +131,32 @@ class AttentionRows:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         if self.mask is None and self.causal:
-            seen = torch.arange(K, device=q.device) <= index_BR[..., None] + (K - N)
-            logits.masked_fill_(~seen[:, None], float("-inf"))
+            logits.masked_fill_(~self._seen(index_BR, N, K)[:, None], float("-inf"))
         elif self.mask is not None:
             mask = self.mask[..., :K].expand(B, -1, -1, -1)
             mask = mask.gather(2, index_BR[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
             low = torch.finfo(torch.float32).min
             logits = logits.masked_fill_(~mask, low) if mask.dtype == torch.bool else logits.add_(mask.to(torch.float32)).clamp_(min=low)
         return logits.softmax(-1)
+
+    def _seen(self, index_BR: Tensor, N: int, K: int) -> Tensor:
+        """(B, R, K) bool: the keys that some rows attend to where no mask says it."""
+        keys, whole = torch.arange(K, device=index_BR.device), K if self.valid is None else self.valid.shape[1]
+        own = index_BR[..., None] + (whole - N)  # the last query stands beside the last key that there is
+        seen = keys <= own
+        if self.window is not None:
+            seen = seen & (keys > own - self.window)
+        if self.valid is not None:
+            there = torch.nn.functional.pad(self.valid.to(torch.bool), (0, K - whole))[:, None]
+            seen = seen & (there | (keys == own))  # a row of padding sees itself: no row may see nothing
+        if self.samples is not None:
+            samples = self.samples.expand(index_BR.shape[0], -1)
+            seen = seen & (samples.gather(1, index_BR)[..., None] == samples[:, None])
+        return seen
+
+    def under_flash(self, valid: Tensor | None, window: int | None, samples: Tensor | None) -> AttentionRows:
+        """The same as flash attention computes it: causal by slots, without padding, within a window, packed samples apart."""
+        return replace(self, mask=None, valid=valid, window=window, samples=samples)
 
     def of_slots(self, here: TokenMap, start: int = 0) -> AttentionRows:
         """The same in terms of the slots that `here` leaves of the layer's queries, whose keys begin at number `start`."""
@@ -159,13 +180,36 @@ class AttentionRows:
 
 
 @dataclass(frozen=True)
+class Question:
+    """What is asked about some of the images of each row. A sequence may ask several: an image after an earlier answer, packed samples.
+
+    about   (B, N) bool: the visual slots that it is about
+    prompt  (B, N) bool: the slots up to the one that asks, of the same sample; never those of the answer
+    asking  (B,) int64: the last slot of the prompt, whose next token is the first of the answer
+    text    (B, N) bool: the text of the prompt
+    """
+
+    about: Tensor
+    prompt: Tensor
+    asking: Tensor
+    text: Tensor
+
+    @classmethod
+    def of(cls, layout: Layout, prompt_BN: Tensor, about_BN: Tensor | None = None) -> Question:
+        """From the slots of the prompt, the last of which asks; about all images or some."""
+        slot = torch.arange(layout.shape[1], device=prompt_BN.device)
+        about = layout.visual if about_BN is None else about_BN
+        return cls(about, prompt_BN, torch.where(prompt_BN, slot, 0).max(1).values, prompt_BN & (layout.image < 0))
+
+
+@dataclass(frozen=True)
 class View:
     """What a reducer may look at.
 
     layout      the arriving slots, text and padding too
     tokens      (B, N, D) their states
-    text        (B, N) bool: the text that may be looked at, that is the prompt's, never the answer's
-    asking      (B,) int64: the last slot of the prompt, whose next token is the first of the answer
+    questions   what is asked about the images; together they are about every visual slot
+    unknown     why there are no questions, where that cannot be known
     image_keys  (I,) int64 content hash of each image
     first       the view in front of the first decoder layer, for what is decided once on the embeddings; None: this is it
     layers      decoder layers of the model
@@ -175,10 +219,10 @@ class View:
     tokens: Tensor | None = None
     image_keys: Tensor | None = None
     signals: dict[Signal, Any] = field(default_factory=dict)
-    text: Tensor | None = None
-    asking: Tensor | None = None
+    questions: tuple[Question, ...] | None = None
     first: View | None = None
     layers: int | None = None
+    unknown: str = ""
 
     @classmethod
     def of(
@@ -205,10 +249,12 @@ class View:
         for signal, value in given.items():
             if isinstance(value, Tensor) and value.shape[1] != N:
                 given[signal] = torch.cat([value, value.new_zeros((B, N - value.shape[1], *value.shape[2:]))], 1)
-        writing = layout.valid & (layout.image < 0)
-        index = torch.arange(N, device=tokens.device).expand(B, N)
-        asking = torch.where(layout.valid, index, 0).max(1).values
-        return cls(layout, tokens, image_keys, given, writing, asking, layers=layers)
+        return cls(layout, tokens, image_keys, given, (Question.of(layout, layout.valid),), layers=layers)
+
+    def asked_at(self, slot_B: Tensor) -> View:
+        """The same where the prompt of each row ends at a slot: what follows is the answer, which a method does not look at."""
+        slot = torch.arange(self.layout.shape[1], device=slot_B.device)
+        return replace(self, questions=(Question.of(self.layout, self.layout.valid & (slot <= slot_B[:, None])),))
 
     def signal(self, signal: Signal) -> Any:
         """What the signal says of the arriving slots, in float32."""

@@ -72,7 +72,7 @@ class TowerProbes:
                 reason = Reason.WINDOWED if seen else Reason.NO_TOWER_ATTENTION
                 raise NotApplicable(reason, f"{signal}: this block of the vision tower {how}; choose a block with full attention")
         for probe in self._probes.values():
-            probe.calls = []
+            probe.forget()
         return crops
 
     def remove(self) -> None:

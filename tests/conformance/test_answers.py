@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.attach import attach
+from foveate.engine.attach import attach
 from foveate.integrations.lmms_eval.answering import answer, conversation, generation, question
 from tests.conformance.family import families, picture
 

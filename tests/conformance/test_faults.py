@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.attach import Pass, Run
-from foveate.chunk import Chunk
+from foveate.engine.chunk import Chunk
 from foveate.reducers.random import Random
 from foveate.tokens import TokenMap
 from tests.conformance.checks import CHECKS

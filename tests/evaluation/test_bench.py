@@ -22,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from foveate.attach import attach
+from foveate.engine.attach import attach
 from foveate.cli import main
 from foveate.cost import Ledger, predict
 from foveate.errors import FoveateError

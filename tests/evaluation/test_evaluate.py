@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
-from foveate.attach import attach
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import Result, answer, evaluate, load_model, print_result, prompts, read_questions
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from foveate.attach import attach
+from foveate.engine.attach import attach
 from foveate.data.pictures import render, scene
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model

@@ -231,7 +231,7 @@ def test_only_the_prompt_walks() -> None:
     for asking in (14, 21):
         for attention in (first, other):
             reducer, view = pruning(batch, 6, attention)
-            found.append(kept(reducer.reduce(replace(view, asking=torch.tensor([asking])), 6).map))
+            found.append(kept(reducer.reduce(view.asked_at(torch.tensor([asking])), 6).map))
     assert found[0] == found[1]
     assert found[2] != found[3]
 
@@ -253,7 +253,7 @@ def test_shares_are_of_the_tokens_after_merging() -> None:
     tokens, layout = once.apply(batch.tokens), once.target
     for stage, numbers in ((1, [12, 3]), (2, [8, 2]), (3, [4, 1]), (4, [0, 0])):
         signals = {Attention(reducer.sites(28)[stage].layer - 1): causal(layout.valid)}
-        view = View(layout, tokens, signals=signals, first=first, layers=28, asking=layout.valid.sum(1) - 1)
+        view = View(layout, tokens, signals=signals, first=first, layers=28).asked_at(layout.valid.sum(1) - 1)
         token_map = reducer.reduce(view, stage).map
         tokens, layout = token_map.apply(tokens), token_map.target
         assert [int((layout.visual & (layout.image == i)).sum()) for i in (0, 1)] == numbers

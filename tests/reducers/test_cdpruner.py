@@ -136,8 +136,7 @@ def test_the_question_decides_and_the_answer_is_not_looked_at() -> None:
     tokens = torch.cat([x, x[2:3], x[5:6]])[None]  # six patches, the question asks for patch 2, the answer names patch 5
     both = View.of(tokens, text=2)
     assert kept(CDPruner(2).reduce(both).map) == [2, 5, 6, 7]
-    assert both.text is not None
-    prompt = replace(both, text=both.text & (torch.arange(8) != 7), signals={})
+    prompt = replace(both.asked_at(torch.tensor([6])), signals={})
     assert kept(CDPruner(1).reduce(prompt).map) == [2, 6, 7]
     torch.testing.assert_close(Relevance().compute(prompt)[0, :6], x[2])
 

@@ -138,12 +138,12 @@ def test_the_two_rules_differ() -> None:
 def test_the_answer_is_never_looked_at(rows: str) -> None:
     layout = Layout.sequence(torch.arange(12)[None] < 8)
     weights = torch.rand(1, 2, 12, 12)
-    asked = replace(view(layout, weights), asking=torch.tensor([9]))
+    asked = view(layout, weights).asked_at(torch.tensor([9]))
     other = weights.clone()
     other[:, :, 10:] = torch.rand(1, 2, 2, 12) * 9
     kept = survivors(FastV(3, rows=rows).reduce(asked).map)
-    assert kept == survivors(FastV(3, rows=rows).reduce(replace(view(layout, other), asking=torch.tensor([9]))).map)
-    assert kept != survivors(FastV(3, rows=rows).reduce(replace(view(layout, other), asking=torch.tensor([11]))).map)
+    assert kept == survivors(FastV(3, rows=rows).reduce(view(layout, other).asked_at(torch.tensor([9]))).map)
+    assert kept != survivors(FastV(3, rows=rows).reduce(view(layout, other).asked_at(torch.tensor([11]))).map)
 
 
 @quick

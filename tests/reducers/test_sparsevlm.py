@@ -337,11 +337,10 @@ def test_impossible_options_are_errors(options: dict[str, object], message: str)
 def test_what_a_view_lacks_is_an_error() -> None:
     layout = Layout.sequence(torch.arange(8)[None] < 6)
     whole = view(layout, torch.rand(1, 1, 8, 8), tokens=torch.randn(1, 8, 2))
-    with pytest.raises(FoveateError, match="raters need the text slots"):
-        one(keep=2).reduce(replace(whole, text=None))
+    with pytest.raises(FoveateError, match="where the question ends is not known"):
+        one(keep=2).reduce(replace(whole, questions=None))
     with pytest.raises(FoveateError, match="recycling needs the tokens' states"):
         one(keep=2).reduce(replace(whole, tokens=None, first=whole))
     assert one(keep=2, recycle=False).reduce(replace(whole, tokens=None, first=whole)).map.target.lengths() == [2]
-    assert whole.text is not None
     with pytest.raises(FoveateError, match="2 text slots in front of the first layer, 1 here"):
-        one(keep=2).reduce(replace(whole, text=whole.text & (torch.arange(8) < 7), first=whole))
+        one(keep=2).reduce(replace(whole.asked_at(torch.tensor([6])), first=whole))

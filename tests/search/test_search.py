@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlamaConfig
 
-from foveate.attach import attach
+from foveate.engine.attach import attach
 from foveate.cli import main
 from foveate.cost import predict
 from foveate.errors import FoveateError

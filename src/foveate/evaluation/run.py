@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.attach import attach
+from foveate.engine.attach import attach
 from foveate.data import conversations
 from foveate.data.collate import Renderer
 from foveate.errors import FoveateError

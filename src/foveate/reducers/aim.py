@@ -29,9 +29,9 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import asking, attention_before, choose, integers, states
+from foveate.reducers.common import asked, attention_before, choose, integers, states
 from foveate.reducers.tome import merge_flops, merge_groups
-from foveate.signals import Attention, AttentionRows, View
+from foveate.signals import Attention, AttentionRows, Question, View
 from foveate.sites import BeforeLM, Cut, FromLayer, Site
 from foveate.sizes import Sizes
 from foveate.tokens import SCOPES, TokenMap, budget, top
@@ -102,9 +102,12 @@ class AIM(Reducer):
         if share == 0:
             return Cut(TokenMap.keep(layout, torch.zeros_like(layout.visual)))
         attention = attention_before(self, view, stage)
-        prompt = layout.valid & (torch.arange(layout.shape[1], device=layout.kind.device) <= asking(self.name, view)[:, None])
-        score = walk(attention, prompt, walks=self.walks, temperature=self.temperature).square().mean(1).sqrt()
-        return Cut(TokenMap.keep(layout, top(layout, score, share, original_BN=self._merged(view))))
+
+        def score(question: Question) -> Tensor:
+            walked = walk(attention, question.prompt, walks=self.walks, temperature=self.temperature)
+            return walked.square().mean(1).sqrt()
+
+        return Cut(TokenMap.keep(layout, top(layout, asked(self.name, view, score), share, original_BN=self._merged(view))))
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         if stage == 0:

@@ -24,7 +24,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import choose, groups, states
+from foveate.reducers.common import asked, choose, groups, states
 from foveate.signals import Signal, View
 from foveate.sites import BeforeLM, Cut, Site
 from foveate.sizes import Sizes, products
@@ -38,15 +38,19 @@ class Relevance(Signal):
     """(B, N) how much each token has to do with the question. Not handed in: cosine with the mean state of the prompt's text."""
 
     def compute(self, view: View) -> Tensor:
-        if view.tokens is None or view.text is None:
+        if view.tokens is None:
             raise FoveateError(
-                "cdpruner compares the tokens with the question, and the view has no states or no text: make it with "
-                "View.of(tokens, text=…), or hand in signals={Relevance(): …}"
+                "cdpruner compares the tokens with the question, and the view has no states: make it with View.of(tokens, text=…), or "
+                "hand in signals={Relevance(): …}"
             )
         x_BND = view.tokens.detach().to(torch.float32)
-        # Row by row: a sum over another row's padding may round differently.
-        questions = [x[text].mean(0) if bool(text.any()) else x.new_zeros(x.shape[1]) for x, text in zip(x_BND, view.text, strict=True)]
-        return cosine_similarity(x_BND, torch.stack(questions)[:, None], dim=-1)
+        return asked("cdpruner", view, lambda question: _similar(x_BND, question.text))
+
+
+def _similar(x_BND: Tensor, text_BN: Tensor) -> Tensor:
+    """(B, N) cosine of each state with the mean of the text's; row by row, since a sum over another row's padding may round differently."""
+    means = [x[text].mean(0) if bool(text.any()) else x.new_zeros(x.shape[1]) for x, text in zip(x_BND, text_BN, strict=True)]
+    return cosine_similarity(x_BND, torch.stack(means)[:, None], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.signals import AttentionRows, View
+from foveate.signals import AttentionRows, Question, View
 from foveate.tokens import Layout, TokenMap
 
 OF = ("original", "arriving")
@@ -84,11 +84,23 @@ def states(name: str, view: View) -> Tensor:
     return view.tokens
 
 
-def asking(name: str, view: View) -> Tensor:
-    """(B,) the slots that ask. Raises FoveateError where the view does not say."""
-    if view.asking is None:
-        raise FoveateError(f"{name}: the view does not say which slot is the prompt's last; make it by View.of, or give View(asking=…)")
-    return view.asking
+def questions(name: str, view: View) -> tuple[Question, ...]:
+    """What is asked about the images. Raises FoveateError where the view does not say."""
+    if view.questions is None:
+        why = view.unknown or "the view does not say; make it by View.of, or give View(questions=…)"
+        raise FoveateError(f"{name} ranks by what is asked about an image, and where the question ends is not known: {why}")
+    return view.questions
+
+
+def asked(name: str, view: View, score: Callable[[Question], Tensor]) -> Tensor:
+    """(B, N) the score that each visual slot has by the question about it; `score` gives (B, N) of one question."""
+    several = questions(name, view)
+    if len(several) == 1:
+        return score(several[0])
+    found = torch.zeros(view.layout.shape, device=view.layout.kind.device)
+    for question in several:
+        found = torch.where(question.about, score(question), found)
+    return found
 
 
 def attention_before(reducer: Reducer, view: View, stage: int) -> AttentionRows:

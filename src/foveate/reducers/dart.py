@@ -32,7 +32,7 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, choose, images, integers, leaving, meant
+from foveate.reducers.common import OF, choose, images, integers, leaving, meant, questions
 from foveate.signals import Keys, View
 from foveate.sites import Cut, FromLayer, Site
 from foveate.sizes import Sizes, products
@@ -69,15 +69,14 @@ class DART(Reducer):
 
     def reduce(self, view: View, stage: int = 0) -> Cut:
         layout, tokens = view.layout, view.tokens
-        if tokens is None or view.text is None:
-            raise FoveateError(
-                "dart: needs the tokens' states and the text slots; make the view by View.of, or give View(tokens=…, text=…)"
-            )
+        if tokens is None:
+            raise FoveateError("dart: needs the tokens' states; make the view by View.of, or give View(tokens=…)")
+        asked = questions(self.name, view)
         norm = view.signal(Keys(self.layer - 1)).abs().sum(-1)
         number = leaving(view, self.count)
         kept = torch.zeros_like(layout.visual)
         for b, visual in images(layout):
-            text = view.text[b].nonzero()[:, 0]
+            text = next(q.text for q in asked if bool(q.about[b, visual[0]]))[b].nonzero()[:, 0]
             behind = text[text > visual[-1]]
             total = int(number[b, visual[0]])
             own = _first(norm[b, visual], min(self.visual_pivots, total))

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, asking, choose, leaving
-from foveate.signals import BLOCK, Attention, AttentionRows, View
+from foveate.reducers.common import OF, asked, choose, leaving
+from foveate.signals import BLOCK, Attention, AttentionRows, Question, View
 from foveate.sites import Cut, FromLayer, Site
 from foveate.sizes import Sizes
 from foveate.tokens import TokenMap, budget, top
@@ -62,7 +62,7 @@ class FastV(Reducer):
 
     def reduce(self, view: View, stage: int = 0) -> Cut:
         attention: AttentionRows = view.signal(Attention(self.layer - 1))
-        score = attention.row(asking(self.name, view)) if self.rows == "last" else _from_others(attention, view, asking(self.name, view))
+        score = asked(self.name, view, lambda q: attention.row(q.asking) if self.rows == "last" else _from_others(attention, q))
         return Cut(TokenMap.keep(view.layout, top(view.layout, score, 1.0, original_BN=leaving(view, self.count))))
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
@@ -72,12 +72,12 @@ class FastV(Reducer):
         return sizes.rows(1 if self.rows == "last" else sizes.slots)
 
 
-def _from_others(attention: AttentionRows, view: View, asking_B: Tensor) -> Tensor:
+def _from_others(attention: AttentionRows, question: Question) -> Tensor:
     """(B, N) attention that each slot receives from all other slots of the prompt, mean over heads and over these slots."""
-    B, N = view.layout.shape
-    slots = torch.arange(N, device=asking_B.device)
-    prompt = view.layout.valid & (slots <= asking_B[:, None])
-    total = torch.zeros((B, N), device=asking_B.device)
+    prompt = question.prompt
+    B, N = prompt.shape
+    slots = torch.arange(N, device=prompt.device)
+    total = torch.zeros((B, N), device=prompt.device)
     for index in slots.split(BLOCK):
         part = attention.rows(index.expand(B, -1)).mean(1)
         asks = prompt[:, index, None] & (index[:, None] != slots)  # not of itself

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, asking, attention_before, choose, integers, leaving, meant, numbers, spelled
+from foveate.reducers.common import OF, asked, attention_before, choose, integers, leaving, meant, numbers, spelled
 from foveate.signals import Attention, View
 from foveate.sites import Cut, FromLayer, Site
 from foveate.sizes import Sizes
@@ -68,7 +68,8 @@ class PyramidDrop(Reducer):
         return [FromLayer(k, (Attention(k - 1),)) for k in boundaries]
 
     def reduce(self, view: View, stage: int = 0) -> Cut:
-        score = attention_before(self, view, stage).row(asking(self.name, view))
+        attention = attention_before(self, view, stage)
+        score = asked(self.name, view, lambda question: attention.row(question.asking))
         number = leaving(view, lambda arriving, original: self.count(arriving, original, stage))
         return Cut(TokenMap.keep(view.layout, top(view.layout, score, 1.0, original_BN=number)))
 

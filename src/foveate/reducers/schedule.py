@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Self
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import asking, choose, integers, leaving
+from foveate.reducers.common import asked, choose, integers, leaving
 from foveate.reducers.uniform import Uniform
 from foveate.signals import Attention, ClsAttention, Noise, Signal, View
 from foveate.sites import BeforeLM, Cut, FromLayer, Site
@@ -85,7 +85,8 @@ class Schedule(Reducer):
         (signal,) = self._needs(layer)
         score = view.signal(signal)
         if self.signal == "attention":
-            score = score.row(asking(self.name, view))
+            rows = score
+            score = asked(self.name, view, lambda question: rows.row(question.asking))
         number = leaving(view, lambda arriving, original: self.count(arriving, original, stage))
         return Cut(TokenMap.keep(view.layout, top(view.layout, score, 1.0, original_BN=number)))
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, asking, choose, images, into, leaving, numbers, spelled
+from foveate.reducers.common import OF, choose, images, into, leaving, numbers, questions, spelled
 from foveate.signals import Attention, AttentionRows, View
 from foveate.sites import Cut, FromLayer, Site
 from foveate.sizes import Sizes, products
@@ -129,7 +129,7 @@ class SparseVLM(Reducer):
     def _score(self, view: View, attention: AttentionRows) -> Tensor:
         """(B, N) attention from the raters of the slot's image."""
         score = torch.zeros(view.layout.shape, device=view.layout.kind.device)
-        for rows, slots in _raters(view, asking(self.name, view)):
+        for rows, slots in _raters(view):
             score = torch.where(slots, attention.received(rows), score)
         return score
 
@@ -162,18 +162,22 @@ def _clusters(dropped: int) -> int:
     return _candidates(dropped) // 10 + 1 if dropped else 0
 
 
-def _raters(view: View, asking_B: Tensor) -> list[tuple[Tensor, Tensor]]:
+def _raters(view: View) -> list[tuple[Tensor, Tensor]]:
     """(B, N) bool raters and (B, N) bool slots that they rate: first those of each row's first image, then of its second, …"""
     first = view.first or view
-    if view.text is None or first.text is None or first.tokens is None:
-        raise FoveateError(
-            "sparsevlm: raters need the text slots and the input embeddings; make the view by View.of, or give View(text=…, tokens=…)"
-        )
+    if first.tokens is None:
+        raise FoveateError("sparsevlm: raters need the input embeddings; make the view by View.of, or give View(tokens=…)")
+    asked, asked_first = questions("sparsevlm", view), questions("sparsevlm", first)
     found: list[tuple[Tensor, Tensor]] = []
     done = [0] * view.layout.shape[0]
     now = torch.where(view.layout.visual, view.layout.image, -1)
     for b, image in images(first.layout):
-        before, here = first.text[b].nonzero()[:, 0], view.text[b].nonzero()[:, 0]
+        left = now[b] == first.layout.image[b, image[0]]
+        question = next((q for q in asked if bool((q.about[b] & left).any())), None)
+        if question is None:
+            continue  # nothing is left of it to be rated
+        text = next(q for q in asked_first if bool(q.about[b, image[0]])).text
+        before, here = text[b].nonzero()[:, 0], question.text[b].nonzero()[:, 0]
         if len(before) != len(here):
             raise FoveateError(f"sparsevlm: {len(before)} text slots in front of the first layer, {len(here)} here; text is never dropped")
         behind = before > image[-1]
@@ -181,12 +185,12 @@ def _raters(view: View, asking_B: Tensor) -> list[tuple[Tensor, Tensor]]:
             found.append((torch.zeros_like(view.layout.valid), torch.zeros_like(view.layout.valid)))
         rows, slots = found[done[b]]
         done[b] += 1
-        slots[b] = now[b] == first.layout.image[b, image[0]]
+        slots[b] = left
         if bool(behind.any()):
-            visual, text = first.tokens[b, image].to(torch.float32), first.tokens[b, before[behind]].to(torch.float32)
-            rows[b, here[behind][raters(visual, text)]] = True
+            visual, states = first.tokens[b, image].to(torch.float32), first.tokens[b, before[behind]].to(torch.float32)
+            rows[b, here[behind][raters(visual, states)]] = True
         else:
-            rows[b, asking_B[b]] = True
+            rows[b, question.asking[b]] = True
     return found
 
 

@@ -29,7 +29,8 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.anatomy import read
-from foveate.attach import Run, attach
+from foveate.engine.attach import attach
+from foveate.engine.run import Run
 from foveate.data import conversations
 from foveate.data.pictures import render, scene
 from foveate.errors import FoveateError

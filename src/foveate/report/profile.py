@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from foveate.attach import attach
+from foveate.engine.attach import attach
 from foveate.cost import CONVENTION, Ledger, predict
 from foveate.counting import Counter, parameters_of, parts_of
 from foveate.errors import FoveateError

@@ -21,7 +21,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from foveate.attach import Run, attach
+from foveate.engine.attach import attach
+from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 from foveate.train import files

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
 
-from foveate.attach import Run
+from foveate.engine.run import Run
 from foveate.data.conversations import MARKER, UNREADABLE, load_image
 from foveate.errors import FoveateError
 from foveate.evaluation.run import _Finite

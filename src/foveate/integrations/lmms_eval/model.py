@@ -19,7 +19,8 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.model_utils.progress import make_progress
 from loguru import logger
 
-from foveate.attach import Run, attach
+from foveate.engine.attach import attach
+from foveate.engine.run import Run
 from foveate.errors import FoveateError, nearest
 from foveate.evaluation.run import load_model, shrunk
 from foveate.integrations.lmms_eval.answering import (

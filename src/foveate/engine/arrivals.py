@@ -1,0 +1,145 @@
+"""Which slots the encoded images and videos of a forward pass fill, and what was encoded ahead of its pass.
+
+`generate` encodes first and hands the features in later, perhaps repeated for its beams: then items are recognised by the content of
+their features. They are known as long as the `generate` call lasts; what a caller encodes by hand is known until much more came.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.anatomy import SLOT_METHODS, Anatomy
+from foveate.encoding import MODALITIES, Item, features_of, names_of, unseen
+from foveate.errors import FoveateError
+from foveate.signals import Signal
+from foveate.tokens import Kind, Layout
+from foveate.watched import Watched
+
+_REMEMBERED = 256  # items encoded by hand, the last call's always
+
+
+class Ahead:
+    """Items that were encoded before their forward pass, by the name of their features."""
+
+    def __init__(self, most: int | None = _REMEMBERED) -> None:
+        self._most = most
+        self._calls: OrderedDict[int, dict[int, Item]] = OrderedDict()
+        self._count = 0
+
+    def note(self, items: list[Item], features: list[Tensor]) -> None:
+        self._count += 1
+        self._calls[self._count] = dict(zip(names_of(features), items, strict=True))
+        while self._most is not None and len(self._calls) > 1 and len(self) > self._most:
+            self._calls.popitem(last=False)
+
+    def find(self, name: int) -> Item | None:
+        return next((known[name] for known in reversed(list(self._calls.values())) if name in known), None)
+
+    def __len__(self) -> int:
+        return sum(len(known) for known in list(self._calls.values()))
+
+
+class Arrivals:
+    """The items of one forward pass. `kept` says by modality which of the features enter the model, (tokens,) bool or None for all."""
+
+    def __init__(self, anatomy: Anatomy, keyed: bool) -> None:
+        self._anatomy, self._keyed = anatomy, keyed
+        self._items: dict[str, list[Item]] = {}
+        self._slots: dict[str, Tensor] = {}
+        self._latest: list[Item] = []
+        self._entered: set[str] = set()
+        self._kept: dict[str, Tensor | None] = {}
+
+    def begin(self, handed_in: Any, kept: dict[str, Tensor | None], ahead: list[Ahead]) -> None:
+        """The model is about to put images into the sequence; `handed_in` are such as are encoded already, by modality."""
+        self._kept = kept
+        for modality in MODALITIES:
+            outputs = (handed_in or {}).get(modality)
+            if outputs is not None:
+                features = features_of(outputs)
+                known = [next(filter(None, (a.find(name) for a in ahead)), None) for name in names_of(features)]
+                self._items[modality] = [item or unseen(f, self._keyed) for item, f in zip(known, features, strict=True)]
+
+    def encoded(self, modality: str, items: list[Item]) -> None:
+        """The model has encoded these just now."""
+        self._latest = items
+        if modality not in self._entered:
+            self._items[modality] = items
+
+    def placed(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model says which slots the features go to."""
+        result = watched.method(*args, **kwargs)
+        given = watched.given(args, kwargs)
+        if watched.name != SLOT_METHODS[0]:
+            self._slots["image"] = self._anatomy.placeholders(given.get("input_ids"), given["inputs_embeds"])
+            return result
+        masks = result if isinstance(result, tuple) else (result,)
+        asked = [f"{modality}_features" in watched.__signature__.parameters for modality in MODALITIES]
+        for modality, mask in zip(MODALITIES, masks, strict=False):
+            if any(asked) and given.get(f"{modality}_features") is None:
+                continue
+            self._slots[modality] = mask[..., 0] if mask.ndim == 3 else mask
+            if any(asked):
+                if modality not in self._items:  # videos that are encoded as images
+                    self._items[modality] = self._latest
+                self._entered.add(modality)
+            kept = self._kept.get(modality)
+            if kept is not None and modality in self._items:
+                parts = torch.split(kept, [len(item) for item in self._items[modality]])
+                self._items[modality] = [item.select(part) for item, part in zip(self._items[modality], parts, strict=True)]
+        return result
+
+    # ---- what has arrived
+
+    @property
+    def items(self) -> list[Item]:
+        """Those whose slots are known, images before videos."""
+        return [item for modality in MODALITIES if modality in self._slots for item in self._items.get(modality, [])]
+
+    def layout(self, shape: tuple[int, int], valid: Tensor | None, position: Tensor) -> tuple[Layout, Tensor]:
+        """The layout of the chunk, and (B, N) int64 which of the items' tokens, counted through all of them, a slot holds (-1: none)."""
+        items, device = self.items, position.device
+        which = torch.full(shape, -1, dtype=torch.int64, device=device)
+        start = 0
+        for modality in MODALITIES:
+            if modality not in self._slots or not self._items.get(modality):
+                continue
+            slots = self._slots[modality].to(device)
+            lengths = [len(item) for item in self._items[modality]]
+            if sum(lengths) != int(slots.sum()):
+                raise FoveateError(
+                    f"the prompts have {int(slots.sum())} {modality} placeholders, but the {len(lengths)} {modality}s make {sum(lengths)} "
+                    "visual tokens; use the processor that belongs to the model"
+                )
+            which[slots] = torch.arange(start, start + sum(lengths), device=device)
+            start += sum(lengths)
+        layout = Layout.sequence(which >= 0, None, valid_BN=valid, position_BN=position)
+        if not items:
+            return layout, which
+        at = which.clamp(min=0)
+        here = which >= 0
+        image = torch.cat([torch.full((len(item),), i, device=device) for i, item in enumerate(items)])
+        kind = torch.where(here, torch.cat([item.kind.to(device) for item in items])[at], int(Kind.TEXT))
+        place = torch.cat([image[:, None], torch.cat([item.place.to(device) for item in items])], 1)[at]
+        place = torch.where(here[..., None], place, -1)
+        return Layout(kind, layout.valid, layout.position, place, (kind == Kind.PATCH).to(torch.float32)), which
+
+    @property
+    def keys(self) -> Tensor | None:
+        """(I,) int64 content of each item, where a reducer asks for it."""
+        items = self.items
+        return torch.stack([item.key for item in items if item.key is not None]) if self._keyed and items else None
+
+    def values(self, signal: Signal, which_BN: Tensor) -> Tensor:
+        """(B, N) or (B, N, h) float32: what the tower says of each slot's token, 0 elsewhere."""
+        items = self.items
+        for item in items:
+            if signal not in item.values:
+                raise FoveateError("images handed in as features have no tower scores: hand in pixel_values, or encode while attached")
+        values = torch.cat([item.values[signal] for item in items]).to(which_BN.device, torch.float32)
+        spread = values[which_BN.clamp(min=0)]
+        return torch.where((which_BN >= 0).view(*which_BN.shape, *[1] * (spread.ndim - 2)), spread, 0.0)

@@ -1,0 +1,410 @@
+"""What the cuts have made of the chunk of the sequence that came in, and what the layers get instead of what was made for all of it.
+
+The library makes masks, rotary embeddings and side inputs once, for the whole chunk, and hands the same objects to every layer. After
+a cut each of them is gathered from the whole one by the slots that are left, for the chunk's rows as for the columns of what is cached. So
+a mask keeps all that its model put into it: causality, padding, sliding windows by original distance, image blocks that see both ways. Only
+positions that change (a group's mean, closed gaps) are computed anew, by the model's own rotary module.
+
+Flash attention takes no such mask: it has a 2-D one, counts its windows in slots and finds packed samples by positions that begin anew.
+So it is given positions that count the slots that are left, sample by sample, and a window that would reach further than it should is
+refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.engine.cache import CacheTable, fixed_length, held_before
+from foveate.tokens import Layout, TokenMap
+
+
+_VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # where packed samples begin, for flash attention
+
+
+@dataclass
+class Move:
+    """What one segment did to positions.
+
+    map      of its cut (None: nothing is cut)
+    earlier  (B,) the offset that earlier chunks have accumulated here
+    closed   (B, M) by how much closing the gaps moves each target, None where they stay open
+    """
+
+    map: TokenMap | None
+    earlier: Tensor
+    closed: Tensor | None = None
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """(B, N) or (R, B, N) -> the same with M. Several rows a token (m-RoPE) name places in a grid: their gaps are not closed."""
+        if self.map is None:
+            return positions if positions.ndim == 3 else positions - self.earlier[:, None]
+        if positions.ndim == 3:
+            return torch.stack([self.map.positions(row, mean=self.map.mean) for row in positions])
+        moved = self.map.positions(positions, mean=self.map.mean) - self.earlier[:, None]
+        return moved if self.closed is None else moved - self.closed
+
+
+@dataclass
+class Chunk:
+    """The chunk as it came in (`arrived`), as it is at the segment under way (`layout`), and the tables of what is cached.
+
+    past      tokens of the sequence before this chunk
+    samples   (B, N) int64: which packed sample a slot belongs to, ascending from 0; None where a row is one sample
+    whole     the map from the chunk as it came in to the segment under way
+    segment   the decoder layer that the segment began at
+    """
+
+    arrived: Layout
+    past: int
+    memory: CacheTable | None
+    cache: Any
+    implementation: str
+    rotary: Callable[..., Any] | None
+    samples: Tensor | None = None
+    layout: Layout = field(init=False)
+    whole: TokenMap = field(init=False)
+    segment: int = 0
+    moves: list[Move] = field(default_factory=list)
+    moved: bool = False  # whether a position is another one than the library gave
+    shift: Tensor = field(init=False)
+    shift_before: Tensor = field(init=False)
+    changed: bool = False  # whether layers need anything else than what the library hands them
+    cut: bool = False  # whether `whole` does anything
+    rotary_calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
+    tables: dict[int, Tensor] = field(default_factory=dict)
+    shifts: dict[int, Tensor] = field(default_factory=dict)
+    _known: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
+    _keys: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    _rows: Tensor = field(init=False)  # the slots of `whole`, ascending
+    _aside: dict[str, Any] = field(default_factory=dict)  # the chunk as it was in front of the layer that a part of it passes by
+
+    def __post_init__(self) -> None:
+        self.layout = self.arrived
+        self.whole = TokenMap.identity(self.arrived)
+        self.shift = self.shift_before = torch.zeros(self.arrived.shape[0], dtype=torch.int64, device=self.arrived.kind.device)
+        self.changed = self.memory is not None
+        self._rows = self.whole.representative
+        self.tables[0] = self._rows + self.past
+
+    # ---- cuts
+
+    def enter(self, segment: int, token_map: TokenMap, renumber: bool) -> None:
+        """Cuts the chunk in front of decoder layer `segment`; what stays of it is `token_map`."""
+        before = self._shift_of(segment)
+        earlier = before - self.shift_before
+        closed = dropped_before(token_map, self._samples_now()) if renumber else None
+        self.moves.append(Move(token_map, earlier, None if closed is None else torch.where(token_map.representative >= 0, closed, 0)))
+        self.moved |= token_map.mean or renumber or (self.memory is not None and bool(earlier.any()))
+        self.shift, self.shift_before = self.shift + earlier, before
+        if renumber:
+            self.shift = self.shift + (token_map.source.valid.sum(1) - token_map.target.valid.sum(1))
+        self.whole = token_map if self.whole.source is token_map.source else self.whole.then(token_map)
+        self.layout, self.segment = replace(token_map.target, position=self.positions(self.arrived.position)), segment
+        self.changed = self.cut = True
+        self._known, self._keys = {}, {}
+        self.tables[segment] = self._sequence_index()
+        self.shifts[segment] = self.shift
+
+    def go_on(self, segment: int) -> None:
+        """Starts a segment without cutting (a decoding step after a reduced prefill): what `enter` does for a map that keeps all, in a few
+        steps, since every decoded token comes here."""
+        before = self._shift_of(segment)
+        earlier = before - self.shift_before
+        self.moves.append(Move(None, earlier))
+        self.moved |= bool(earlier.any())
+        self.shift, self.shift_before = self.shift + earlier, before
+        self.layout = replace(self.layout, position=self.layout.position - earlier[:, None])
+        self._known, self._keys = {}, {}
+        self.tables[segment], self.shifts[segment], self.segment = self.tables[self.segment], self.shift, segment
+
+    def pass_by(self, segment: int) -> None:
+        """Starts a segment at which nothing happens and nothing ever has; its layers go on with what the ones before had."""
+        self.tables[segment] = self.tables[self.segment]
+        self.shifts[segment] = self.shift
+        self.segment = segment
+
+    def begins(self, layer: int) -> bool:
+        """Whether the slots that earlier chunks left change in front of this layer."""
+        return self.memory is not None and layer in self.memory.shift
+
+    def _shift_of(self, segment: int) -> Tensor:
+        return self.shift_before if self.memory is None else self.memory.shift.get(segment, self.shift_before)
+
+    def _samples_now(self) -> Tensor | None:
+        """(B, M) the sample of each slot that is left."""
+        if self.samples is None or not self.cut:
+            return self.samples
+        return self.samples.gather(1, self.whole.representative.clamp(min=0))
+
+    def go_through(self, layer: int, token_map: TokenMap) -> None:
+        """What the map keeps goes through this one layer, the rest passes by."""
+        names = ("layout", "whole", "moved", "cut", "shift", "shift_before")
+        self._aside = {name: getattr(self, name) for name in names} | {"moves": list(self.moves)}
+        self.enter(layer, token_map, renumber=False)
+
+    def come_back(self, segment: int) -> None:
+        """After that layer: the chunk is as it was in front of it, in a segment of its own, since the layer has cached less."""
+        for name, value in self._aside.items():
+            setattr(self, name, value)
+        self.segment, self._aside, self._known, self._keys = segment, {}, {}, {}
+        self.tables[segment] = self._sequence_index()
+        self.shifts[segment] = self.shift
+
+    def _sequence_index(self) -> Tensor:
+        self._rows = in_order(self.whole.representative)
+        return torch.where(self._rows >= 0, self._rows + self.past, -1)
+
+    def remember(self, memory: CacheTable) -> None:
+        """Called when the pass has gone through: the tables grow by this chunk."""
+        B = self.arrived.shape[0]
+        memory.slots = {segment: torch.cat([self._before(memory, segment, B), table], 1) for segment, table in self.tables.items()}
+        memory.shift.update(self.shifts)
+        if memory.valid is not None or not bool(self.arrived.valid.all()):
+            old = memory.valid if memory.valid is not None else torch.ones((B, self.past), dtype=torch.bool, device=self.arrived.valid.device)
+            memory.valid = torch.cat([old, self.arrived.valid], 1)
+        memory.length = self.past + self.arrived.shape[1]
+
+    def _before(self, memory: CacheTable | None, layer: int, B: int) -> Tensor:
+        """(B, K) the slots that a layer holds of earlier chunks."""
+        segment = None if memory is None else memory.segment(layer)
+        if memory is not None and segment is not None:
+            return memory.slots[segment]
+        return torch.arange(self.past, device=self.arrived.kind.device).expand(B, self.past)
+
+    # ---- what a layer gets
+
+    def mask(self, mask: Any, layer: int, recurrent: bool, window: int | None = None) -> Any:
+        """A layer's own mask, from the whole chunk's. window: of a layer whose backend counts it in slots."""
+        columns = self._columns(layer)
+        if window is not None and self._reaches_further(columns, window):
+            raise FoveateError(
+                f"{self.implementation} counts the sliding window of decoder layer {layer} in slots, so that after a cut it would reach "
+                "further back than it should: load the model with sdpa or eager attention"
+            )
+        key = (id(mask), columns.shape[1])
+        if key not in self._known:
+            self._known[key] = (mask, self._cut_mask(mask, columns, recurrent))
+        return self._known[key][1]
+
+    @property
+    def flash(self) -> bool:
+        return "flash" in self.implementation
+
+    def cached(self, layer: int) -> int:
+        """How many keys this decoder layer had before the chunk's: asked for after the layer."""
+        if self.cache is None:
+            return 0
+        return held_before(self.cache, layer, self._before(self.memory, layer, self.arrived.shape[0])).shape[1]
+
+    def _columns(self, layer: int) -> Tensor:
+        """(B, K) the sequence index of every key that the layer will see, -1 where there is none."""
+        now = self.tables[self.segment]
+        if self.cache is None:
+            return now
+        before = held_before(self.cache, layer, self._before(self.memory, self.segment, now.shape[0]))
+        # Of a cache of fixed length flash attention looks at as many slots as its mask has.
+        length = None if self.flash else fixed_length(self.cache, layer)
+        key = (self.segment, before.shape[1], length)
+        if key not in self._keys:
+            columns = torch.cat([before, now], 1)
+            more = 0 if length is None else length - columns.shape[1]
+            self._keys[key] = torch.nn.functional.pad(columns, (0, more), value=-1) if more else columns
+        return self._keys[key]
+
+    def _reaches_further(self, columns: Tensor, window: int) -> bool:
+        """Whether a window that counts slots shows some row a key that one that counts tokens does not."""
+        rows, K = self._rows + self.past, columns.shape[1]
+        if not self.changed or K == 0:
+            return False
+        oldest = (torch.arange(rows.shape[1], device=rows.device) + K - rows.shape[1] - window + 1).clamp(min=0)
+        seen = columns[:, oldest]
+        return bool(((self._rows >= 0) & (seen >= 0) & (seen <= rows - window)).any())
+
+    def _cut_mask(self, mask: Any, columns: Tensor, recurrent: bool) -> Any:
+        rows = self._rows
+        B, M = rows.shape
+        K = columns.shape[1]
+        if recurrent:
+            if mask is None:
+                return None if bool((rows >= 0).all()) else rows >= 0
+            return mask.expand(B, -1).gather(1, rows.clamp(min=0)) * (rows >= 0).to(mask.dtype)
+        if self.flash and (mask is None or mask.ndim == 2):
+            seen = columns >= 0
+            if mask is not None:
+                seen = seen & mask.expand(B, -1).to(torch.bool).gather(1, self._in_mask(mask, columns))
+            length = None if self.cache is None else fixed_length(self.cache, 0)
+            return None if bool(seen.all()) and length in (None, K) else seen
+        if mask is None:
+            causal = M == 1 or M == K
+            if causal and bool((columns >= 0).all()):
+                return None
+            seen = (columns[:, None] >= 0) & (columns[:, None] <= (self._filled(rows) + self.past)[..., None])
+            return seen[:, None]
+        if not isinstance(mask, Tensor):
+            kind = f"{self.implementation} ({type(mask).__name__})"
+            raise FoveateError(f"masks of {kind} cannot be reduced; load the model with sdpa or eager attention")
+        if mask.ndim == 2:  # of backends that are none of the library's
+            return mask.expand(B, -1).gather(1, self._in_mask(mask, columns)) * (columns >= 0).to(mask.dtype)
+        if mask.ndim != 4:
+            raise FoveateError(f"an attention mask of shape {tuple(mask.shape)} cannot be reduced; give a 2-D one (batch, tokens) or none")
+        H = mask.shape[1]
+        mask = mask.expand(B, H, -1, -1)
+        mask = mask.gather(2, self._filled(rows)[:, None, :, None].expand(B, H, M, mask.shape[3]))
+        mask = mask.gather(3, self._in_mask(mask, columns)[:, None, None].expand(B, H, M, K))
+        low: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        return mask.masked_fill((columns < 0)[:, None, None], low)
+
+    def _in_mask(self, mask: Tensor, columns: Tensor) -> Tensor:
+        """The columns of the library's mask that are those of the sequence: a sliding layer's mask begins at the first key that it holds."""
+        begins = max(0, self.past + self.arrived.shape[1] - mask.shape[-1])
+        return (columns - begins).clamp(min=0)
+
+    @staticmethod
+    def _filled(rows: Tensor) -> Tensor:
+        """Rows of padding see what the real one before them sees: a row that sees nothing would be NaN in some kernels."""
+        index = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
+        last = torch.where(rows >= 0, index, -1).cummax(1).values
+        return rows.gather(1, last.clamp(min=0)).clamp(min=0)
+
+    def positions(self, positions: Tensor) -> Tensor:
+        """(B or 1, N) or (R, B or 1, N) positions of the chunk as they are at this stage."""
+        B, N = self.arrived.shape
+        moved = positions.to(torch.int64).expand(*positions.shape[:-2], B, N)
+        for move in self.moves:
+            moved = move(moved)
+        return moved
+
+    def counted(self, positions: Tensor) -> Tensor:
+        """The positions that tell flash attention which slots are one sample: beside a rotary embedding they are for nothing else."""
+        if positions.ndim != 2 or not (self.cut and (self.flash or self.samples is not None)):
+            return self.positions(positions) if self.moved else self.side(positions)
+        now, samples = torch.arange(self.layout.shape[1], device=positions.device).expand(self.layout.shape), self._samples_now()
+        if samples is None:
+            return now
+        begins = torch.nn.functional.pad(samples[:, 1:] != samples[:, :-1], (1, 0), value=True)
+        return now - torch.where(begins, now, 0).cummax(1).values
+
+    def varlen(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Where packed samples begin among the slots that are left, in place of what a caller said of all."""
+        if not self.cut or self.samples is None or any(kwargs.get(name) is None for name in _VARLEN):
+            return {}
+        samples = self._samples_now()
+        assert samples is not None
+        lengths = torch.bincount(samples[self.layout.valid], minlength=int(self.samples.max()) + 1)
+        starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(kwargs["cu_seq_lens_q"].dtype)
+        longest: Any = lengths.max()
+        longest = longest if isinstance(kwargs["max_length_q"], Tensor) else int(longest)
+        return dict(zip(_VARLEN, (starts, starts, longest, longest), strict=True))
+
+    def side(self, value: Any) -> Any:
+        """Anything else that a layer gets: what runs along the sequence is cut as the sequence is."""
+        key = (id(value), -1)
+        if key not in self._known:
+            self._known[key] = (value, self._cut_side(value))
+        return self._known[key][1]
+
+    def _cut_side(self, value: Any) -> Any:
+        for args, kwargs, output in self.rotary_calls:
+            if value is output:
+                return self._rotary_again(args, kwargs) if self.moved else _each(value, self._gather) if self.cut else value
+        return _each(value, self._carry) if self.cut else value
+
+    def _rotary_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self.rotary is not None
+        if "position_ids" in kwargs:
+            return self.rotary(*args, **{**kwargs, "position_ids": self.positions(kwargs["position_ids"])})
+        return self.rotary(args[0], self.positions(args[1]), *args[2:], **kwargs)
+
+    def _carry(self, value: Tensor) -> Tensor:
+        """States along the sequence are mixed as the tokens are; anything else follows the representatives."""
+        if value.is_floating_point() and value.ndim > 2 and value.shape[:2] == self.arrived.shape:
+            return self.whole.apply(value)
+        return self._gather(value)
+
+    def _axis(self, value: Tensor) -> int | None:
+        """The axis that runs along the chunk: behind an axis of the batch (or of 1)."""
+        B, N = self.arrived.shape
+        for axis in range(1, min(value.ndim, 3)):
+            if value.shape[axis] == N and value.shape[axis - 1] in (1, B):
+                return axis
+        return None
+
+    def _gather(self, value: Tensor) -> Tensor:
+        axis, B = self._axis(value), self.arrived.shape[0]
+        if axis is None:
+            return value
+        index = self.whole.representative.clamp(min=0)
+        shape = list(value.shape)
+        shape[axis - 1] = B
+        value = value.expand(shape)
+        view = [1] * value.ndim
+        view[axis - 1], view[axis] = index.shape
+        shape[axis] = index.shape[1]
+        return value.gather(axis, index.view(view).expand(shape))
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_each(v, change) for v in value)
+    return {name: _each(v, change) for name, v in value.items()} if isinstance(value, dict) else value
+
+
+def valid_slots(mask: Any, past: int, length: int) -> Tensor | None:
+    """(B, N) bool: which of the chunk's `length` slots behind `past` cached ones are tokens, from the mask that a caller may give: 2-D, or
+    4-D (one or one a kind of layer), where padding is what nobody attends to. None: it does not say."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask[:, -length:].to(torch.bool)
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen[:, 0, :, past : past + length].any(1) if mask.ndim == 4 else None
+
+
+def is_selection(token_map: TokenMap) -> bool:
+    """Whether every target is a copy of one source, and no source has two of them (looks at values; waits for the device)."""
+    member, representative = token_map.member, token_map.representative
+    there = representative >= 0
+    single = ((member >= 0).sum(-1) == there) & (member.max(-1).values == representative)
+    plain = True if token_map.weight is None else bool((token_map.weight.sum(-1) == there).all())
+    ascending = representative.sort(dim=1).values
+    twice = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
+    return plain and not token_map.mean and bool(single.all()) and not bool(twice.any())
+
+
+def put_back(token_map: TokenMap, states_BMD: Tensor, all_BND: Tensor) -> Tensor:
+    """(B, N, D) with the targets' states where a selection has taken them from; the other rows are what they were."""
+    B, N = token_map.source.shape
+    at = torch.where(token_map.representative >= 0, token_map.representative, N)
+    target = torch.arange(at.shape[1], device=at.device).expand_as(at)
+    came = torch.full((B, N + 1), -1, dtype=torch.int64, device=at.device).scatter(1, at, target)[:, :N, None]
+    return torch.where(came >= 0, states_BMD.gather(1, came.clamp(min=0).expand(-1, -1, states_BMD.shape[2])), all_BND)
+
+
+def dropped_before(token_map: TokenMap, samples_BN: Tensor | None = None) -> Tensor:
+    """(B, M) int64: by how many slots the part of the row up to each target has become shorter; of packed samples, of the target's own."""
+    at = token_map.representative.clamp(min=0)
+    gone = token_map.source.valid.cumsum(1).gather(1, at) - token_map.target.valid.cumsum(1)
+    if samples_BN is None:
+        return gone
+    own, count = samples_BN.gather(1, at), int(samples_BN.max()) + 1
+    less = samples_BN.new_zeros((samples_BN.shape[0], count))
+    less = less.scatter_add(1, samples_BN, token_map.source.valid.to(torch.int64))
+    less = less.scatter_add(1, own, -token_map.target.valid.to(torch.int64))
+    return gone - (less.cumsum(1) - less).gather(1, own)
+
+
+def in_order(index_BM: Tensor) -> Tensor:
+    """The same slots in ascending order, empty ones where they are: what stands later sees what stands before it, wherever it was."""
+    there = index_BM >= 0
+    ascending = torch.where(there, index_BM, torch.iinfo(torch.int64).max).sort(dim=1).values
+    return torch.where(there, ascending.gather(1, (there.cumsum(1) - 1).clamp(min=0)), -1)

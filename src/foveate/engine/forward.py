@@ -1,0 +1,304 @@
+"""One call of the model under way: the images that arrive, the questions about them, and what the reducers make of the sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.anatomy import Anatomy
+from foveate.counting import scoring
+from foveate.encoder import Groups, TowerPass
+from foveate.engine.arrivals import Arrivals
+from foveate.engine.cache import CacheTable, recall, remember
+from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
+from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
+from foveate.engine.record import Record, Replay
+from foveate.engine.wiring import Wiring
+from foveate.errors import FoveateError
+from foveate.probes import LayerProbe
+from foveate.reducers import Reducer, spell
+from foveate.signals import Attention, Keys, Signal, View
+from foveate.sites import Bypass, Cut, Decision
+from foveate.tokens import TokenMap
+from foveate.towers import TOWER_SIGNALS
+
+
+class ForwardPass:
+    """Born when the model is called; `open` when its decoder is about to run, `close` when that has run.
+
+    depth    which of the modules around the decoder was called, 0 the outermost
+    entered  whether the module that merges images and text has begun
+    """
+
+    def __init__(self, depth: int, anatomy: Anatomy, wiring: Wiring, probes: Mapping[int, LayerProbe], keyed: bool, shortcuts: bool) -> None:
+        self.depth, self.anatomy, self.wiring, self.probes, self._shortcuts = depth, anatomy, wiring, probes, shortcuts
+        self.arrivals = Arrivals(anatomy, keyed)
+        self.entered = self.merged = False
+        self.record = Record()
+        self.mask: Any = None  # as the caller gave it, before the model makes it a mask for its layers
+        self.labels: dict[str, Any] = {}
+        self.takes_labels = False  # whether labels belong to a call of this model
+        self.under_way = False
+        self._cut_by: list[Reducer] = []
+        self._chunk: Chunk | None = None
+        self._which: Tensor | None = None  # of the images' tokens, which one each slot of the chunk holds
+        self._asked: Asked | None = None
+        self._injected: dict[int, Tensor] = {}  # by layer, what the model adds to the states in front of it
+        self._on_embeddings: View | None = None
+        self._here: Any = None  # what the reducers of the layer under way have made of the slots that arrived at it
+        self._passing: tuple[TokenMap, Tensor] | None = None  # what goes through the layer under way, and the states of all
+
+    @property
+    def chunk(self) -> Chunk:
+        assert self._chunk is not None
+        return self._chunk
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self.arrivals.items)
+
+    # ---- the decoder begins and ends
+
+    def open(self, kwargs: dict[str, Any], arriving: Tensor, prompt: int | None, cut_by: list[Reducer]) -> dict[str, Any] | None:
+        """The decoder is about to run on `arriving` (B, N, …). prompt: tokens of the `generate` call's prompt. Returns the decoder's
+        arguments where they must be others."""
+        shape, device = (arriving.shape[0], arriving.shape[1]), arriving.device
+        cache = kwargs.get("past_key_values")
+        memory = recall(cache) if cache is not None else None
+        past = int(cache.get_seq_length()) if cache is not None else 0
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            row = torch.arange(past, past + shape[1], device=device)[None]
+        else:
+            row = positions if positions.ndim == 2 else positions[0]
+        valid = valid_slots(self.mask if self.mask is not None else kwargs.get("attention_mask"), past, shape[1])
+        layout, which = self.arrivals.layout(shape, None if valid is None else valid.to(device), row.to(torch.int64))
+        if self.merged and self.wiring.acts and not self.has_images and past == 0:
+            raise FoveateError(
+                "inputs_embeds do not say which of them are of images, so that nothing could be reduced: hand in input_ids with "
+                "pixel_values or mm_encoder_outputs (text alone: input_ids), or detach"
+            )
+        samples = samples_of({**kwargs, "attention_mask": self.mask}, shape, past > 0) if self.has_images else None
+        implementation = str(self.anatomy.text_config._attn_implementation)
+        self._chunk = Chunk(layout, past, memory, cache, implementation, self.anatomy.rotary, None if samples is None else samples.to(device))
+        self._which, self._cut_by = which, cut_by
+        self._ask(prompt)
+        if memory is not None:
+            memory.serve(self)
+        self.under_way = True
+        injected = self.anatomy.injected(kwargs)
+        if injected is None or min(self.wiring.cuts, default=len(self.anatomy.layers)) > max(injected[2], default=0):
+            return None
+        # After a cut the model would not find its slots again: what it adds is added here.
+        new, slots, features = injected
+        for layer, values in features.items():
+            spread = torch.zeros((*shape, values.shape[-1]), dtype=values.dtype, device=values.device)
+            self._injected[layer] = spread.index_put((slots.to(values.device),), values)
+        return new
+
+    def _ask(self, prompt: int | None) -> None:
+        """Where the questions end: told by the labels, else by the `generate` call, else by the end of the row."""
+        chunk = self.chunk
+        if not self.has_images:
+            return
+        layout, answers = chunk.arrived, answers_of(self.labels, chunk.arrived.shape)
+        labelled = answers is not None
+        if answers is None and prompt is not None and prompt < chunk.past + layout.shape[1]:
+            answers = torch.arange(layout.shape[1], device=layout.valid.device).expand(layout.shape) >= prompt - chunk.past
+        trains = self.takes_labels and self.anatomy.core.training and prompt is None
+        unknown = NO_LABELS if trains and self.labels.get("labels") is None and not labelled else ""
+        answers = None if answers is None else answers.to(layout.valid.device)
+        self._asked = Asked.of(layout, answers, chunk.samples, unknown, labelled)
+
+    def close(self) -> bool:
+        """The decoder has run, or an exception has ended it: whether it went through to its last layer."""
+        self.under_way = False
+        if self._chunk is None or len(self.record.layouts) < len(self.anatomy.layers):
+            return False
+        chunk, seen = self._chunk, self.record
+        if chunk.cache is not None and chunk.changed:
+            chunk.remember(remember(chunk.cache, spell(self._cut_by)) if chunk.memory is None else chunk.memory)
+        if self.has_images:
+            items = self.arrivals.items
+            calls: dict[int, TowerPass] = {id(call): call for item in items for call in item.tower}
+            seen.tower = list(calls.values())
+            seen.encoded = [item.call for item in items]
+        return True
+
+    # ---- a layer
+
+    def before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What decoder layer `index` is given in place of its arguments; None: those."""
+        chunk = self.chunk
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if chunk.cache is None:  # the decoder has made one by itself
+            chunk.cache = kwargs.get("past_key_values")
+            if chunk.memory is None and recall(chunk.cache) is not None:
+                raise FoveateError("a cache of a sequence that was cut came to the layers only: hand it to the model as past_key_values")
+        added = self._injected.get(index)
+        if added is not None:
+            hidden = hidden + chunk.whole.apply(added.to(hidden.device, hidden.dtype)) if chunk.moves else hidden + added.to(hidden)
+        if self.has_images:
+            hidden = self._decide(index, hidden)
+        elif chunk.begins(index):
+            chunk.go_on(index)
+        self.record.layouts.append(chunk.layout)
+        self.record.lengths.append(hidden.shape[1])
+        if index in self.probes:
+            self.probes[index].arm(self.has_images)
+        if not chunk.changed:
+            return None if added is None else ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        new = self._given(index, kwargs)
+        if args:
+            return (hidden, *(chunk.side(value) for value in args[1:])), new
+        return args, {**new, "hidden_states": hidden}
+
+    def _given(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The keyword arguments of a layer in terms of the slots that are left."""
+        chunk, new = self.chunk, dict(kwargs)
+        beside = any(name.startswith("position_embeddings") for name in kwargs)
+        varlen = chunk.varlen(kwargs)
+        for name, value in kwargs.items():
+            if name == "attention_mask":
+                recurrent = self.anatomy.recurrent(index)
+                new[name] = chunk.mask(value, index, recurrent, self.anatomy.window(index) if chunk.flash else None)
+            elif name == "position_ids" and isinstance(value, Tensor):
+                new[name] = chunk.counted(value) if beside else chunk.positions(value) if chunk.moved else chunk.side(value)
+            elif name in varlen:
+                new[name] = varlen[name]
+            elif name not in ("past_key_values", "hidden_states"):
+                new[name] = chunk.side(value)
+        return new
+
+    def _decide(self, index: int, hidden: Tensor) -> Tensor:
+        """The states that go through layer `index`, after what acts in front of it and around it."""
+        wiring, chunk = self.wiring, self.chunk
+        if index == 0 and (wiring.cuts or wiring.through):
+            self._on_embeddings = self._view(0, hidden)
+        if index in wiring.cuts or index in wiring.through:
+            self._here = TokenMap.identity(chunk.layout)
+        elif chunk.begins(index):
+            chunk.go_on(index)
+        if index in wiring.cuts:
+            hidden = self._cut(index, hidden)
+        return self._bypass(index, hidden) if index in wiring.through else hidden
+
+    def _cut(self, index: int, hidden: Tensor) -> Tensor:
+        chunk = self.chunk
+        maps: list[TokenMap] = []
+        for reducer, number in self.wiring.cuts[index]:
+            token_map = self._decided(Cut, reducer, number, self._view(index, hidden))
+            renumber = reducer.positions_at(number) == "renumber"
+            if self._shortcuts and chunk.memory is None and token_map.is_identity:
+                continue
+            hidden = token_map.apply(hidden)
+            chunk.enter(index, token_map, renumber)
+            self._here = self._here.then(token_map)
+            maps.append(token_map)
+            self.record.steps.append(Replay(index, token_map, positions="renumber" if renumber else "keep"))
+        if maps:
+            whole = self._here if len(maps) > 1 else maps[0]
+            self.record.maps[index] = TokenMap(
+                whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean
+            )
+        elif chunk.memory is not None or chunk.changed:
+            chunk.pass_by(index)
+        return hidden
+
+    def _bypass(self, index: int, hidden: Tensor) -> Tensor:
+        """Takes out of the chunk what goes through layer `index`."""
+        chunk = self.chunk
+        self._passing = None
+        reducer, number = self.wiring.through[index]
+        token_map = self._decided(Bypass, reducer, number, self._view(index, hidden))
+        if not is_selection(token_map):
+            raise FoveateError(
+                f"{reducer.name}: what goes through decoder layer {index} must be a selection of its tokens, each of them once and of "
+                "weight 1; where tokens are to be merged, decide a Cut at FromLayer"
+            )
+        if self._shortcuts and chunk.memory is None and token_map.is_identity:
+            if chunk.changed:
+                chunk.pass_by(index)
+            return hidden
+        self._passing = token_map, hidden
+        chunk.go_through(index, token_map)
+        self.record.bypasses[index] = replace(token_map, target=chunk.layout)
+        self.record.steps.append(Replay(index, token_map, through=True))
+        return token_map.apply(hidden)
+
+    def after_bypass(self, index: int, output: Any) -> Any:
+        """What comes out of layer `index`, with what has passed it by."""
+        if not self.has_images:
+            return None
+        if self._passing is None:
+            if self.chunk.changed:  # later chunks may pass this layer by: what follows is a segment of its own
+                self.chunk.pass_by(index + 1)
+            return None
+        (token_map, before), self._passing = self._passing, None
+        self.chunk.come_back(index + 1)
+        hidden = put_back(token_map, output[0] if isinstance(output, tuple) else output, before)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    def _decided(self, kind: type[Decision], reducer: Reducer, number: int, view: View) -> TokenMap:
+        """The map of a reducer's decision, which must be of the kind that its site understands."""
+        with scoring(), torch.autocast(view.layout.kind.device.type, enabled=False):  # scores are float32, also where the model is not
+            decision: Decision = reducer.reduce(view, number)
+        if not isinstance(decision, kind):
+            raise FoveateError(f"{reducer.name} decides {type(decision).__name__} at a site where {kind.__name__} is possible")
+        # Recorded maps are aligned already, and meet each other as they did.
+        return decision.map if isinstance(reducer, Replay) else decision.map.aligned()
+
+    def _view(self, index: int, hidden: Tensor) -> View:
+        """What the reducers at layer `index` may look at."""
+        chunk = self.chunk
+        signals: dict[Signal, Any] = {}
+        for signal in self.wiring.needs:
+            if isinstance(signal, (Attention, Keys)) and signal.layer == index - 1:
+                probe, start = self.probes[signal.layer], chunk.cached(signal.layer)
+                if isinstance(signal, Attention):
+                    signals[signal] = probe.attention().of_slots(self._here, start)
+                else:
+                    signals[signal] = self._here.apply(probe.keys()[:, start : start + self._here.source.shape[1]])
+            elif isinstance(signal, (*TOWER_SIGNALS, Groups)):
+                assert self._which is not None
+                spread = self.arrivals.values(signal, self._which)
+                signals[signal] = chunk.whole.apply(spread) if chunk.moves else spread
+        assert self._asked is not None
+        asked = None if self._asked.unknown else self._asked.at(chunk.whole if chunk.moves else None, chunk.layout)
+        return View(
+            chunk.layout,
+            hidden,
+            self.arrivals.keys,
+            signals,
+            asked,
+            self._on_embeddings,
+            layers=len(self.anatomy.layers),
+            unknown=self._asked.unknown,
+        )
+
+    # ---- what the caller gets
+
+    def full_length(self, hidden: Tensor, layers: int | None = None) -> Tensor:
+        """States that have come through the cuts in front of the first `layers` decoder layers (None: all), at the chunk's full length."""
+        for index in sorted(self.record.maps, reverse=True):
+            if layers is None or index < layers:
+                hidden = self.record.maps[index].expand(hidden)
+        return hidden
+
+    def levels(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Hidden states by level, each at the chunk's full length: level 0 is what the first layer was given, level i what layer i - 1 gave."""
+        length = self.chunk.arrived.shape[1]
+        return tuple(
+            x if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] == length else self.full_length(x, max(1, i))
+            for i, x in enumerate(states)
+        )
+
+
+def padded_mask(memory: CacheTable, new: Tensor) -> Tensor:
+    """(B, N) int64: the mask of a sequence that goes on with `new`, where the caller gives none and the prompt was padded."""
+    assert memory.valid is not None
+    return torch.nn.functional.pad(memory.valid, (0, new.shape[1]), value=True).to(torch.int64)

@@ -1,0 +1,110 @@
+"""What was done in a forward pass: tokens, maps and cost as they were, and the decisions, to be done again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from foveate.cost import Ledger, Prompt
+from foveate.encoder import TowerPass
+from foveate.encoding import Encoded
+from foveate.errors import FoveateError
+from foveate.reducers import Reducer
+from foveate.signals import View
+from foveate.sites import Bypass, Cut, Decision, FromLayer, Site, ThroughLayer
+from foveate.sizes import ImageSize
+from foveate.tokens import Layout, TokenMap
+
+
+@dataclass
+class Record:
+    """One forward pass as it was: the layout at each layer, the map in front of the layers that have one, and for bypassed layers the map
+    from arriving to processed slots."""
+
+    layouts: list[Layout] = field(default_factory=list)
+    maps: dict[int, TokenMap] = field(default_factory=dict)
+    bypasses: dict[int, TokenMap] = field(default_factory=dict)
+    tower: list[TowerPass] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    steps: list[Reducer] = field(default_factory=list)  # what was decided, one by one, to be done again
+    encoded: list[tuple[Encoded, Fraction] | None] = field(default_factory=list)  # by item: what encoded it, None where that was not seen
+    reducers: list[Reducer] = field(default_factory=list)  # what scored and decided; recorded maps do not
+
+    @property
+    def entered(self) -> Layout:
+        """What entered the language model."""
+        entering = self.maps.get(0) or self.bypasses.get(0)
+        return self.layouts[0] if entering is None else entering.source
+
+    @property
+    def visual_tokens(self) -> list[int]:
+        """Visual tokens that went through each decoder layer, over the whole batch: all tokens but those of text."""
+        return [n - int((layout.valid & ~layout.visual).sum()) for n, layout in zip(self.tokens, self.layouts, strict=True)]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens, text and visual, that went through each decoder layer, over the whole batch: by the shape of the states that the layer
+        was given, without the padding in it."""
+        return [layout.shape[0] * length - int((~layout.valid).sum()) for layout, length in zip(self.layouts, self.lengths, strict=True)]
+
+    @property
+    def images(self) -> int:
+        """Images of the batch."""
+        return int(self.entered.image.max()) + 1
+
+    def ledger(self, config: Any, **options: Any) -> Ledger:
+        """The pass' tokens, KV bytes and FLOPs, from the token counts as they were; options as in `Ledger.observed`."""
+        visual = [layout.visual.sum(1).tolist() for layout in self.layouts]
+        total = [layout.valid.sum(1).tolist() for layout in self.layouts]
+        if [sum(row) for row in total] != self.tokens:
+            raise FoveateError(
+                f"the layers saw {self.tokens} tokens where the maps leave {[sum(row) for row in total]}: please report this"
+            )
+        seen = [call for call in self.encoded if call is not None]
+        if seen and len(seen) == len(self.encoded):
+            calls: dict[int, tuple[Encoded, Fraction]] = {}
+            for call, share in seen:  # counting a call takes a while, and many items may share one
+                calls[id(call)] = call, share + calls.get(id(call), (call, Fraction(0)))[1]
+            options = {"encoded": list(calls.values()), **options}
+        return Ledger.observed(config, visual, total, images=self.images, reducers=self.reducers, prompts=self.prompts, **options)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """The sizes of what entered the language model, row by row."""
+        layout = self.entered
+        found = []
+        for visual, place, length in zip(layout.visual, layout.place, layout.valid.sum(1).tolist(), strict=True):
+            images = [ImageSize.of(place[visual & (place[:, 0] == i)][:, 1:]) for i in place[visual][:, 0].unique().tolist()]
+            found.append(Prompt(images, length - int(visual.sum())))
+        return found
+
+    def provenance(self, layer: int) -> TokenMap:
+        """From the slots that entered the language model to those that went through decoder layer `layer`."""
+        whole = TokenMap.identity(self.entered)
+        for at in sorted(self.maps):
+            if at <= layer:
+                whole = whole.then(self.maps[at])
+        return whole.then(self.bypasses[layer]) if layer in self.bypasses else whole
+
+
+@dataclass(frozen=True)
+class Replay(Reducer):
+    """A recorded map, on the same batch or on one that goes on after it."""
+
+    name: ClassVar[str] = "replay"
+    paper: ClassVar[str] = "-"
+    layer: int = 0
+    map: TokenMap | None = None
+    through: bool = False
+
+    def sites(self, layers: int) -> list[Site]:
+        return [ThroughLayer(self.layer) if self.through else FromLayer(self.layer)]
+
+    def reduce(self, view: View, stage: int = 0) -> Decision:
+        assert self.map is not None
+        token_map = self.map.onto(view.layout)
+        return Bypass(token_map) if self.through else Cut(token_map)
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        raise FoveateError("recorded maps have the counts of their batch, not of any image; see run.ledger")

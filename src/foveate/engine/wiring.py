@@ -1,0 +1,79 @@
+"""Who acts where in a model, and the signals that this takes; everything is checked before a hook is set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from foveate.anatomy import Anatomy
+from foveate.encoder import GROUPS, Carried, ReplayInTower
+from foveate.errors import FoveateError
+from foveate.reducers import Reducer
+from foveate.signals import Attention, Keys, Signal
+from foveate.sites import InEncoder, ThroughLayer
+from foveate.towers import TOWER_SIGNALS
+
+Step = tuple[Reducer, int]  # a reducer, and which of its sites it is at
+
+
+@dataclass
+class Wiring:
+    """By block of the tower and by decoder layer, what acts in front of it (`tower`, `cuts`) or around it (`through`)."""
+
+    tower: dict[int, list[Step]] = field(default_factory=dict)
+    cuts: dict[int, list[Step]] = field(default_factory=dict)
+    through: dict[int, Step] = field(default_factory=dict)
+    needs: set[Signal] = field(default_factory=set)
+    tower_needs: set[Signal] = field(default_factory=set)
+
+    @classmethod
+    def of(cls, reducers: Sequence[Reducer], anatomy: Anatomy) -> Wiring:
+        """FoveateError where a reducer's layer is not there, or two of them do not go together."""
+        found, depth = cls(), len(anatomy.layers)
+        for reducer in reducers:
+            for number, site in enumerate(reducer.sites(depth)):
+                step = reducer, number
+                if isinstance(site, InEncoder):
+                    found.tower.setdefault(site.block, []).append(step)
+                    found.tower_needs.update(site.needs)
+                    continue
+                if site.layer >= depth:
+                    if not reducer.beyond:
+                        raise FoveateError(
+                            f"{reducer}: there is no decoder layer {site.layer} to act at; choose one from 0 to {depth - 1}"
+                        )
+                    continue
+                if not isinstance(site, ThroughLayer):
+                    found.cuts.setdefault(site.layer, []).append(step)
+                elif found.through.setdefault(site.layer, step) != step:
+                    raise FoveateError(f"two reducers say what goes through decoder layer {site.layer}; leave one of them out")
+                found.needs.update(site.needs)
+        found._carry()
+        found._check()
+        return found
+
+    @property
+    def acts(self) -> bool:
+        return bool(self.tower or self.cuts or self.through)
+
+    @property
+    def watched(self) -> set[int]:
+        """The decoder layers whose attention is looked at."""
+        return {signal.layer for signal in self.needs if isinstance(signal, (Attention, Keys))}
+
+    def _carry(self) -> None:
+        """What is cut in the tower leaves the sequence in front of the language model; recorded maps do so themselves."""
+        acting = [step for at in self.tower.values() for step in at if not isinstance(step[0], ReplayInTower)]
+        if acting:
+            renumber = any(reducer.positions_at(number) == "renumber" for reducer, number in acting)
+            self.cuts.setdefault(0, []).insert(0, (Carried(positions="renumber" if renumber else "keep"), 0))
+            self.needs.add(GROUPS)
+
+    def _check(self) -> None:
+        for signal in self.needs:
+            if isinstance(signal, TOWER_SIGNALS) and self.tower:
+                raise FoveateError(
+                    f"{signal} of a tower in which tokens are cut says nothing of whole images; attach one of the two reducers"
+                )
+            if isinstance(signal, (Attention, Keys)) and signal.layer in self.through:
+                raise FoveateError(f"{signal}: some tokens pass this layer by and have no attention there; choose another layer")
