@@ -32,6 +32,7 @@ from foveate.sites import BeforeLM, Cut, InEncoder, Site
 from foveate.tokens import PLACE, Kind, Layout, TokenMap
 from foveate.towers import TOWER_SIGNALS, blocks, prefix_of, values_of
 
+NOT_ASKED = "the vision tower does not see the question; act in the language model or in front of it"
 Acting = dict[int, list[tuple[Reducer, int]]]
 
 
@@ -199,9 +200,8 @@ class Encoder:
         keys = None
         if call.pixels is not None and any(isinstance(signal, Noise) for signal in self.needs):
             keys = content_keys(call.pixels)
-        none = torch.zeros_like(layout.valid)
-        before = None if layout is first else View(first, image_keys=keys, text=torch.zeros_like(first.valid))
-        return View(layout, states, keys, signals, none, none.sum(1), before, layers=len(self.layers))
+        before = None if layout is first else View(first, image_keys=keys, unknown=NOT_ASKED)
+        return View(layout, states, keys, signals, first=before, layers=len(self.layers), unknown=NOT_ASKED)
 
     def _after_blocks(self, module: nn.Module, args: Any, output: Any) -> Any:
         call = self._live.now

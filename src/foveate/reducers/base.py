@@ -157,7 +157,7 @@ def acting(reducers: Sequence[Reducer], num_layers: int) -> list[Step]:
 def visual_tokens(reducers: Sequence[Reducer], per_image: int, num_layers: int) -> list[int]:
     """Visual tokens of one image in each decoder layer under several reducers, applied in order of their layers."""
     counts = [per_image] * num_layers
-    for step in acting(reducers, num_layers):
+    for site, reducer, stage in acting(reducers, num_layers):
         left = reducer.count(counts[site.layer], per_image, stage)
         end = site.layer + 1 if isinstance(site, ThroughLayer) else num_layers
         counts[site.layer : end] = [left] * (end - site.layer)
