@@ -212,13 +212,13 @@ class Conversations:
     ) -> Conversations:
         """From a file or folder, such as LLaVA's JSON, or from a data set that may be on the hub as well. FoveateError if it cannot be
         read."""
-        if conversations is not None:
-            try:
-                return cls(Source(open_rows(conversations, split, config, limit), images))
-            except FoveateError as error:
-                raise FoveateError(f"conversations {error}") from None
-        assert dataset is not None
-        return cls(Source(open_rows(dataset, split, config, limit, hub=True), images))
+        where = conversations if conversations is not None else dataset
+        assert where is not None
+        try:
+            rows = open_rows(where, split, config, limit, hub=conversations is None)
+        except FoveateError as error:
+            raise FoveateError(f"{'dataset' if conversations is None else 'conversations'} {error}") from None
+        return cls(Source(rows, images))
 
     def __len__(self) -> int:
         return len(self.index)

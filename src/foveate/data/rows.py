@@ -226,7 +226,7 @@ def _load(where: str | Path, config: str | None, hub: bool) -> dict[str, Any]:
         elif hub and str(where).count("/") <= 1 and not path.suffix and not path.is_absolute():
             found = datasets.load_dataset(str(where), name=config)
         else:
-            raise FoveateError(f"dataset {readable(str(where))} cannot be loaded: there is no file or folder {path.absolute()}")
+            raise FoveateError(f"{readable(str(where))} cannot be loaded: there is no file or folder {path.absolute()}")
     except FoveateError:
         raise
     except IndexError:  # how the library fails on a saved set without any rows
@@ -240,7 +240,14 @@ def _load(where: str | Path, config: str | None, hub: bool) -> dict[str, Any]:
 
 def _why(path: Path, where: str | Path, error: Exception) -> str:
     if not path.exists():
-        return f"dataset {where} cannot be loaded: there is no file or folder {path.absolute()}, and the hub says: {_reason(error)}"
+        return f"{where} cannot be loaded: there is no file or folder {path.absolute()}, and the hub says: {_reason(error)}"
+    for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
+        with file.open("rb") as opened:
+            pointer = opened.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            return f"{path} was cloned without its large files, such as {file.name}: `git lfs pull` in its folder fetches them"
+    if "corresponds to no data" in str(error):
+        return f"{path} is empty: it has no rows ({_reason(error)})"
     if path.is_dir() and "onfig name is missing" in str(error):
         return f"{path} has several configurations: say which with config=. {_reason(error)}"
     if path.is_dir():
@@ -257,7 +264,7 @@ def _reason(error: Exception) -> str:
     """The library wraps errors; the innermost one tells what is wrong."""
     while error.__cause__ is not None and isinstance(error.__cause__, Exception):
         error = error.__cause__
-    return readable(((str(error) or type(error).__name__).strip() or type(error).__name__).splitlines()[0])[:300].rstrip(".")
+    return readable(" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
 
 
 def _plain(value: Any, feature: Any) -> Any:
