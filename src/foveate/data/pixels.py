@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import logging
 import stat
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,7 +144,7 @@ def _shown(image: Image.Image) -> Image.Image:
     if image.mode not in (*_SPACES, "LAB"):
         image = image.convert("RGB")
     transform = _to_srgb(profile, image.mode) if isinstance(profile, bytes) and image.mode in _SPACES else None
-    shown = image.convert("RGB") if transform is None else transform.apply(image)
+    shown = image.convert("RGB") if transform is None else transform(image)
     if alpha is not None:
         shown.putalpha(alpha)
         paper = Image.new("RGBA", shown.size, BACKGROUND)
@@ -189,19 +190,23 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 @lru_cache(maxsize=8)
-def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+def _to_srgb(profile: bytes, mode: str) -> Callable[[Image.Image], Image.Image] | None:
     """From a profile's colours to sRGB; None where they are sRGB already, and where the profile is broken or not of this mode."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         if source.profile.xcolor_space.strip() != _SPACES[mode]:
             return None
-        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        exact = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.NONE  # the short cut of grey is off by up to ten levels
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", flags=exact)
     except (OSError, ValueError, TypeError, ImageCms.PyCMSError):
         return None
+    if mode == "L":
+        levels = np.asarray(transform.apply(Image.fromarray(np.arange(256, dtype=np.uint8)[None])))[0]
+        return lambda image: Image.fromarray(levels[np.asarray(image)])
     if mode == "RGB":
         steps = np.linspace(0, 255, 8).astype(np.uint8)
         cube = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(8, 64, 3)
         there = np.asarray(transform.apply(Image.fromarray(cube)))
         if np.abs(there.astype(int) - cube).max() <= 2:  # sRGB by whatever name, but for rounding
             return None
-    return transform
+    return transform.apply
