@@ -87,7 +87,7 @@ def parts(wanted: str | None, lengths: Mapping[str, int], where: str) -> list[tu
 class JsonRows:
     """Kept as bytes, so that worker processes share them instead of copying a million Python objects."""
 
-    columns = None
+    columns: Sequence[str] | None = None
 
     def __init__(self, path: Path, split: str | None, limit: int | None) -> None:
         rows, digest = read_json(path)
@@ -169,7 +169,7 @@ class TableRows:
         rows = pieces[0] if len(pieces) == 1 else datasets.concatenate_datasets(pieces)
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
         self.name = f"{where}[{split}]" if split is not None and len(found) > 1 else str(where)
-        self.columns = list(rows.column_names)
+        self.columns: Sequence[str] | None = list(rows.column_names)
         self._features = rows.features
         self._rows = rows.with_format("arrow")  # this way nothing is decoded
 
@@ -234,6 +234,10 @@ def _load(where: str | Path, config: str | None, hub: bool) -> dict[str, Any]:
     except Exception as error:  # that library and its readers raise anything at all for broken files
         raise FoveateError(_why(path, where, error)) from None
     if isinstance(found, datasets.DatasetDict):
+        if path.is_dir() and all({"image", "audio", "video", "label"}.issuperset(rows.column_names) for rows in found.values()):
+            written = 'a JSON list of {"image": "a.jpg", "question": "...", "answer": "..."} to ask, or of conversations to train on'
+            told = _inside(path) or f". Write that to a file, {written}, and name the file"
+            raise FoveateError(f"{path} holds pictures, but nothing that is asked or said about them{told}, with images for their folder")
         return dict(found)
     return {str(found.split or "train"): found}
 
@@ -246,18 +250,32 @@ def _why(path: Path, where: str | Path, error: Exception) -> str:
             pointer = opened.read(40).startswith(b"version https://git-lfs")
         if pointer:
             return f"{path} was cloned without its large files, such as {file.name}: `git lfs pull` in its folder fetches them"
-    if "corresponds to no data" in str(error):
-        return f"{path} is empty: it has no rows ({_reason(error)})"
+        if _is_empty(file):
+            return f"{path} is empty: it has no rows" if file == path else f"{path}: {file.name} is empty; take it out of the folder"
     if path.is_dir() and "onfig name is missing" in str(error):
         return f"{path} has several configurations: say which with config=. {_reason(error)}"
     if path.is_dir():
-        inside = sorted(file.name for file in path.iterdir() if file.suffix in (".json", ".jsonl", ".parquet"))
-        named = f"; it holds {', '.join(map(readable, inside[:5]))}: name one of them" if inside else ""
         return (
-            f"{path} is no data set that can be read: {_reason(error)}{named}. A folder may hold parquet files, or be one that "
+            f"{path} is no data set that can be read: {_reason(error)}{_inside(path)}. A folder may hold parquet files, or be one that "
             "datasets.save_to_disk or foveate data scenes wrote"
         )
     return f"{path} cannot be read as a data set: {_reason(error)}"
+
+
+def _inside(path: Path) -> str:
+    """The files of a folder that may be meant, as a part of a message."""
+    found = sorted(readable(file.name) for file in path.iterdir() if file.suffix in (".json", ".jsonl", ".parquet"))
+    return f"; it holds {', '.join(found[:5])}: name one of them" if found else ""
+
+
+def _is_empty(file: Path) -> bool:
+    """Whether a parquet file has no rows, which the library does not say."""
+    import pyarrow.parquet
+
+    try:
+        return bool(pyarrow.parquet.read_metadata(file).num_rows == 0)
+    except Exception:  # it is broken, which the library does say
+        return False
 
 
 def _reason(error: Exception) -> str:
