@@ -22,10 +22,10 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from foveate.engine.attach import attach
 from foveate.cli import main
 from foveate.cost import Ledger, predict
 from foveate.data.pixels import open_image as load_image
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation import bench as benching
 from foveate.evaluation.bench import batches, bench, limited, model_hash, picture, plan

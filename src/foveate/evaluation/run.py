@@ -20,12 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.engine.attach import attach
 from foveate.data import conversations
 from foveate.data.collate import Renderer
 from foveate.data.conversations import check_text
 from foveate.data.pixels import open_image
 from foveate.data.rows import read_json
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError, readable
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
 from foveate.reducers import Reducer, load_reducers, parse, prepare, spell

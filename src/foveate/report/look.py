@@ -29,10 +29,10 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.anatomy import read
-from foveate.engine.attach import attach
-from foveate.engine.run import Run
 from foveate.data import conversations, pixels
 from foveate.data.pictures import render, scene
+from foveate.engine.attach import attach
+from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model, model_inputs, prompts
 from foveate.reducers import METHODS, Reducer, parse, prepare
