@@ -31,6 +31,11 @@ class NotApplicable(FoveateError):
         self.reason = reason
 
 
+def readable(text: str) -> str:
+    """A text of unknown origin as a part of a message: on one line, line breaks and what no file can hold escaped."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """What was probably meant, as a part of a message; "" if nothing comes near."""
     close = difflib.get_close_matches(word, list(words), n=1)

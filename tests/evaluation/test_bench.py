@@ -22,14 +22,15 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from foveate.engine.attach import attach
 from foveate.cli import main
 from foveate.cost import Ledger, predict
+from foveate.data.pixels import open_image as load_image
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation import bench as benching
 from foveate.evaluation.bench import batches, bench, limited, model_hash, picture, plan
 from foveate.evaluation.cells import Bench, load_bench
-from foveate.evaluation.run import evaluate, load_image, load_model, prompts
+from foveate.evaluation.run import evaluate, load_model, prompts
 from foveate.evaluation.table import CARD_BEGIN, CARD_END, markdown, print_table, push_to_model_card, rows
 from foveate.evaluation.tasks import Sample, Task
 from foveate.world import asset

@@ -1,36 +1,44 @@
-"""Training conversations: LLaVA's JSON with an image folder, or a Hugging Face dataset or parquet with the same fields.
+"""Training conversations: LLaVA's JSON with an image folder, or any other data set with the same fields.
 
-A row is {"id": ..., "image": a name, a list of names, or missing, "conversations": [{"from": "human", "value": "<image>\\n..."},
-{"from": "gpt", "value": ...}, ...]}, with one image marker for each image.
+A row is {"id": ..., "image" or "images": a name, a list of names, or missing, "conversations": [{"from": "human", "value":
+"<image>\\n..."}, {"from": "gpt", "value": ...}, ...]}, with one image marker for each image. Pictures may be names of files, encoded bytes,
+or what the datasets library keeps of them.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import logging
 import os
+import re
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from foveate.errors import FoveateError
+from foveate.data.pixels import Held, Picture, PictureError, check_image, open_image
+from foveate.data.rows import Rows, open_rows
+from foveate.errors import FoveateError, readable
 
 log = logging.getLogger(__name__)
 
 MARKER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, MemoryError, *BOMB)
+IMAGES = ("image", "images")
+SAMPLE = '{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}'
 SHOWN = 5  # of a long list of bad samples, so many stand in the message; all of them stand in the file
+CHECKED = 2  # raised when other pictures are good than before: what is remembered of earlier checks is then void
+
+_SUFFIX = r"([_-]?(path|file|name|url|uri|bytes|data|base64|b64|list|\d))*"
+_FILM = re.compile(rf"(video|film|movie|audio|sound|frame|media|point_?cloud|pdf)s?{_SUFFIX}", re.IGNORECASE)
+_PICTURE = re.compile(rf"(image|img|picture|photo|pic)s?{_SUFFIX}", re.IGNORECASE)
+_NUMBERED = re.compile(r"(image|img|picture|photo|pic)[_-]?\d+", re.IGNORECASE)
+_FILE = re.compile(r".{1,500}\.(png|jpe?g|gif|webp|bmp|tiff?|avif|heic|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg|m4a)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,115 +64,130 @@ class Bad:
         return f"{self.id}{f' ({self.image})' if self.image else ''}: {self.reason}"
 
 
-class Source(Protocol):
-    """Where rows come from. An image of a row is a path or the encoded bytes; `stamp` changes when the image may have."""
-
-    name: str
-    fingerprint: str
-
-    def __len__(self) -> int: ...
-    def row(self, index: int) -> dict[str, Any]: ...
-    def images(self, row: dict[str, Any]) -> list[Path | bytes]: ...
-    def sizes(self) -> np.ndarray: ...
+class Unusable(FoveateError):
+    """What is wrong with one row, the others being as they are."""
 
 
-# ---- sources -------------------------------------------------------------------------------------------------------------------------
+# ---- what a row holds ----------------------------------------------------------------------------------------------------------------
 
 
-class JsonSource:
-    """LLaVA conversation JSON. Rows are kept as bytes, so that worker processes share them instead of copying a million Python objects."""
+def row_id(row: Any, index: int) -> str:
+    """The sample's name in messages, on one line."""
+    name = row.get("id") if isinstance(row, dict) else None
+    return f"row {index}" if name is None or name == "" else readable(str(name)[:200])
 
-    def __init__(self, conversations: Path, images: Path | None, limit: int | None = None) -> None:
-        try:
-            text = conversations.read_bytes()
-            rows = json.loads(text)
-        except OSError as error:
-            raise FoveateError(f"conversations {conversations} cannot be read: {error.strerror}") from None
-        except ValueError as error:
-            raise FoveateError(f"conversations {conversations} is not JSON: {error}") from None
-        if not isinstance(rows, list) or not rows:
-            raise FoveateError(f"conversations {conversations} must be a JSON list with at least one conversation")
-        if images is not None and not images.is_dir():
-            raise FoveateError(f"image folder {images} does not exist")
-        self.name = str(conversations)
-        self.folder = images
-        encoded = [json.dumps(row).encode() for row in rows[:limit]]
-        self.fingerprint = hashlib.sha256(text).hexdigest()[:16] + (f"[:{limit}]" if limit else "")
-        self._ends = np.cumsum([len(row) for row in encoded])
-        self._rows = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+def pictures_of(row: Mapping[str, Any], folder: Path | None, field: str | None = None) -> list[Picture]:
+    """The pictures of a row, in order: of `field`, or of `image` or `images`. Names of files start from `folder`, and are taken as they
+    are: a path may be absolute, and "%20" is no space.
+
+    Unusable for what is neither a name nor a picture, and where both fields have one; FoveateError for a name where there is no folder.
+    """
+    held = [name for name in ([field] if field else IMAGES) if row.get(name) not in (None, [])]
+    if len(held) > 1:
+        raise Unusable("has pictures under both `image` and `images`; leave one of them out")
+    value = row[held[0]] if held else []
+    return [_picture(item, folder) for item in (value if isinstance(value, list) else [value])]
+
+
+def _picture(item: Any, folder: Path | None) -> Picture:
+    content, path = (item.get("bytes"), item.get("path")) if isinstance(item, dict) else (item, None)
+    content = path if content is None else content
+    if isinstance(content, bytes):
+        # The same picture has the same name, and another of the same file name has not.
+        name = Path(path).name if isinstance(path, str) else "image"
+        return Held(content, f"{name}-{hashlib.sha256(content).hexdigest()[:12]}")
+    if not isinstance(content, str) or not content:
+        raise Unusable(f"its image is neither a path nor the bytes of a picture: {str(item)[:80]!r}")
+    if re.match(r"(https?|data|s3|gs|file):", content):
+        raise Unusable(f"its image is an address, {content[:80]!r}, and nothing is fetched: save the picture and give the name of its file")
+    if folder is None and not Path(content).is_absolute():
+        raise FoveateError(f"names the image {content!r}, but no images=FOLDER says where that is")
+    return (folder or Path()) / content
+
+
+def other_media(row: Mapping[str, Any], images: int, known: Collection[str] = ()) -> str:
+    """What a row holds that would be lost without a word, "" if nothing: films and sound, and pictures in other fields than `image` and
+    `images`, or than those that are `known`."""
+    for name, value in row.items():
+        if name in (*IMAGES, "id", "conversations", *known) or not isinstance(value, str | bytes | list | dict) or not value:
+            continue
+        if _FILM.fullmatch(name):
+            return (
+                f"has {readable(name)!r}, but only pictures and text are read: take pictures out of it and list them under `images`, "
+                f"with a {MARKER} marker for each, or leave the field out"
+            )
+        if _NUMBERED.fullmatch(name) or (not images and (_PICTURE.fullmatch(name) or _is_file(value))):
+            return f"has {readable(name)!r}, but pictures stand under `image` or `images`: rename the field, or leave it out"
+    return ""
+
+
+def _is_file(value: Any) -> bool:
+    """Whether a value is that of a picture, film or sound, or names its file."""
+    if isinstance(value, list):
+        return any(_is_file(item) for item in value)
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes) or (isinstance(value.get("path"), str) and _is_file(value["path"]))
+    return isinstance(value, bytes) or (isinstance(value, str) and _FILE.fullmatch(value.strip()) is not None)
+
+
+def check_text(text: str) -> str:
+    """Why a text cannot be put to a tokenizer, "" if it can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"its text is no valid Unicode: half of a surrogate pair at character {error.start} ({readable(text[error.start])})"
+    return f"its text has a NUL at character {text.index(chr(0))}" if "\0" in text else ""
+
+
+class Source:
+    """Rows, and the folder that names of images start from."""
+
+    def __init__(self, rows: Rows, folder: Path | None = None) -> None:
+        if folder is not None and not folder.is_dir():
+            raise FoveateError(f"image folder {folder.absolute()} does not exist")
+        if rows.columns is not None and "conversations" not in rows.columns:
+            raise FoveateError(f"dataset {rows.name} has no column `conversations`; it has {', '.join(map(readable, rows.columns))}")
+        self.rows, self.name, self.folder = rows, rows.name, folder
+
+    @property
+    def fingerprint(self) -> str:
+        return self.rows.fingerprint
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self.rows)
 
     def row(self, index: int) -> dict[str, Any]:
-        start = int(self._ends[index - 1]) if index else 0
-        row = json.loads(self._rows[start : int(self._ends[index])].tobytes())
-        return row if isinstance(row, dict) else {"conversations": None}
+        """Unusable for what is no object."""
+        try:
+            row = self.rows[index]
+        except FoveateError as error:
+            raise Unusable(str(error)) from None
+        if not isinstance(row, dict):
+            raise Unusable(f"is no object with conversations: {str(row)[:80]!r}")
+        return listed(row)
+
+    def images(self, row: dict[str, Any]) -> list[Picture]:
+        try:
+            return pictures_of(row, self.folder)
+        except Unusable:
+            raise
+        except FoveateError as error:
+            raise FoveateError(f"{self.name} {error}: the recipe gives no `images` folder") from None
 
     def sizes(self) -> np.ndarray:
-        """Bytes of each row: what stands for its length where lengths are compared."""
-        return np.diff(self._ends, prepend=0)
-
-    def images(self, row: dict[str, Any]) -> list[Path | bytes]:
-        named = row.get("image")
-        names = [] if named is None else named if isinstance(named, list) else [named]
-        if names and self.folder is None:
-            raise FoveateError(f"{self.name} names images, such as {names[0]!r}, but the recipe gives no `images` folder")
-        return [self.folder / str(name) for name in names] if self.folder is not None else []
+        """What stands for the length of each row where lengths are compared."""
+        return self.rows.lengths()
 
 
-class HubSource:
-    """A Hugging Face dataset (hub name, folder of `save_to_disk`, or parquet files): `image` or `images` holds pictures, paths or bytes."""
-
-    def __init__(self, dataset: str, split: str, folder: Path | None, limit: int | None = None) -> None:
-        import datasets
-
-        path = Path(dataset)
-        try:
-            if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
-                files = str(path if path.suffix == ".parquet" else path / "*.parquet")
-                rows = datasets.load_dataset("parquet", data_files={split: files}, split=split)
-            elif path.is_dir():
-                rows = datasets.load_from_disk(dataset)
-                rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-            else:
-                rows = datasets.load_dataset(dataset, split=split)
-        except (OSError, ValueError, KeyError) as error:
-            raise FoveateError(f"dataset {dataset} (split {split}) cannot be loaded: {str(error).splitlines()[0]}") from None
-        if "conversations" not in rows.column_names:
-            raise FoveateError(f"dataset {dataset} has no column `conversations`; it has {', '.join(rows.column_names)}")
-        self._column = next((name for name in ("image", "images") if name in rows.column_names), None)
-        feature = rows.features.get(self._column) if self._column else None
-        if isinstance(feature, datasets.Image):
-            rows = rows.cast_column(self._column, datasets.Image(decode=False))
-        elif feature is not None and isinstance(getattr(feature, "feature", None), datasets.Image):
-            rows = rows.cast_column(self._column, datasets.List(datasets.Image(decode=False)))
-        self._rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
-        self.name, self.folder, self.fingerprint = f"{dataset}[{split}]", folder, str(self._rows._fingerprint)
-        if not len(self._rows):
-            raise FoveateError(f"dataset {self.name} is empty")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def row(self, index: int) -> dict[str, Any]:
-        row = dict(self._rows[index])
-        turns = row["conversations"]
-        if isinstance(turns, dict):  # a list of structs that was stored as a struct of lists
-            keys = list(turns)
-            row["conversations"] = [dict(zip(keys, values, strict=True)) for values in zip(*turns.values(), strict=True)]
+def listed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose conversation, a list of structs, was not stored as a struct of lists."""
+    turns = row.get("conversations")
+    if not isinstance(turns, dict) or not turns or not all(isinstance(values, list) for values in turns.values()):
         return row
-
-    def sizes(self) -> np.ndarray:
-        return np.array([sum(len(turn["value"]) for turn in self.row(i)["conversations"]) for i in range(len(self))])
-
-    def images(self, row: dict[str, Any]) -> list[Path | bytes]:
-        held = row.get(self._column) if self._column else None
-        found: list[Path | bytes] = []
-        for image in [] if held is None else held if isinstance(held, list) else [held]:
-            content = (image.get("bytes") or image.get("path")) if isinstance(image, dict) else image
-            found.append(content if isinstance(content, bytes) else (self.folder or Path()) / str(content))
-        return found
+    if len({len(values) for values in turns.values()}) > 1:
+        return row
+    return {**row, "conversations": [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]}
 
 
 # ---- the data set --------------------------------------------------------------------------------------------------------------------
@@ -185,12 +208,17 @@ class Conversations:
         dataset: str | None = None,
         split: str = "train",
         limit: int | None = None,
+        config: str | None = None,
     ) -> Conversations:
-        """From a LLaVA JSON file and its image folder, or from a Hugging Face dataset. FoveateError if it cannot be read."""
-        if conversations is not None:
-            return cls(JsonSource(conversations, images, limit))
-        assert dataset is not None
-        return cls(HubSource(dataset, split, images, limit))
+        """From a file or folder, such as LLaVA's JSON, or from a data set that may be on the hub as well. FoveateError if it cannot be
+        read."""
+        where = conversations if conversations is not None else dataset
+        assert where is not None
+        try:
+            rows = open_rows(where, split, config, limit, hub=conversations is None)
+        except FoveateError as error:
+            raise FoveateError(f"{'dataset' if conversations is None else 'conversations'} {error}") from None
+        return cls(Source(rows, images))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -199,8 +227,8 @@ class Conversations:
         index = int(self.index[item])
         row = self.source.row(index)
         try:
-            images = [load_image(image) for image in self.source.images(row)]
-        except UNREADABLE as error:  # it was good when it was checked
+            images = [open_image(image) for image in self.source.images(row)]
+        except PictureError as error:  # it was good when it was checked
             raise FoveateError(f"{self.source.name}: an image of sample {row_id(row, index)} cannot be read any more: {error}") from None
         return Conversation(index, row_id(row, index), turns_of(row), images)
 
@@ -216,18 +244,6 @@ def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
 
 
-def row_id(row: dict[str, Any], index: int) -> str:
-    return str(row.get("id") or f"row {index}")
-
-
-def load_image(image: Path | bytes) -> Image.Image:
-    """Decoded and as RGB. Raises what Pillow raises; a decompression bomb is an error already where Pillow only warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return opened.convert("RGB")
-
-
 # ---- the check before training -------------------------------------------------------------------------------------------------------
 
 
@@ -235,9 +251,10 @@ def check_row(row: dict[str, Any], images: int) -> str:
     """What is wrong with the text of a row, "" if nothing is."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
-        return "has no conversations"
+        others = ", ".join(readable(str(name)) for name in row if name != "conversations")
+        return f"has no conversations{f', but {others[:200]}' if others else ''}; a sample is {SAMPLE}"
     for turn in turns:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in ROLES:
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str) or turn.get("from") not in list(ROLES):
             return f'a turn must be {{"from": "human" or "gpt", "value": text}}, found {str(turn)[:80]!r}'
     roles = [ROLES[turn["from"]] for turn in turns]
     if roles[0] == "system":
@@ -251,39 +268,30 @@ def check_row(row: dict[str, Any], images: int) -> str:
         return f"has {images} image{'s' if images != 1 else ''} but {markers} {MARKER} marker{'s' if markers != 1 else ''}"
     if any(not turn["value"].strip() for turn in turns if ROLES[turn["from"]] == "assistant"):
         return "has an empty answer"
-    return ""
-
-
-def check_image(image: Path | bytes) -> str:
-    """What is wrong with an image, found by really decoding it; "" if nothing is."""
-    try:
-        load_image(image)
-    except BOMB:
-        return f"is a decompression bomb: more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels"
-    except FileNotFoundError:
-        return "is missing"
-    except UNREADABLE as error:
-        return f"cannot be decoded: {' '.join(str(error).split())[:120] or type(error).__name__}"
-    return ""
+    return next(filter(None, (check_text(turn["value"]) for turn in turns)), "") or other_media(row, images)
 
 
 class Checked:
-    """Images that were found good before, by path, size and time of change: a resumed or repeated run does not decode them all again."""
+    """Images that were found good before, files by path, size and time of change, others by their bytes: a resumed or repeated run does
+    not decode them all again."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._known: set[str] = set()
         self._new: list[str] = []
         if path is not None and path.is_file():
-            self._known = set(path.read_text(encoding="utf-8").splitlines())
+            self._known = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
 
     @staticmethod
-    def key(path: Path) -> str:
+    def key(picture: Picture) -> str:
+        """On one line; "" for a file that is not there."""
+        if isinstance(picture, Held):
+            return hashlib.sha256(picture.content).hexdigest()
         try:
-            stat = os.stat(path)
-        except OSError:
+            stat = os.stat(picture)
+        except (OSError, ValueError):
             return ""
-        return f"{os.path.abspath(path)}\t{stat.st_size}\t{stat.st_mtime_ns}"
+        return f"{readable(os.path.abspath(picture))}\t{stat.st_size}\t{stat.st_mtime_ns}"
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
@@ -306,9 +314,9 @@ class Checked:
 
 def cache_file(source: Source) -> Path:
     """Where good images are remembered: in the user's cache, a file for each image folder or data set."""
-    folder = getattr(source, "folder", None)
-    name = hashlib.sha256((os.path.abspath(folder) if folder is not None else source.name).encode()).hexdigest()[:16]
-    return Path.home() / ".cache" / "foveate" / "checked-images" / f"{name}.tsv"
+    name = os.path.abspath(source.folder) if source.folder is not None else source.name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return Path.home() / ".cache" / "foveate" / "checked-images" / f"{digest}-{CHECKED}.tsv"
 
 
 def find_bad(
@@ -326,20 +334,24 @@ def find_bad(
     seen: dict[str, str] = {}
 
     def check(index: int) -> Bad | None:
-        row = source.row(index)
-        images = source.images(row)
-        reason = check_row(row, len(images)) or fits(turns_of(row), len(images))
+        row: Any = None
+        try:
+            row = source.row(index)
+            images = source.images(row)
+            reason = check_row(row, len(images)) or fits(turns_of(row), len(images))
+        except Unusable as error:
+            reason = str(error)
         if reason:
             return Bad(index, row_id(row, index), "", reason)
-        for number, image in enumerate(images):
-            key = Checked.key(image) if isinstance(image, Path) else f"{source.fingerprint}\t{index}\t{number}"
+        for image in images:
+            key = Checked.key(image)
             if key in checked:
                 continue
             reason = seen[key] if key in seen else check_image(image)
             if key:
                 seen[key] = reason
             if reason:
-                return Bad(index, row_id(row, index), image.name if isinstance(image, Path) else "embedded", f"image {reason}")
+                return Bad(index, row_id(row, index), readable(image.name), f"image {reason}")
             checked.add(key)
         return None
 

@@ -24,14 +24,15 @@ from PIL import Image
 from rich.console import Console
 from transformers.utils import cached_file
 
+from foveate.cost import Ledger
+from foveate.data.pixels import open_image
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
-from foveate.cost import Ledger
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell, write_json
 from foveate.evaluation.run import Broken, answer, answering, load_model, progress_bar, prompts, shrunk
 from foveate.evaluation.table import print_table, write_tables
-from foveate.evaluation.tasks import Sample, Task, load_task, open_image
+from foveate.evaluation.tasks import Sample, Task, load_task
 from foveate.reducers import Reducer, parse, prepare, spell
 from foveate.report.runs import environment
 from foveate.world import resolve

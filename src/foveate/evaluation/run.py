@@ -20,15 +20,24 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from foveate.engine.attach import attach
 from foveate.data import conversations
 from foveate.data.collate import Renderer
-from foveate.errors import FoveateError
+from foveate.data.conversations import check_text
+from foveate.data.pixels import open_image
+from foveate.data.rows import read_json
+from foveate.engine.attach import attach
+from foveate.errors import FoveateError, readable
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
 from foveate.reducers import Reducer, load_reducers, parse, prepare, spell
 from foveate.reducers.base import SAVED_NAME
 
 GREY = (127, 127, 127)
+WORLD = (
+    'A world is a folder with `images` and with test.json, a list of {"id": "1", "image": a file in images, "family": one of '
+    f'{", ".join(FAMILIES)}, "question": "...", "answer": "..."}}; `foveate data scenes FOLDER` makes one. Questions of any other '
+    'kind about pictures of your own, a list of {"image": "a.jpg", "question": "...", "answer": "..."}, are asked by '
+    "`foveate bench MODEL --tasks FILE.json:metric=exact,images=FOLDER --out RUN`"
+)
 
 
 @dataclass(frozen=True)
@@ -106,19 +115,19 @@ def read_questions(data_dir: str | Path, limit: int | None = None) -> list[Quest
         raise FoveateError(f"no such data folder: {folder}; make one with `foveate data scenes {folder}`")
     path = folder / "test.json"
     if not path.is_file():
-        raise FoveateError(f"{folder} has no test.json; make a world with `foveate data scenes {folder}`")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FoveateError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, list) or not raw:
+        raise FoveateError(f"{folder} has no test.json, so it is no world. {WORLD}")
+    raw, _ = read_json(path)
+    if not raw:
         raise FoveateError(f"{path} holds no questions; it must be a list with at least one")
     if limit is not None and limit < 1:
         raise FoveateError(f"limit must be at least 1 question, got {limit}")
     questions = [_question(item, f"{path}, row {number}") for number, item in enumerate(raw)]
-    missing = sorted({q.image for q in questions if not (folder / "images" / q.image).is_file()})
+    missing = [name for name in sorted({question.image for question in questions}) if not (folder / "images" / name).is_file()]
     if missing:
-        raise FoveateError(f"{path}: {len(missing)} image(s) are missing in {folder / 'images'}, the first is {missing[0]}")
+        where = readable(str((folder / "images").absolute() / missing[0]))
+        raise FoveateError(
+            f"{path}: {len(missing)} image(s) are missing in {folder / 'images'}, the first is {missing[0]}: no file {where}"
+        )
     if limit is None or limit >= len(questions):
         return questions
     turn: dict[str, int] = dict.fromkeys(FAMILIES, 0)
@@ -131,22 +140,16 @@ def read_questions(data_dir: str | Path, limit: int | None = None) -> list[Quest
 
 def _question(item: Any, where: str) -> Question:
     if not isinstance(item, dict):
-        raise FoveateError(f"{where}: expected an object, got {item!r}")
+        raise FoveateError(f"{where}: expected an object, got {item!r}. {WORLD}")
     names = ("id", "image", "family", "question", "answer")
     for name in names:
         if not isinstance(item.get(name), str):
-            raise FoveateError(f"{where}: the field {name!r} must be a text, got {item.get(name)!r}")
+            raise FoveateError(f"{where}: the field {name!r} must be a text, got {item.get(name)!r}. {WORLD}")
+        if wrong := check_text(item[name]):
+            raise FoveateError(f"{where}: the field {name!r}: {wrong}")
     question = Question(**{name: item[name] for name in names})
     check_truth(question.family, question.answer, where)
     return question
-
-
-def load_image(path: Path) -> Image.Image:
-    """The image as RGB, fully decoded; FoveateError names a file that is not a whole image."""
-    try:
-        return conversations.load_image(path)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise FoveateError(f"cannot read the image {path}: {error}") from error
 
 
 def load_model(name: str | Path, device: str | None = None, **options: Any) -> tuple[Any, Any]:
@@ -333,7 +336,7 @@ def evaluate(
         task = bar.add_task("answering", total=len(questions))
         for batch in batches:
             names = list(dict.fromkeys(questions[i].image for i in batch))
-            images = [load_image(folder / image) for image in names]
+            images = [open_image(folder / image) for image in names]
             if blind:
                 images = [Image.new("RGB", image.size, GREY) for image in images]
             owners = [[names.index(questions[i].image)] for i in batch]

@@ -3,9 +3,10 @@
 A task is named by `PATH[:option=value,...]`. A comma begins an option only where a name and "=" follow, so that a suffix may hold commas.
 
     scenes                      the embedded test scenes, drawn on the fly; `count=600`, `seed=100`, `size=128` (px of a side)
-    FOLDER                      a world that `foveate data scenes` wrote
-    FILE.json, FILE.jsonl       LLaVA conversations (the last human turn asks, the gpt turn behind it answers), or rows with columns
-    FILE.parquet, FOLDER        parquet files, or what datasets.save_to_disk wrote
+    FOLDER                      a world that `foveate data scenes` wrote: test.json and images
+    FILE or FOLDER of rows      what `foveate.data.rows` reads: JSON, JSON lines, parquet, what datasets.save_to_disk wrote, a local clone
+                                of a data set of the hub; LLaVA conversations (the last human turn asks, the gpt turn behind it answers),
+                                or rows with columns
 
 | option | of | says | left out |
 |---|---|---|---|
@@ -16,7 +17,7 @@ A task is named by `PATH[:option=value,...]`. A comma begins an option only wher
 | `families` | worlds | which to ask, such as `presence/count` | all |
 | `metric` | data sets | how answers are scored, see `foveate.evaluation.scorers`, as are its own options | must be said |
 | `images` | data sets | the folder that names of images start from | only pictures inside of the data set |
-| `split` | data sets | which split | the only one |
+| `split`, `config` | data sets | which split, of which configuration | the only one |
 | `question`, `hint` | data sets | columns of the question and of text to put in front of it | `question`; no hint |
 | `answer` | data sets | column of the reference or references | `answers`, `answer` |
 | `image` | data sets | column of the picture or pictures | `image`, `images` |
@@ -34,24 +35,33 @@ import io
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from glob import glob
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
-from foveate.data import conversations
-from foveate.data.conversations import MARKER
+from foveate.data.conversations import (
+    IMAGES,
+    MARKER,
+    check_row,
+    check_text,
+    listed,
+    other_media,
+    pictures_of,
+    turns_of,
+)
 from foveate.data.pictures import render
+from foveate.data.pixels import Held, Picture, PictureError, open_image
+from foveate.data.rows import Rows, open_rows
 from foveate.data.scenes import conversation, world_scene
-from foveate.errors import FoveateError, nearest
+from foveate.errors import FoveateError, nearest, readable
 from foveate.evaluation.metrics import FAMILIES
-from foveate.evaluation.rows import read_rows
-from foveate.evaluation.run import load_image, progress_bar, read_questions
+from foveate.evaluation.run import progress_bar, read_questions
 from foveate.evaluation.scorers import METRICS, find, make
 from foveate.evaluation.scorers.base import Scorer
 from foveate.evaluation.scorers.choice import LETTERS
@@ -66,7 +76,7 @@ _COLUMNS: dict[str, tuple[str, ...]] = {
     "question": ("question",),
     "hint": (),
     "answer": ("answers", "answer"),
-    "image": ("image", "images"),
+    "image": IMAGES,
     "id": ("id", "question_id", "index"),
     "group": ("category",),
 }
@@ -80,7 +90,7 @@ class Sample:
     """One question.
 
     id        unique within its task
-    images    what `open_image` of this module opens: paths, or (bytes, name) of an image inside a data set; may be empty
+    images    what `foveate.data.pixels.open_image` opens; may be empty
     question  the prompt's text, suffix included; it holds no image marker, or as many as there are images
     answers   the references, at least one
     group     family, category or subtask, for tables
@@ -88,7 +98,7 @@ class Sample:
     """
 
     id: str
-    images: tuple[Any, ...]
+    images: tuple[Picture, ...]
     question: str
     answers: tuple[str, ...]
     group: str = ""
@@ -132,12 +142,12 @@ def load_task(spec: str, progress: bool = True) -> Task:
     if where == EMBEDDED:
         _check_options(spec, given, _ALL | {"families", "count", "seed", "size"})
         samples = _of_families(_embedded(given, progress), given)
-    elif (path / "test.json").is_file():
+    elif "metric" not in given and (path / "test.json").is_file():
         _check_options(spec, given, _ALL | {"families"})
         rows = read_questions(path)
         world = [Sample(row.id, (path / "images" / row.image,), row.question, (row.answer,), row.family) for row in rows]
         samples = _of_families(world, given)
-    elif path.exists():
+    elif path.exists() or any(glob(str(path))):
         metric = _metric(spec, given)
         samples = _of_rows(path, given, metric)
     else:
@@ -155,17 +165,6 @@ def load_task(spec: str, progress: bool = True) -> Task:
     asked = tuple(replace(sample, question=_prompt(sample, suffix)) for sample in samples)
     name = given.get("name", path.name if path.is_dir() else path.stem)
     return Task(name, asked, metric, new or metric.new_tokens, _hash(asked, looks))
-
-
-def open_image(ref: Any) -> Image.Image:
-    """An image of a sample as RGB, whole; FoveateError names one that cannot be read any more."""
-    if not isinstance(ref, tuple):
-        return load_image(Path(ref))
-    content, name = ref
-    try:
-        return conversations.load_image(content)
-    except conversations.UNREADABLE as error:
-        raise FoveateError(f"cannot read the image {name}: {error}") from error
 
 
 # ---- the task's text -------------------------------------------------------------------------------------------------------------------
@@ -198,8 +197,8 @@ def _whole(given: Mapping[str, str], name: str, least: int, default: int) -> int
     return int(given[name])
 
 
-def _limit(given: Mapping[str, str]) -> int:
-    return _whole(given, "limit", 1, sys.maxsize)
+def _limit(given: Mapping[str, str]) -> int | None:
+    return _whole(given, "limit", 1, 0) or None
 
 
 def _metric(spec: str, given: Mapping[str, str]) -> Scorer:
@@ -207,7 +206,7 @@ def _metric(spec: str, given: Mapping[str, str]) -> Scorer:
         raise FoveateError(f"task {spec!r}: say how answers are scored, with metric= one of {', '.join(METRICS)}")
     kind = find(given["metric"])
     own = {option.name for option in fields(kind)}
-    known = _ALL | set(_COLUMNS) | {"metric", "images", "split"} | own
+    known = _ALL | set(_COLUMNS) | {"metric", "images", "split", "config"} | own
     _check_options(spec, given, known | {"options"} if kind.multiple_choice else known)
     return make(kind.name, {name: value for name, value in given.items() if name in own})
 
@@ -224,7 +223,7 @@ def _embedded(given: Mapping[str, str], progress: bool) -> list[Sample]:
             scene = world_scene(seed, "test", index)
             png = io.BytesIO()
             Image.fromarray(render(scene, size)).save(png, "PNG", compress_level=1)
-            picture = (png.getvalue(), f"test/{index:06d}.png")
+            picture = Held(png.getvalue(), f"test/{index:06d}.png")
             for number, asked in enumerate(conversation(scene)):
                 samples.append(Sample(f"test-{index:06d}-{number}", (picture,), asked.question, (asked.answer,), asked.family))
     return samples
@@ -248,11 +247,12 @@ def _of_rows(path: Path, given: Mapping[str, str], metric: Scorer) -> list[Sampl
     folder = Path(given["images"]).expanduser() if "images" in given else None
     if folder is not None and not folder.is_dir():
         raise FoveateError(f"images={folder}: no such folder")
-    rows = read_rows(path, given.get("split"), _limit(given))
+    rows = open_rows(path, given.get("split"), given.get("config"), _limit(given))
     reader = _Reader(given, metric, folder)
-    samples = _each(str(path), list(enumerate(rows)), lambda numbered: reader.sample(*numbered), lambda numbered: f"row {numbered[0]}")
+    samples = _each(str(path), range(len(rows)), lambda number: reader.sample(number, rows[number]), lambda number: f"row {number}")
     if not any(sample.images for sample in samples):
         raise FoveateError(f"{path}: no row has a picture; name their column with image= (there are {', '.join(rows[0])})")
+    reader.check_media(str(path), samples, rows)
     return samples
 
 
@@ -263,10 +263,12 @@ class _Reader:
     given: Mapping[str, str]
     metric: Scorer
     folder: Path | None
-    seen: dict[str, tuple[bytes, str]] = field(default_factory=dict)
+    seen: dict[str, Held] = field(default_factory=dict)
 
-    def sample(self, number: int, row: dict[str, Any]) -> Sample:
-        images = tuple(self._picture(item) for item in _listed(self._held(row, "image")))
+    def sample(self, number: int, row: Any) -> Sample:
+        if not isinstance(row, dict):
+            raise FoveateError(f"is no object: {str(row)[:80]!r}; the data must hold a list of objects, one for each question")
+        images = self._pictures(row)
         if "conversations" in row and "question" not in self.given:
             question, answer = _talk(row, len(images))
             answer = self._needed(row, "answer") if "answer" in self.given else answer
@@ -285,6 +287,9 @@ class _Reader:
             raise FoveateError("has no answer")
         name = None if self.given.get("id") == "row" else self._held(row, "id")
         group = self._held(row, "group")
+        wrong = next(filter(None, map(check_text, (question, *answers, *options, str(name), str(group)))), "")
+        if wrong:
+            raise FoveateError(wrong)
         return Sample(
             id=str(number if name is None else name),
             images=images,
@@ -308,18 +313,22 @@ class _Reader:
             raise FoveateError(f"has nothing in the field {wanted}; {option}= names another (it has {', '.join(row)})")
         return value
 
-    def _picture(self, item: Any) -> Any:
-        content = (item.get("bytes") or item.get("path")) if isinstance(item, dict) else item
-        if isinstance(content, bytes):
-            path = str((item.get("path") if isinstance(item, dict) else None) or "image")
-            # The same picture has the same name, and another of the same file name has not.
-            name = f"{Path(path).name}-{hashlib.sha256(content).hexdigest()[:12]}"
-            return self.seen.setdefault(name, (content, name))
-        if not isinstance(content, str):
-            raise FoveateError(f"its image is neither a path nor the bytes of a picture: {str(content)[:80]!r}")
-        if self.folder is None and not Path(content).is_absolute():
-            raise FoveateError(f"names the image {content!r}, but no images=FOLDER says where that is")
-        return (self.folder or Path()) / content
+    def _pictures(self, row: Mapping[str, Any]) -> tuple[Picture, ...]:
+        self._held(row, "image")  # a column that was named must be there
+        found = pictures_of(row, self.folder, self.given.get("image"))
+        return tuple(self.seen.setdefault(item.name, item) if isinstance(item, Held) else item for item in found)
+
+    def check_media(self, where: str, samples: Sequence[Sample], rows: Rows) -> None:
+        """That nothing but pictures is left out in silence, where nobody has said which column holds them."""
+        if "image" in self.given:
+            return
+        known = {*self.given.values(), *LETTERS, *(name for names in _COLUMNS.values() for name in names)}
+        problems = []
+        for number, sample in enumerate(samples):
+            lost = other_media(rows[number], len(sample.images), known)
+            if lost:
+                problems.append(f"{sample.id}: {lost}; or name the column of the pictures with image=")
+        _refuse(where, "samples", problems, len(samples))
 
     def _options(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         if not self.metric.multiple_choice:
@@ -338,10 +347,6 @@ class _Reader:
         return tuple(str(value) for value in values)
 
 
-def _listed(value: Any) -> list[Any]:
-    return [] if value is None else value if isinstance(value, list) else [value]
-
-
 def _nothing(value: Any) -> bool:
     """Nothing, nothing but space, or the NaN that tables have in empty cells."""
     return value is None or value != value or not str(value).strip()
@@ -349,14 +354,11 @@ def _nothing(value: Any) -> bool:
 
 def _talk(row: Mapping[str, Any], images: int) -> tuple[str, str]:
     """The last question and its answer. Earlier turns are left out, and where the image stood there it stands in front."""
-    turns = row["conversations"]
-    if isinstance(turns, dict):  # a list of structs that was stored as a struct of lists
-        turns = [dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)]
-    said = {"conversations": turns}
-    wrong = conversations.check_row(said, images)
+    row = listed(dict(row))
+    wrong = check_row(row, images)
     if wrong:
         raise FoveateError(wrong)
-    (_, question), (_, answer) = conversations.turns_of(said)[-2:]
+    (_, question), (_, answer) = turns_of(row)[-2:]
     return (question if question.count(MARKER) == images else question.replace(MARKER, "")), answer
 
 
@@ -396,21 +398,20 @@ class _Look:
     reason: str = ""
 
 
-def _look(ref: Any) -> _Look:
-    source = ref[0] if isinstance(ref, tuple) else ref
-    reason = conversations.check_image(source)
-    if reason:
-        return _Look(reason=reason)
-    content = source if isinstance(source, bytes) else source.read_bytes()
-    with Image.open(io.BytesIO(content)) as opened:
-        return _Look(hashlib.sha256(content).hexdigest(), opened.size)
+def _look(ref: Picture) -> _Look:
+    try:
+        size = open_image(ref).size
+        content = ref.content if isinstance(ref, Held) else ref.read_bytes()
+    except (PictureError, OSError) as error:
+        return _Look(reason=getattr(error, "reason", str(error)))
+    return _Look(hashlib.sha256(content).hexdigest(), size)
 
 
 def _look_at_all(where: str, samples: Sequence[Sample], progress: bool) -> dict[Any, _Look]:
     refs = list(dict.fromkeys(ref for sample in samples for ref in sample.images))
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool, progress_bar(progress) as bar:
         looks = dict(zip(refs, bar.track(pool.map(_look, refs), total=len(refs), description="checking images"), strict=True))
-    bad = [f"{ref[1] if isinstance(ref, tuple) else ref} {look.reason}" for ref, look in looks.items() if look.reason]
+    bad = [f"{readable(ref.name if isinstance(ref, Held) else str(ref))} {look.reason}" for ref, look in looks.items() if look.reason]
     _refuse(where, "images", bad, len(refs))
     return looks
 

@@ -19,11 +19,12 @@ from PIL import Image
 import foveate
 from foveate.cost import CONVENTION, PARTS
 from foveate.data.conversations import MARKER
+from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.bench import BARE, model_hash
 from foveate.evaluation.cells import Answer, Bench, Cell, load_bench
 from foveate.evaluation.run import load_model
-from foveate.evaluation.tasks import Sample, Task, load_task, open_image
+from foveate.evaluation.tasks import Sample, Task, load_task
 from foveate.reducers import BASELINES
 from foveate.report.compared import RANDOM, Family, Line, budgets, families, findings, interval, lines, middle, signed
 from foveate.report.demo import duration, si

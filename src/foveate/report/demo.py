@@ -14,9 +14,10 @@ from rich.table import Table
 
 import foveate
 from foveate.bridges import build_bridge
+from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.metrics import RULER, parse_box
-from foveate.evaluation.run import Result, Row, load_image
+from foveate.evaluation.run import Result, Row
 from foveate.report import figures
 from foveate.report.page import data_uri, write_page
 from foveate.report.runs import Arm, StageBridge, StageLog, environment, read_bridges, read_log, split_stages
@@ -45,7 +46,7 @@ def write_report(
     logs = [read_log(arm.run) for arm in arms]
     rows = arms[0].result.rows
     names = list(dict.fromkeys(row.image for row in rows))
-    picture = data_uri(load_image(Path(world) / "images" / names[0]))
+    picture = data_uri(open_image(Path(world) / "images" / names[0]))
     learned = learned_families(arms)
     with figures.style():
         stages = _stage_figures(arms, logs)
@@ -341,7 +342,7 @@ def _example(arms: Sequence[Arm], world: Path, image: str) -> dict[str, Any]:
             drawn = [(parse_box(row.prediction), figures.COLOURS[i % len(figures.COLOURS)], False) for i, row in enumerate(rows)]
             drawn.append((parse_box(truth.answer), "#ffffff", True))
             frames = [(box, colour, dashed) for box, colour, dashed in drawn if box is not None]
-    return {"svg": scene_svg(data_uri(load_image(world / "images" / image)), frames, (RULER, RULER)), "rows": lines}
+    return {"svg": scene_svg(data_uri(open_image(world / "images" / image)), frames, (RULER, RULER)), "rows": lines}
 
 
 def spell(answer: str) -> str:

@@ -29,12 +29,12 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.anatomy import read
+from foveate.data import conversations, pixels
+from foveate.data.pictures import render, scene
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
-from foveate.data import conversations
-from foveate.data.pictures import render, scene
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_image, load_model, model_inputs, prompts
+from foveate.evaluation.run import load_model, model_inputs, prompts
 from foveate.reducers import METHODS, Reducer, parse, prepare
 from foveate.report import figures
 from foveate.report.demo import spell as said
@@ -283,9 +283,9 @@ def look(
 def open_image(image: str | Path | Image.Image) -> Image.Image:
     """A picture as it is, a file, or the test scene that "scene:7" names."""
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return pixels.open_image(image)
     if not str(image).startswith(SCENE):
-        return load_image(Path(image))
+        return pixels.open_image(Path(image))
     seed = str(image).removeprefix(SCENE)
     if not seed.isdecimal():
         raise FoveateError(f"{image}: a scene is named by a number, such as {SCENE}7")

@@ -33,6 +33,7 @@ from foveate.cost import (
     trainable,
     visual_tokens,
 )
+from foveate.data.rows import open_rows
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.reducers import parse
@@ -272,10 +273,10 @@ def by_scale(config: Any, grid: tuple[int, int]) -> list[int]:
 
 def count_steps(stage: Stage) -> int | None:
     """Optimiser steps of a stage; None where it lasts epochs and its data is not here."""
-    samples, file = stage.data.limit, stage.data.conversations
-    if stage.steps is None and file is not None and file.is_file():
-        found = len(jsonlib.loads(file.read_text()))
-        samples = found if samples is None else min(samples, found)
+    data, samples = stage.data, stage.data.limit
+    where = Path(data.conversations or data.dataset or "").expanduser()
+    if stage.steps is None and where.exists():
+        samples = len(open_rows(where, data.split, data.config, data.limit))
     if stage.steps is None and samples is None:
         return None
     return stage_steps(samples or 0, stage.batch_size, epochs=stage.epochs, steps=stage.steps)

@@ -63,12 +63,14 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    """Either `conversations` (LLaVA JSON) with `images` (folder), or `dataset` (a Hugging Face dataset or parquet) with `split`."""
+    """Either `conversations` (a file or folder here) or `dataset` (that, or a name on the hub), whatever `foveate.data.rows` reads;
+    names of images start from `images`."""
 
     conversations: Path | None = None
     images: Path | None = None
     dataset: str | None = None
     split: str = "train"
+    config: str | None = None  # of a data set with several
     limit: int | None = Field(default=None, gt=0)  # only the first N conversations
     on_bad_image: Literal["stop", "skip"] = "stop"
 

@@ -200,7 +200,7 @@ def refuse_resizing(stage: Stage, config: Any) -> None:
 def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> Conversations:
     """The stage's samples, each of them and each image checked; the processes share the work."""
     spec = stage.data
-    data = Conversations.open(spec.conversations, spec.images, spec.dataset, spec.split, spec.limit)
+    data = Conversations.open(spec.conversations, spec.images, spec.dataset, spec.split, spec.limit, spec.config)
     rows = range(len(data.source))[state.process_index :: state.num_processes]
     columns = (TextColumn("checking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not state.is_main_process) as bar:

@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image
 from transformers import GenerationConfig, LogitsProcessorList
 
+from foveate.data.conversations import MARKER
+from foveate.data.pixels import PictureError, open_image
 from foveate.engine.run import Run
-from foveate.data.conversations import MARKER, UNREADABLE, load_image
 from foveate.errors import FoveateError
 from foveate.evaluation.run import _Finite
 from foveate.reducers import Reducer, prepare
@@ -128,13 +129,12 @@ def _part(part: Mapping[str, Any], reducers: Sequence[Reducer]) -> dict[str, Any
     if part["type"] != "image":
         raise FoveateError(f"a request brings {part['type']}, but only images and text are answered; leave its task out")
     image = part["url"]
-    if not isinstance(image, Image.Image):
-        try:
-            image = load_image(Path(image))
-        except (*UNREADABLE, TypeError) as error:
-            what = repr(image) if isinstance(image, str) else f"a {type(image).__name__}"
-            raise FoveateError(f"a request brings {what}, which is no image ({error}); only images and text are answered") from error
-    return {"type": "image", "image": prepare(reducers, image.convert("RGB"))}
+    what = repr(image) if isinstance(image, str) else f"a {type(image).__name__}"
+    try:
+        opened = open_image(image if isinstance(image, Image.Image) else Path(image))
+    except (PictureError, TypeError) as error:
+        raise FoveateError(f"a request brings {what}, which is no image ({error}); only images and text are answered") from error
+    return {"type": "image", "image": prepare(reducers, opened)}
 
 
 def has_images(messages: Messages) -> bool:
