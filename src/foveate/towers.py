@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from foveate.anatomy import attends
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.hooks import Hook
 from foveate.probes import LayerProbe
@@ -26,18 +27,25 @@ TOWER_SIGNALS = (ClsAttention, ReceivedAttention, TowerKeys)
 
 def blocks(tower: nn.Module) -> nn.ModuleList:
     """The tower's attention blocks. FoveateError for a tower without any (convolutions)."""
-    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and any(_attends(x) for x in m[0].modules())]
-    if not lists:
+    found = _longest(tower)
+    if found is None:
         name = type(tower).__name__
         raise NotApplicable(
             Reason.NO_TOWER_ATTENTION,
             f"{name} has no attention that can be read (convolutions, or blocks that are not of transformers); use another method",
         )
-    return max(lists, key=len)
+    layers: Any = tower.get_submodule(found)
+    return layers  # type: ignore[no-any-return]
 
 
-def _attends(module: nn.Module) -> bool:
-    return hasattr(module, "config") and "attention" in type(module).__name__.lower()
+def _longest(tower: nn.Module) -> str | None:
+    """The name of the tower's longest list of blocks that attend."""
+    lists = {
+        name: len(module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and attends(module[0])
+    }
+    return max(lists, key=lists.__getitem__) if lists else None
 
 
 class TowerProbes:
