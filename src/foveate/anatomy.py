@@ -128,6 +128,12 @@ class Anatomy:
         """Whether the tower orders its patches so that those of one token stand side by side."""
         return hasattr(self.tower, "spatial_merge_size")
 
+    @property
+    def marks(self) -> tuple[bool, bool, bool]:
+        """Whether the tower itself puts a mark in front of each picture, a newline behind each row of tokens, a mark behind the picture."""
+        named = {name.rpartition(".")[2] for name, _ in self.tower.named_parameters()} if self.has_tower else set()
+        return "image_begin" in named, "image_newline" in named, "image_end" in named
+
     def recurrent(self, layer: int) -> bool:
         """Whether a decoder layer recurs or convolves along the sequence instead of attending, whatever its type is called."""
         return not attends(self.layers[layer])
