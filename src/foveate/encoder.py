@@ -84,7 +84,7 @@ class Encoder:
         self.tower, self.acting, self.needs, self._shortcuts = tower, acting, list(needs), shortcuts
         self.layers = blocks(tower)
         extras = extras_of(tower)
-        self.cls, self.prefix = extras.cls, extras.count
+        self.cls, self.prefix = extras.cls, extras.number
         if extras.behind:
             raise NotApplicable(Reason.NOT_BY_PATCH, f"{type(tower).__name__} has its [CLS] token behind its patches; act before the LM")
         depth = len(self.layers)

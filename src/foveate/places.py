@@ -138,7 +138,7 @@ class Encoding:
     def _before(self, each: int) -> tuple[Kind, ...]:
         """What of the tower's own tokens ([CLS], registers) stands before a crop's patches, if the crop has `each` tokens: the bridge has
         dropped the first of them, or all, or none, where there are no more tokens than that fewer than the tower gave."""
-        kinds = () if self.extras.behind else (Kind.CLS,) * self.extras.cls + (Kind.REGISTER,) * (self.extras.count - self.extras.cls)
+        kinds = () if self.extras.behind else (Kind.CLS,) * self.extras.cls + (Kind.REGISTER,) * (self.extras.number - self.extras.cls)
         dropped = {tokens - each for _, tokens in self.crops}
         if self.anatomy.resampled or len(dropped) != 1:
             return ()
@@ -215,7 +215,12 @@ class Encoding:
             return found
         grids = self._grids
         order = self.anatomy.window_order(grids)
-        side = self._side(0) if grids is not None else None
+        sides = {self._side(i) for i in range(len(grids))} if grids is not None else set()
+        if len(sides) > 1:
+            raise NotApplicable(
+                Reason.UNKNOWN_PATCHES, "images of one call whose tokens are made of more and of fewer patches: encode them apart"
+            )
+        side = next(iter(sides), None)
         grouped = side is not None and (self.anatomy.grouped or any(name.endswith("merge_sizes") for name in self.given))
         with scoring():
             said = probes.read(int(grids[:, 0].sum()) if grids is not None else None)

@@ -107,7 +107,7 @@ class _Arriving:
 
     def __init__(self, tower: nn.Module) -> None:
         self.crops: list[tuple[int, int, int]] = []
-        self._prefix = extras_of(tower).count
+        self._prefix = extras_of(tower).number
         self.hook = blocks(tower)[0].register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -34,8 +34,8 @@ def blocks(tower: nn.Module) -> nn.ModuleList:
             Reason.NO_TOWER_ATTENTION,
             f"{name} has no attention that can be read (convolutions, or blocks that are not of transformers); use another method",
         )
-    layers: Any = tower.get_submodule(found)
-    return layers  # type: ignore[no-any-return]
+    layers: nn.ModuleList = tower.get_submodule(found)  # type: ignore[assignment]
+    return layers
 
 
 def _longest(tower: nn.Module) -> str | None:
@@ -110,18 +110,18 @@ class Extras(NamedTuple):
     """The tokens that a tower has beside its patches.
 
     cls     whether the first of them (the only one, `behind`) is a [CLS] token
-    count   how many there are, registers among them
+    number  how many there are, registers among them
     behind  whether they stand behind the patches, rather than before them
     """
 
     cls: bool = False
-    count: int = 0
+    number: int = 0
     behind: bool = False
 
     def patches(self, values: Tensor) -> Tensor:
         """(C, P, ...) of (C, n, ...), what was said of all tokens."""
-        start = 0 if self.behind else self.count
-        return values[:, start : start + values.shape[1] - self.count]
+        start = 0 if self.behind else self.number
+        return values[:, start : start + values.shape[1] - self.number]
 
 
 def extras_of(tower: nn.Module) -> Extras:

@@ -24,6 +24,7 @@ from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, LlamaConfi
 
 import foveate
 from foveate.anatomy import attends, read
+from foveate.errors import NotApplicable
 from foveate.signals import AttentionRows, ClsAttention
 from foveate.tokens import Kind
 from foveate.towers import blocks, extras_of, values_of
@@ -395,3 +396,13 @@ def test_a_head_that_pools_by_a_cls_token_adds_none() -> None:
     assert "cls_token" in {name.rpartition(".")[2] for name, _ in read(model).tower.named_parameters()}
     assert tuple(extras_of(read(model).tower)) == (False, 0, False)
     check(looked_at(model, prompted(model, pixel_values=noise(1, 3, 16, 16))), "pppp")
+
+
+def test_scores_of_pictures_of_unlike_tokens_are_refused() -> None:
+    """Of one call, one picture with a patch a token and one with four."""
+    model = loaded("video_llama_3")
+    given = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "image_merge_sizes": torch.tensor([1, 2])}
+    inputs = prompted(model, pixel_values=noise(32, 48), **given)
+    check(looked_at(model, inputs)[:16], "p" * 16, grouped((1, 4, 4), 1))
+    with foveate.attach(model, "fopru"), pytest.raises(NotApplicable, match="encode them apart"), torch.no_grad():
+        model(**inputs, use_cache=False)
