@@ -76,7 +76,7 @@ class Encoding:
             where = [places(length, before=self._before(length), device=self._device) for length in inner]
             found = self._repacked(crops, where, self._tower_values(where, probes, merged))
         else:
-            where = self._places()
+            where = [self._told_apart(kind, place, f) for (kind, place), f in zip(self._places(), self.features, strict=True)]
             said = self._tower_values(where, probes, merged)
             found = [(kind, place, {signal: values[i] for signal, values in said.items()}) for i, (kind, place) in enumerate(where)]
         items = [Described(key, kind, place, values) for key, (kind, place, values) in zip(keys, found, strict=True)]
@@ -144,6 +144,18 @@ class Encoding:
             return ()
         number = dropped.pop()
         return kinds[number:] if number >= 0 else ()
+
+    def _told_apart(self, kind: Tensor, place: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with the rows that are the model's own newline or separator named so, where none was expected: a model with a way of its
+        own to put them in. Nothing is known then of the raster of the others."""
+        core = self.anatomy.core.named_parameters(recurse=False)
+        marks = [p.to(features) for name, p in core if name.endswith(("newline", "separator")) and p.shape == features.shape[1:]]
+        if not marks or features.is_meta:
+            return kind, place
+        mark = torch.stack([(features == p).all(-1) for p in marks]).any(0)
+        if not bool((mark & (kind != Kind.NEWLINE)).any()):
+            return kind, place
+        return torch.where(mark, int(Kind.NEWLINE), int(Kind.PATCH)), torch.full_like(place, -1)
 
     def _side(self, item: int) -> int | None:
         """Sides of the block of patches that becomes one token of an item."""

@@ -266,6 +266,29 @@ def _in_row(source: Tensor, side: int) -> tuple[int, int, int]:
     return (0, y // 8, x // 8) if tile == 0 else (tile, y // 8, ((tile - 1) * side + x) // 8)
 
 
+class OwnWay(transformers.LlavaModel):
+    """Puts its newlines in where Foveate does not look."""
+
+    every = 4
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().get_image_features(*args, **kwargs)
+        newline = self.image_newline[None]
+        made.pooler_output = [torch.cat([x for row in f.split(self.every) for x in (row, newline)]) for f in made.pooler_output]
+        return made
+
+
+@pytest.mark.parametrize("every", [1, 2, 4, 16])
+def test_newlines_of_a_model_that_puts_them_in_by_itself(every: int) -> None:
+    model = built("Llava", tower(32, 8))
+    model.model.image_newline = nn.Parameter(torch.randn(32))
+    model.model.__class__ = type("OwnWay", (OwnWay,), {"every": every})
+    tokens = looked_at(model, prompted(model, pixel_values=noise(1, 3, 32, 32)))
+    assert [token.place[3:] for token in tokens] == [[-1, -1]] * len(tokens)
+    check([t for t in tokens if t.kind != Kind.PATCH], "n" * (16 // every))
+    assert "".join("p" if len(t.source) else "n" for t in tokens) == "".join("p" if t.kind == Kind.PATCH else "n" for t in tokens)
+
+
 # ---- the tiny models of the conformance table
 
 
