@@ -67,7 +67,7 @@ def looked_at(model: Any, inputs: dict[str, Any]) -> list[Token]:
     finally:
         for hook in hooks:
             hook.remove()
-    layout = run.last.first
+    layout = run.last.layouts[0]
     slots = (layout.image[0] >= 0).nonzero()[:, 0].tolist()
     assert len(slots) == int(torch.isin(inputs["input_ids"], _placeholders(model)).sum())
     direction = torch.randn(seen[0].shape[-1], generator=torch.Generator().manual_seed(0))
