@@ -246,7 +246,7 @@ def test_patches_become_tokens() -> None:
     assert carried(4, [x]) == [blocks]  # means of 2 x 2
     assert carried(8, [x, x + 16]) == [[*blocks, *(b + 16 for b in blocks)]]
     assert carried(9, [x]) == [[2.5, 3.5, 4.5, 6.5, 7.5, 8.5, 10.5, 11.5, 12.5]]  # 3 x 3 of 4 x 4: windows that overlap
-    assert carried(17, [x], cls=True) == [[0.0, *x.tolist()]]
+    assert carried(17, [x], before=[Kind.CLS]) == [[0.0, *x.tolist()]]
     assert carried(17, [x], newline=True) == [[*x.tolist(), 0.0]]
     with pytest.raises(FoveateError, match="16 patches of the tower became 6 tokens"):
         carried(6, [x])
@@ -263,7 +263,7 @@ def test_places_of_tokens() -> None:
     assert kind.tolist() == [Kind.PATCH] * 8 + [Kind.NEWLINE]
     assert place[:, 1].tolist() == [0] * 4 + [1] * 4 + [-1]
     assert place[:, 2:].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]] * 2 + [[-1, -1]]
-    kind, place = places(10, crops=2, cls=True)
+    kind, place = places(10, crops=2, before=[Kind.CLS])
     assert kind.tolist() == ([Kind.CLS] + [Kind.PATCH] * 4) * 2
     assert place[:, 0].tolist() == [0] * 5 + [1] * 5
     assert place[5:7, 2:].tolist() == [[-1, -1], [0, 0]]

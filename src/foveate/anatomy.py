@@ -6,6 +6,8 @@ What cannot be read gives an error that names the missing part.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +60,6 @@ TESTED = {
     "video_llava": "torchvision",
     "vipllava": "",
 }
-ATTENDING = ("full_attention", "sliding_attention", "chunked_attention", "attention")
 _LANGUAGE = ("language_model", "text_model")
 # Methods that know which slots the features go to, the first of them by its result.
 SLOT_METHODS = ("get_placeholder_mask", "inputs_merger")
@@ -127,10 +128,15 @@ class Anatomy:
         """Whether the tower orders its patches so that those of one token stand side by side."""
         return hasattr(self.tower, "spatial_merge_size")
 
+    @property
+    def marks(self) -> tuple[bool, bool, bool]:
+        """Whether the tower itself puts a mark in front of each picture, a newline behind each row of tokens, a mark behind the picture."""
+        named = {name.rpartition(".")[2] for name, _ in self.tower.named_parameters()} if self.has_tower else set()
+        return "image_begin" in named, "image_newline" in named, "image_end" in named
+
     def recurrent(self, layer: int) -> bool:
-        """Whether a decoder layer recurs or convolves along the sequence instead of attending."""
-        types = getattr(self.text_config, "layer_types", None)
-        return types is not None and types[layer] not in ATTENDING
+        """Whether a decoder layer recurs or convolves along the sequence instead of attending, whatever its type is called."""
+        return not attends(self.layers[layer])
 
     def window(self, layer: int) -> int | None:
         """How many tokens a decoder layer reaches back to, its own among them; None: to all."""
@@ -208,6 +214,35 @@ def read(model: nn.Module) -> Anatomy:
             f"{name}: its last layers read the keys of earlier ones, so that a cut in front of them would not meet its keys",
         )
     return Anatomy(core, decoder, layers)
+
+
+def attends(layer: nn.Module) -> bool:
+    """Whether a layer attends: a part of it calls the library's attention interface (or torch's attention), whose masks have four
+    dimensions. What recurs or convolves along the sequence has a mask (batch, tokens) at most, whatever the configuration calls it."""
+    kinds: set[Any] = {type(module) for module in layer.modules()}
+    return any(map(_calls_interface, kinds))
+
+
+@functools.cache
+def _calls_interface(kind: Any) -> bool:
+    for base in kind.__mro__:  # a subclass may hand on to its base
+        code = getattr(inspect.unwrap(vars(base).get("forward", kind)), "__code__", None)
+        if code is not None and {"ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention"} & set(code.co_names):
+            return True
+    return False
+
+
+def tensor_parallel_group(layer: nn.Module) -> Any:
+    """The ranks over which a layer's heads are shared out (a torch.distributed.ProcessGroup), None where this rank has all of them."""
+    parameter: Any
+    for parameter in layer.parameters():
+        mesh = getattr(parameter, "device_mesh", None)  # of a DTensor
+        if mesh is None or "tp" not in (mesh.mesh_dim_names or ()):
+            continue
+        dimension = mesh.mesh_dim_names.index("tp")
+        if mesh.size(dimension) > 1 and parameter.placements[dimension].is_shard():
+            return mesh.get_group(dimension)
+    return None
 
 
 def _is_core(module: nn.Module) -> bool:

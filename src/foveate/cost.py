@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from foveate.anatomy import ATTENDING, read
+from foveate.anatomy import attends, read
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
 from foveate.encoding import Encoded
@@ -562,14 +562,13 @@ def _stack(layers: nn.ModuleList, config: Any, output: Any, model: nn.Module) ->
     except (AttributeError, ValueError, RuntimeError) as error:  # by configurations that refuse to say one for all
         raise FoveateError(f"cannot read the cost of a {config.model_type!r} model: its heads differ from layer to layer") from error
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    types = getattr(config, "layer_types", None)
-    attends = [types is None or types[layer] in ATTENDING for layer in range(len(layers))]
+    here = [attends(layer) for layer in layers]
     total = sum(p.numel() for p in model.parameters())
     return Stack(
         tuple(_macs(layer, config) for layer in layers),
         tuple((name, m.in_features, m.out_features) for name, m in layers.named_modules() if isinstance(m, nn.Linear)),
-        tuple(heads * head_dim * here for here in attends),
-        tuple(2 * kv_heads * head_dim * here for here in attends),
+        tuple(heads * head_dim * attending for attending in here),
+        tuple(2 * kv_heads * head_dim * attending for attending in here),
         output.weight.numel() if output is not None else 0,
         0,
         total,

@@ -30,7 +30,7 @@ from foveate.reducers.common import into
 from foveate.signals import Noise, Signal, View, content_keys
 from foveate.sites import BeforeLM, Cut, InEncoder, Site
 from foveate.tokens import PLACE, Kind, Layout, TokenMap
-from foveate.towers import TOWER_SIGNALS, blocks, prefix_of, values_of
+from foveate.towers import TOWER_SIGNALS, Extras, blocks, extras_of, values_of
 
 NOT_ASKED = "the vision tower does not see the question; act in the language model or in front of it"
 Acting = dict[int, list[tuple[Reducer, int]]]
@@ -84,7 +84,10 @@ class Encoder:
     def __init__(self, tower: nn.Module, acting: Acting, needs: Sequence[Signal], shortcuts: bool) -> None:
         self.tower, self.acting, self.needs, self._shortcuts = tower, acting, list(needs), shortcuts
         self.layers = blocks(tower)
-        self.cls, self.prefix = prefix_of(tower)
+        extras = extras_of(tower)
+        self.cls, self.prefix = extras.cls, extras.number
+        if extras.behind:
+            raise NotApplicable(Reason.NOT_BY_PATCH, f"{type(tower).__name__} has its [CLS] token behind its patches; act before the LM")
         depth = len(self.layers)
         for block in acting:
             if not 0 <= block < depth:
@@ -195,7 +198,7 @@ class Encoder:
         signals: dict[Signal, Any] = {}
         for signal in self.needs:
             if isinstance(signal, TOWER_SIGNALS) and signal.layer % len(self.layers) == index - 1:
-                values = torch.stack(values_of(signal, self._probes[index - 1].attention(), self.cls, 0))
+                values = torch.stack(values_of(signal, self._probes[index - 1].attention(), Extras(self.cls)))
                 signals[signal] = values if call.here is None else call.here.apply(values)
         keys = None
         if call.pixels is not None and any(isinstance(signal, Noise) for signal in self.needs):

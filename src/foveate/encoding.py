@@ -18,7 +18,7 @@ from foveate.hooks import Hook
 from foveate.live import Live
 from foveate.places import Described, Encoding, places
 from foveate.signals import Noise, Signal, content_keys
-from foveate.towers import TOWER_SIGNALS, TowerProbes, prefix_of
+from foveate.towers import TOWER_SIGNALS, Extras, TowerProbes, extras_of
 from foveate.watched import Watched
 
 MODALITIES = ("image", "video")
@@ -69,12 +69,13 @@ class Item(Described):
 
 
 class _Call(Live):
-    """The call under way: how many crops each call of the tower had, and what was packed."""
+    """The call under way: how many crops each call of the tower had and tokens each crop, what was packed, and what pooling has left."""
 
     def __init__(self) -> None:
         self.under_way = False
-        self.crops: list[int] = []
+        self.crops: list[tuple[int, int]] = []
         self.packing: dict[str, Any] | None = None
+        self.pooled: int | None = None
 
 
 class Encodings:
@@ -92,13 +93,15 @@ class Encodings:
         towers = {modality: anatomy.tower_of(modality) for modality in MODALITIES} if tower or anatomy.has_tower else {}
         made = {of: TowerProbes(of, tower) for of in set(towers.values())} if tower else {}
         self.probes = {modality: made[of] for modality, of in towers.items()} if tower else {}
-        self._has_cls = {modality: prefix_of(of)[0] for modality, of in towers.items()}
+        self._extras = {modality: extras_of(of) for modality, of in towers.items()}
         self.keyed = any(isinstance(signal, Noise) for signal in needs)
         self._call = _Call()
         core: Any = anatomy.core
         watched = {f"get_{modality}_features": self._encode for modality in MODALITIES if hasattr(core, f"get_{modality}_features")}
         if hasattr(core, "pack_image_features"):
             watched["pack_image_features"] = self._packed
+        if hasattr(core, "apply_pooling"):
+            watched["apply_pooling"] = self._pooled
         self._watched = [Watched(core, name, note) for name, note in watched.items()]
         self._hooks = [of.register_forward_hook(Hook(self._after_tower)) for of in set(towers.values())]
 
@@ -114,17 +117,23 @@ class Encodings:
 
     def _after_tower(self, module: Any, args: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-        self._call.crops.append(int(states.shape[0]) if isinstance(states, Tensor) and states.ndim > 2 else 0)
+        crops = int(states.shape[0]) if isinstance(states, Tensor) and states.ndim > 2 else 0
+        self._call.crops.append((crops, int(states.shape[1]) if isinstance(states, Tensor) and states.ndim == 3 else 0))
 
     def _packed(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._call.packing = watched.given(args, kwargs)
         return watched.method(*args, **kwargs)
 
+    def _pooled(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = watched.method(*args, **kwargs)
+        self._call.pooled = int(result.shape[1])
+        return result
+
     def _encode(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self._call
         if now.under_way:  # one of the two may call the other
             return watched.method(*args, **kwargs)
-        now.crops, now.packing, now.under_way = [], None, True
+        now.crops, now.packing, now.pooled, now.under_way = [], None, None, True
         for encoder in self._encoders.values():
             encoder.take()  # of calls that came from elsewhere
         try:
@@ -136,9 +145,10 @@ class Encodings:
         encoder = self._encoders.get(modality)
         cuts = encoder.take() if encoder is not None else []
         merged = encoder.groups(cuts) if encoder is not None else None
-        seen = Encoding(self.anatomy, modality, features, given, now.crops, now.packing, self._has_cls.get(modality, False))
+        extras = self._extras.get(modality, Extras())
+        seen = Encoding(self.anatomy, modality, features, given, now.crops, now.packing, now.pooled, extras)
         described = seen.described(keyed=self.keyed, probes=self.probes.get(modality), merged=merged)
-        now.crops, now.packing = [], None
+        now.crops, now.packing, now.pooled = [], None, None
         items = [Item(item.key, item.kind, item.place, item.values, call, tuple(cuts)) for item in described]
         self._sink(modality, items, features)
         return outputs

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
 
 from foveate.anatomy import Anatomy
 from foveate.counting import scoring
@@ -21,7 +22,7 @@ from foveate.encoder import GROUPS, check_groups
 from foveate.errors import NotApplicable, Reason
 from foveate.signals import Signal, content_keys
 from foveate.tokens import PLACE, Kind
-from foveate.towers import TowerProbes, carry
+from foveate.towers import Extras, TowerProbes, carry
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,20 @@ class Encoding:
 
     features  (L, D) of each item
     given     the call's arguments by name
-    crops     how many crops each call of the tower had meanwhile, 0 where it does not say
+    crops     of each call of the tower meanwhile, how many crops it had and how many tokens each of them, 0 where it does not say
     packing   the arguments of the model's own packing, if it was called
-    cls       whether the tower has a [CLS] token
+    pooled    how many tokens the model's own pooling has left of each frame, if it was called
+    extras    the tokens that the tower has beside its patches
     """
 
     anatomy: Anatomy
     modality: str
     features: list[Tensor]
     given: dict[str, Any]
-    crops: list[int]
+    crops: list[tuple[int, int]]
     packing: dict[str, Any] | None
-    cls: bool
+    pooled: int | None
+    extras: Extras
 
     def described(self, *, keyed: bool, probes: TowerProbes | None, merged: Sequence[Tensor] | None) -> list[Described]:
         """Its items one by one.
@@ -70,10 +73,10 @@ class Encoding:
         if self.packing is not None and self.modality == "image":
             crops = [int(f.shape[0]) for f in self.packing["image_features"]]
             inner = [int(f.shape[1]) for f in self.packing["image_features"] for _ in range(f.shape[0])]
-            where = [places(length, cls=self._cls(length), device=self._device) for length in inner]
+            where = [places(length, before=self._before(length), device=self._device) for length in inner]
             found = self._repacked(crops, where, self._tower_values(where, probes, merged))
         else:
-            where = self._places()
+            where = [self._told_apart(kind, place, f) for (kind, place), f in zip(self._places(), self.features, strict=True)]
             said = self._tower_values(where, probes, merged)
             found = [(kind, place, {signal: values[i] for signal, values in said.items()}) for i, (kind, place) in enumerate(where)]
         items = [Described(key, kind, place, values) for key, (kind, place, values) in zip(keys, found, strict=True)]
@@ -108,49 +111,111 @@ class Encoding:
 
     # ---- places
 
-    def _cls(self, length: int) -> bool:
-        """Whether a crop's first token is the tower's [CLS]: one more than a square, and the tower has one."""
-        return self.cls and math.isqrt(length) ** 2 != length and math.isqrt(length - 1) ** 2 == length - 1
+    def _places(self) -> list[tuple[Tensor, Tensor]]:
+        lengths = [int(f.shape[0]) for f in self.features]
+        device, grids, pixels = self._device, self._grids, self._pixels
+        if grids is not None and len(grids) == len(lengths):
+            return [self._in_grid(i, n, grid) for i, (n, grid) in enumerate(zip(lengths, grids.tolist(), strict=True))]
+        if self._boxes is not None:
+            return [over_boxes(self._boxes[0], device) for _ in lengths]
+        positions = self.given.get(f"{self.modality}_position_ids")
+        if positions is not None:
+            return self._by_positions(lengths, positions)
+        if self.modality == "video" and pixels is not None and pixels.ndim == 5:
+            return self._by_frames(lengths, pixels)
+        sizes = next((self.given[name] for name in ("spatial_shapes", "image_sizes") if self.given.get(name) is not None), None)
+        if sizes is not None and len(sizes) == len(lengths):
+            return [places(n, shape=self._cells(n, int(s[0]), int(s[1])), device=device) for n, s in zip(lengths, sizes, strict=True)]
+        total, crops = sum(lengths), sum(count for count, _ in self.crops)
+        each = total // crops if crops and total % crops == 0 else 0
+        shape = None if pixels is None or pixels.ndim < 4 else (int(pixels.shape[-2]), int(pixels.shape[-1]))
+        raster = shape is not None and not self.anatomy.resampled
+        if each and all(n % each == 0 for n in lengths):
+            before = self._before(each)
+            return [places(n, crops=n // each, shape=shape, before=before, raster=raster, device=device) for n in lengths]
+        return [places(n, shape=shape, raster=raster, device=device) for n in lengths]
+
+    def _before(self, each: int) -> tuple[Kind, ...]:
+        """What of the tower's own tokens ([CLS], registers) stands before a crop's patches, if the crop has `each` tokens: the bridge has
+        dropped the first of them, or all, or none, where there are no more tokens than that fewer than the tower gave."""
+        kinds = () if self.extras.behind else (Kind.CLS,) * self.extras.cls + (Kind.REGISTER,) * (self.extras.number - self.extras.cls)
+        dropped = {tokens - each for _, tokens in self.crops}
+        if self.anatomy.resampled or len(dropped) != 1:
+            return ()
+        number = dropped.pop()
+        return kinds[number:] if number >= 0 else ()
+
+    def _told_apart(self, kind: Tensor, place: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with the rows that are the model's own newline or separator named so, where none was expected: a model with a way of its
+        own to put them in. Nothing is known then of the raster of the others."""
+        core = self.anatomy.core.named_parameters(recurse=False)
+        marks = [p.to(features) for name, p in core if name.endswith(("newline", "separator")) and p.shape == features.shape[1:]]
+        if not marks or features.is_meta:
+            return kind, place
+        mark = torch.stack([(features == p).all(-1) for p in marks]).any(0)
+        if not bool((mark & (kind != Kind.NEWLINE)).any()):
+            return kind, place
+        return torch.where(mark, int(Kind.NEWLINE), int(Kind.PATCH)), torch.full_like(place, -1)
 
     def _side(self, item: int) -> int | None:
         """Sides of the block of patches that becomes one token of an item."""
         sizes = next((v for name, v in self.given.items() if name.endswith("merge_sizes") and v is not None), None)
         return self.anatomy.merge if sizes is None else int(sizes[item])
 
-    def _places(self) -> list[tuple[Tensor, Tensor]]:
-        lengths = [int(f.shape[0]) for f in self.features]
-        device, grids, pixels = self._device, self._grids, self._pixels
-        if grids is not None and len(grids) == len(lengths):
-            found = []
-            for i, (length, (t, h, w)) in enumerate(zip(lengths, grids.tolist(), strict=True)):
-                side = self._side(i) or max(1, math.isqrt(t * h * w // max(1, length)))
-                each = h * w // side**2
-                whole = (
-                    each > 0 and length % each == 0 and t % (length // each) == 0
-                )  # frames may be merged as well; newlines may be among them
-                frames = length // each if whole else 1
-                found.append(places(length, frames=frames, shape=(h, w), raster=whole, device=device))
-            return found
-        if self._boxes is not None:
-            return [over_boxes(self._boxes[0], device) for _ in lengths]
-        if self.modality == "video" and pixels is not None and pixels.ndim == 5:
-            frames = pixels.shape[1]
-            if len(lengths) == pixels.shape[0] * frames:  # an item is a frame
-                found = [places(n, cls=self._cls(n), device=device) for n in lengths]
-                for i, (_, place) in enumerate(found):
-                    place[:, 1] = i % frames
-                return found
-            return [places(n, frames=frames, newline=n % frames == 1, cls=self._cls(n // frames), device=device) for n in lengths]
-        sizes = self.given.get("spatial_shapes", self.given.get("image_sizes"))
-        if sizes is not None and len(sizes) == len(lengths):
-            return [places(n, shape=(int(s[0]), int(s[1])), device=device) for n, s in zip(lengths, sizes, strict=True)]
-        if self.anatomy.resampled:
-            return [places(n, raster=False, device=device) for n in lengths]
-        total, crops = sum(lengths), sum(self.crops)
-        each = total // crops if crops and total % crops == 0 else 0
-        if each and all(n % each == 0 for n in lengths):
-            return [places(n, crops=n // each, cls=self._cls(each), device=device) for n in lengths]
-        return [places(n, device=device) for n in lengths]
+    def _in_grid(self, item: int, length: int, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Of an item whose patches are a grid (frames, rows, columns): frames may have been merged as well, or the tower adds marks."""
+        t, h, w = grid
+        side = self._side(item) or max(1, math.isqrt(t * h * w // max(1, length)))
+        rows, columns = h // side, w // side
+        frames, rest = divmod(length, rows * columns) if rows * columns else (0, 1)
+        if frames and not rest and t % frames == 0:
+            return places(length, frames=frames, shape=(rows, columns), device=self._device)
+        begin, newline, end = self.anatomy.marks
+        if length == begin + rows * (columns + newline) + end:
+            return marked((rows, columns), begin, newline, end, self._device)
+        return places(length, raster=False, device=self._device)
+
+    def _by_positions(self, lengths: list[int], positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """By the column and row (crops or frames, patches, 2) of each patch, -1 where there is none; square blocks of them are pooled."""
+        side = int(getattr(self.anatomy.core.config.vision_config, "pooling_kernel_size", 1))  # type: ignore[union-attr]
+        given = self.given.get("num_frames_per_video")
+        frames = [1] * len(lengths) if given is None else [int(n) for n in given]
+        found, start = [], 0
+        for length, count in zip(lengths, frames, strict=True):
+            columns, rows = ((positions[start].amax(0) + 1) // side).tolist()
+            known = length == rows * columns * count
+            found.append(places(length, frames=count if known else 1, shape=(rows, columns), raster=known, device=self._device))
+            start += count
+        return found
+
+    def _by_frames(self, lengths: list[int], pixels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of videos (videos, frames, channels, height, width): an item is a video, perhaps with a newline at its end, or a frame."""
+        total, shape = pixels.shape[0] * pixels.shape[1], (int(pixels.shape[-2]), int(pixels.shape[-1]))
+        frames = total // len(lengths)
+        found = []
+        for i, length in enumerate(lengths):
+            each = length // frames if self.pooled is None else self.pooled
+            newline = length - frames * each == 1
+            known = length == frames * each + newline
+            before, raster = self._before(each), known and not self.anatomy.resampled
+            kind, place = places(
+                length, frames=frames if known else 1, shape=shape, before=before, newline=newline, raster=raster, device=self._device
+            )
+            if len(lengths) == total > pixels.shape[0]:
+                place[:, 1] = i % pixels.shape[1]
+            found.append((kind, place))
+        return found
+
+    def _cells(self, length: int, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of an item's tokens, from its size in pixels, or in patches where the model counts so; a size of the same
+        proportions where that many tokens do not fit into it."""
+        config: Any = self.anatomy.core.config
+        step = getattr(config, "downsample_factor", 1)
+        if self.given.get("spatial_shapes") is None:
+            patch = getattr(config.vision_config, "patch_size", 1)
+            step = (patch if isinstance(patch, int) else 1) * (getattr(config, "spatial_merge_size", None) or self.anatomy.merge or 1)
+        rows, columns = height // step, width // step
+        return (rows, columns) if rows * columns == length else (height, width)
 
     # ---- what the tower says
 
@@ -162,7 +227,12 @@ class Encoding:
             return found
         grids = self._grids
         order = self.anatomy.window_order(grids)
-        side = self._side(0) if grids is not None else None
+        sides = {self._side(i) for i in range(len(grids))} if grids is not None else set()
+        if len(sides) > 1:
+            raise NotApplicable(
+                Reason.UNKNOWN_PATCHES, "images of one call whose tokens are made of more and of fewer patches: encode them apart"
+            )
+        side = next(iter(sides), None)
         grouped = side is not None and (self.anatomy.grouped or any(name.endswith("merge_sizes") for name in self.given))
         with scoring():
             said = probes.read(int(grids[:, 0].sum()) if grids is not None else None)
@@ -193,11 +263,10 @@ class Encoding:
         Crop 0 is the whole picture, the others its tiles; these have their rows and columns in the mosaic."""
         starts = [sum(crops[:i]) for i in range(len(crops))]
         tiles = [where[start : start + count] for start, count in zip(starts, crops, strict=True)]
-        numbers = [torch.stack([torch.full((len(kind), 1), float(t)) for t, (kind, _) in enumerate(of)]) for of in tiles]
+        mosaics = [self._mosaic(i, count - 1) for i, count in enumerate(crops)]
         device = where[0][0].device
-        wide = [_tiles_in_a_row(item, len(of[0][0])) for item, of in zip(self._pack([n.to(device) for n in numbers]), tiles, strict=True)]
         channels = []
-        for of, columns in zip(tiles, wide, strict=True):
+        for of, columns in zip(tiles, mosaics, strict=True):
             stacked = []
             for t, (kind, place) in enumerate(of):
                 cell = place[:, 2:].double()
@@ -210,7 +279,7 @@ class Encoding:
             for signal, said in values.items()
         }
         described = []
-        for i, (item, of, columns) in enumerate(zip(self._pack(channels), tiles, wide, strict=True)):
+        for i, (item, of, columns) in enumerate(zip(self._pack(channels), tiles, mosaics, strict=True)):
             newline = item.isnan().any(-1)
             whole = torch.where(newline[:, None], -1.0, item)
             kind = torch.where(newline, int(Kind.NEWLINE), whole[:, 0].round().to(torch.int64))
@@ -222,6 +291,16 @@ class Encoding:
             scored = {signal: torch.where(newline.view(-1, *[1] * (v[i].ndim - 1)), 0.0, v[i]) for signal, v in scores.items()}
             described.append((kind, torch.stack([crop, torch.full_like(crop, -1), row, column], 1), scored))
         return described
+
+    def _mosaic(self, item: int, tiles: int) -> int:
+        """How many tiles stand side by side, as the model lays them out; 0 where there are none, or it does so in a way of its own."""
+        config: Any = self.anatomy.core.config
+        if self.packing is None or not tiles or not hasattr(config, "image_grid_pinpoints"):
+            return 0
+        size = [int(side) for side in self.packing["image_sizes"][item]]
+        height, width = select_best_resolution(size, config.image_grid_pinpoints)
+        rows, columns = height // config.vision_config.image_size, width // config.vision_config.image_size
+        return columns if rows * columns == tiles else 0
 
     def _packed_scores(self, said: list[list[Tensor]]) -> list[Tensor]:
         """From what was said of each image's tiles, (l,) or (l, h) each, to what that says of its tokens; NaN where a newline is."""
@@ -240,13 +319,6 @@ class Encoding:
         return list(result[0] if isinstance(result, tuple) else result)
 
 
-def _tiles_in_a_row(item: Tensor, base: int) -> int:
-    """Of a packed image, given as the numbers of its tiles: how many stand side by side; 0 where no newline tells."""
-    mosaic = item[base:, 0]
-    ends = mosaic.isnan().nonzero()
-    return int(mosaic[: int(ends[0])].round().unique().numel()) if len(ends) and int(ends[0]) else 0
-
-
 def _size(place: Tensor) -> Tensor:
     """Rows and columns of a crop."""
     return place[:, 2:].amax(0) + 1
@@ -258,16 +330,17 @@ def places(
     crops: int = 1,
     frames: int = 1,
     shape: tuple[int, int] | None = None,
-    cls: bool = False,
+    before: Sequence[Kind] = (),
     newline: bool = False,
     raster: bool = True,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(L,) kinds and (L, 4) places of an item's tokens: `crops` tiles or `frames` one behind the other, each a raster of the proportions of
-    `shape` (rows, columns; a square without it), each behind a [CLS] token with `cls`; one newline token at the very end with `newline`;
-    without `raster` nothing is said of rows and columns."""
+    `shape` (rows, columns; a square without it), each behind tokens of the kinds `before`; one newline token at the very end with
+    `newline`; without `raster` nothing is said of rows and columns."""
     parts = max(1, crops * frames)
     each = (length - newline) // parts
+    first = len(before)
     kind = torch.full((length,), int(Kind.PATCH), dtype=torch.int64, device=device)
     place = torch.full((length, len(PLACE) - 1), -1, dtype=torch.int64, device=device)
     index = torch.arange(each * parts, device=device)
@@ -276,14 +349,26 @@ def places(
         place[: len(index), 0] = part
     if frames > 1:
         place[: len(index), 1] = part
-    columns = _columns(each - cls, shape) if raster else 0
+    columns = _columns(each - first, shape) if raster else 0
     if columns:
-        place[: len(index), 2] = torch.where(rank >= cls, (rank - int(cls)) // columns, -1)
-        place[: len(index), 3] = torch.where(rank >= cls, (rank - int(cls)) % columns, -1)
-    if cls:
-        kind[: len(index)] = torch.where(rank == 0, int(Kind.CLS), kind[: len(index)])
+        place[: len(index), 2] = torch.where(rank >= first, (rank - first) // columns, -1)
+        place[: len(index), 3] = torch.where(rank >= first, (rank - first) % columns, -1)
+    for i, own in enumerate(before):
+        kind[: len(index)] = torch.where(rank == i, int(own), kind[: len(index)])
     if newline:
         kind[-1] = int(Kind.NEWLINE)
+    return kind, place
+
+
+def marked(shape: tuple[int, int], begin: bool, newline: bool, end: bool, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Kinds and places of a raster of (rows, columns) with a newline behind every row, and a mark at either end; marks are newlines too."""
+    rows, columns = shape
+    raster = torch.nn.functional.pad(torch.arange(rows * columns, device=device).view(rows, columns), (0, int(newline)), value=-1)
+    rank = torch.nn.functional.pad(raster.flatten(), (int(begin), int(end)), value=-1)
+    kind = torch.where(rank >= 0, int(Kind.PATCH), int(Kind.NEWLINE))
+    place = torch.full((len(rank), len(PLACE) - 1), -1, dtype=torch.int64, device=device)
+    place[:, 2] = torch.where(rank >= 0, rank // columns, -1)
+    place[:, 3] = torch.where(rank >= 0, rank % columns, -1)
     return kind, place
 
 
@@ -302,8 +387,6 @@ def _columns(length: int, shape: tuple[int, int] | None) -> int:
     """Columns of a raster of `length` tokens with the proportions of `shape`; 0 if there is none."""
     if length < 1:
         return 0
-    if shape is None:
-        side = math.isqrt(length)
-        return side if side * side == length else 0
-    columns = round(math.sqrt(length * shape[1] / shape[0]))
-    return columns if columns and length % columns == 0 else 0
+    rows, columns = shape or (1, 1)
+    high, wide = round(math.sqrt(length * rows / columns)), round(math.sqrt(length * columns / rows))
+    return wide if high * wide == length else 0

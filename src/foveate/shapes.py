@@ -27,7 +27,7 @@ from foveate.encoding import Encoded, Encodings, Item
 from foveate.signals import Signal, TowerKeys
 from foveate.sizes import ImageSize
 from foveate.tokens import Kind
-from foveate.towers import blocks, prefix_of
+from foveate.towers import blocks, extras_of
 
 _aten = torch.ops.aten
 _models: dict[str, nn.Module] = {}
@@ -107,7 +107,7 @@ class _Arriving:
 
     def __init__(self, tower: nn.Module) -> None:
         self.crops: list[tuple[int, int, int]] = []
-        self._prefix = prefix_of(tower)[1]
+        self._prefix = extras_of(tower).number
         self.hook = blocks(tower)[0].register_forward_pre_hook(self._note, with_kwargs=True)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

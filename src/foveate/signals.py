@@ -89,7 +89,8 @@ class AttentionRows:
             the last key, else every query sees every key
 
     Rows and columns are those of the layer, or, with `slots`, those of the slots that are left of them (`of_slots`): the softmax was over
-    all keys, and stays so.
+    all keys, and stays so. Under tensor parallelism the heads here are this rank's own, and `group` are the ranks that share the others
+    out: what is said of all heads (`mean`, `row`, `received`, `keys`) is asked of all of them, so every rank must ask.
     """
 
     query: Tensor
@@ -104,6 +105,7 @@ class AttentionRows:
     valid: Tensor | None = None  # (B, <= K) bool: keys that are no padding; what lies beyond its width is no key at all
     window: int | None = None  # keys, the query's own among them, that a row reaches back to
     samples: Tensor | None = None  # (B or 1, N) int64: rows of one packed sample do not see another's keys
+    group: Any = None  # a torch.distributed.ProcessGroup
 
     @classmethod
     def of(cls, weights_BHNK: Tensor) -> AttentionRows:
@@ -112,7 +114,7 @@ class AttentionRows:
         return cls(empty, empty, 1.0, weights=weights_BHNK.to(torch.float32))
 
     def rows(self, index_BR: Tensor) -> Tensor:
-        """(B, H, R, K) attention of the rows `index_BR` (int64)."""
+        """(B, H, R, K) attention of the rows `index_BR` (int64), head by head: `mean` makes one of them."""
         if self.slots is None:
             return self._rows(index_BR)
         found = self._rows(self.slots.gather(1, index_BR))
@@ -162,16 +164,34 @@ class AttentionRows:
         """The same in terms of the slots that `here` leaves of the layer's queries, whose keys begin at number `start`."""
         return replace(self, slots=here.representative.clamp(min=0), start=start)
 
+    def mean(self, heads_BH: Tensor) -> Tensor:
+        """(B, ...) mean over all heads of (B, H, ...), what was found for each head that is here."""
+        own = heads_BH.mean(1)
+        if self.group is None:
+            return own
+        own = own.contiguous()
+        torch.distributed.all_reduce(own, group=self.group)
+        return own / self.group.size()
+
+    def keys(self) -> Tensor:
+        """(B, K, G * h) float32 keys, all heads side by side."""
+        own = self.key.to(torch.float32).transpose(1, 2).flatten(2).contiguous()
+        if self.group is None:
+            return own
+        parts = [torch.empty_like(own) for _ in range(self.group.size())]
+        torch.distributed.all_gather(parts, own, group=self.group)
+        return torch.cat(parts, 2)
+
     def row(self, index_B: Tensor) -> Tensor:
         """(B, K) attention of one row a sample, mean over heads."""
-        return self.rows(index_B[:, None])[:, :, 0].mean(1)
+        return self.mean(self.rows(index_B[:, None])[:, :, 0])
 
     def received(self, rows_BN: Tensor) -> Tensor:
         """(B, K) attention received from the rows where `rows_BN` (bool) is True, mean over heads and over those rows; 0 without any."""
         B = rows_BN.shape[0]
         total: Tensor | None = None
         for index in _blocks(rows_BN):
-            part = self.rows(index.clamp(min=0)).mean(1) * (index >= 0)[..., None]
+            part = self.mean(self.rows(index.clamp(min=0))) * (index >= 0)[..., None]
             total = part.sum(1) if total is None else total + part.sum(1)
         if total is None:
             keys = self.slots if self.slots is not None else self.key[0, 0] if self.weights is None else self.weights[0, 0].T

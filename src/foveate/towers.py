@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from foveate.anatomy import attends
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.hooks import Hook
 from foveate.probes import LayerProbe
@@ -26,18 +27,25 @@ TOWER_SIGNALS = (ClsAttention, ReceivedAttention, TowerKeys)
 
 def blocks(tower: nn.Module) -> nn.ModuleList:
     """The tower's attention blocks. FoveateError for a tower without any (convolutions)."""
-    lists = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) and any(_attends(x) for x in m[0].modules())]
-    if not lists:
+    found = _longest(tower)
+    if found is None:
         name = type(tower).__name__
         raise NotApplicable(
             Reason.NO_TOWER_ATTENTION,
             f"{name} has no attention that can be read (convolutions, or blocks that are not of transformers); use another method",
         )
-    return max(lists, key=len)
+    layers: nn.ModuleList = tower.get_submodule(found)  # type: ignore[assignment]
+    return layers
 
 
-def _attends(module: nn.Module) -> bool:
-    return hasattr(module, "config") and "attention" in type(module).__name__.lower()
+def _longest(tower: nn.Module) -> str | None:
+    """The name of the tower's longest list of blocks that attend."""
+    lists = {
+        name: len(module)
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and attends(module[0])
+    }
+    return max(lists, key=lists.__getitem__) if lists else None
 
 
 class TowerProbes:
@@ -45,7 +53,7 @@ class TowerProbes:
 
     def __init__(self, tower: nn.Module, signals: Sequence[Signal]) -> None:
         layers = blocks(tower)
-        self._prefix = prefix_of(tower)
+        self._extras = extras_of(tower)
         self.signals = list(signals)
         self._probes: dict[int, LayerProbe] = {}
         for signal in self.signals:
@@ -65,7 +73,7 @@ class TowerProbes:
         crops: dict[Signal, list[Tensor]] = {}
         for signal in self.signals:
             probe = self._probes[signal.layer % self._depth]  # type: ignore[attr-defined]
-            crops[signal] = [values for call in probe.calls for values in values_of(signal, call, *self._prefix)]
+            crops[signal] = [values for call in probe.calls for values in values_of(signal, call, self._extras)]
             seen = len(crops[signal])
             if not seen or (segments is not None and seen != segments):
                 how = f"attends within windows ({seen} of them in {segments} images or frames)" if seen else "has no attention to read"
@@ -86,24 +94,52 @@ def _arm(probe: LayerProbe, *_: Any) -> None:
     probe.arm()
 
 
-def values_of(signal: Signal, call: AttentionRows, cls: bool, prefix: int) -> list[Tensor]:
+def values_of(signal: Signal, call: AttentionRows, extras: Extras) -> list[Tensor]:
     """One tensor a crop: a value for each patch."""
     b, n = call.query.shape[0], call.query.shape[2]
     if isinstance(signal, TowerKeys):
-        values = call.key.float().mean(1)
-    elif isinstance(signal, ClsAttention) and cls:
-        values = replace(call, causal=False).row(torch.zeros(b, dtype=torch.int64, device=call.query.device))
+        values = call.mean(call.key.to(torch.float32))
+    elif isinstance(signal, ClsAttention) and extras.cls:
+        values = replace(call, causal=False).row(torch.full((b,), n - 1 if extras.behind else 0, device=call.query.device))
     else:
         values = replace(call, causal=False).received(torch.ones((b, n), dtype=torch.bool, device=call.query.device))
-    return list(values[:, prefix:])
+    return list(extras.patches(values))
 
 
-def prefix_of(tower: nn.Module) -> tuple[bool, int]:
-    """Whether a tower has a [CLS] token, and how many tokens stand before the patches ([CLS] and registers)."""
-    named = {name.rpartition(".")[2]: p for name, p in tower.named_parameters()}
-    cls = any(name in named for name in ("class_embedding", "cls_token", "class_token"))
-    registers = next((p.shape[-2] for name, p in named.items() if "register_token" in name), 0)
-    return cls, int(cls) + registers
+class Extras(NamedTuple):
+    """The tokens that a tower has beside its patches.
+
+    cls     whether the first of them (the only one, `behind`) is a [CLS] token
+    number  how many there are, registers among them
+    behind  whether they stand behind the patches, rather than before them
+    """
+
+    cls: bool = False
+    number: int = 0
+    behind: bool = False
+
+    def patches(self, values: Tensor) -> Tensor:
+        """(C, P, ...) of (C, n, ...), what was said of all tokens."""
+        start = 0 if self.behind else self.number
+        return values[:, start : start + values.shape[1] - self.number]
+
+
+def extras_of(tower: nn.Module) -> Extras:
+    """The [CLS] token and registers of a tower, by the names of its parameters. Those that it has behind its blocks belong to a head,
+    which pools its patches, and never enter the sequence."""
+    within = _longest(tower)
+    cls, registers, behind = 0, 0, False
+    for name, parameter in tower.named_parameters():
+        if within is not None and name.startswith(f"{within}."):
+            break
+        own = name.rpartition(".")[2]
+        count = parameter.shape[-2] if parameter.ndim > 1 else 1
+        if own in ("class_embedding", "cls_token", "class_token"):
+            cls = count
+        elif "register_token" in own or own == "reg_token":
+            registers = count
+        behind |= own == "positional_embedding_vlm"  # the layout of Llama 4
+    return Extras(cls > 0, cls + registers, behind)
 
 
 Boxes = Sequence[tuple[int, int, int, int]]

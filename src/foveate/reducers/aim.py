@@ -105,7 +105,7 @@ class AIM(Reducer):
 
         def score(question: Question) -> Tensor:
             walked = walk(attention, question.prompt, walks=self.walks, temperature=self.temperature)
-            return walked.square().mean(1).sqrt()
+            return attention.mean(walked.square()).sqrt()
 
         return Cut(TokenMap.keep(layout, top(layout, asked(self.name, view, score), share, original_BN=self._merged(view))))
 

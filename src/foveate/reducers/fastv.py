@@ -79,7 +79,7 @@ def _from_others(attention: AttentionRows, question: Question) -> Tensor:
     slots = torch.arange(N, device=prompt.device)
     total = torch.zeros((B, N), device=prompt.device)
     for index in slots.split(BLOCK):
-        part = attention.rows(index.expand(B, -1)).mean(1)
+        part = attention.mean(attention.rows(index.expand(B, -1)))
         asks = prompt[:, index, None] & (index[:, None] != slots)  # not of itself
         total += torch.where(asks, part, 0.0).sum(1)
     return total / (prompt.sum(1, keepdim=True) - 1).clamp(min=1)
