@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
 from foveate.data.chat import Renderer, Tokenised, Turns
 from foveate.data.conversations import Conversation
 from foveate.errors import FoveateError
+from foveate.model.processing import FoveateProcessor
 
 IGNORED = -100
 SPECIAL = 4  # tokens that a tokenizer may add to a text
@@ -97,7 +99,7 @@ def told(cut: Sequence[Cut], name: str, samples: int, max_length: int) -> str:
 
 
 class Collator:
-    """Samples -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of all images, flat.
+    """Samples of a Foveate model -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of all images, flat.
 
     Supervised (every label that is not -100) are the answers and their end tokens. A sample longer than `max_length` tokens loses its
     end; FoveateError if an image or all of its answers would be lost with it. `remember`: keep the tokens of every sample in memory, for
@@ -105,6 +107,8 @@ class Collator:
     """
 
     def __init__(self, processor: Any, max_length: int, remember: bool = False) -> None:
+        if isinstance(processor, ProcessorMixin) and not isinstance(processor, FoveateProcessor):
+            raise FoveateError(f"{type(processor).__name__} says itself what stands for an image: use foveate.data.library.LibraryCollator")
         self.renderer = Renderer(processor)
         self.image_processor = processor.image_processor
         self.per_image = image_tokens(processor)

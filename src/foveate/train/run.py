@@ -35,7 +35,7 @@ from foveate.data.collate import Collator, Cut, Fit, image_tokens, told
 from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
 from foveate.data.library import LibraryCollator, image_length
 from foveate.errors import FoveateError
-from foveate.model.assembly import from_backbones
+from foveate.model.assembly import from_backbones, savable
 from foveate.model.configuration import FoveateConfig
 from foveate.model.processing import FoveateProcessor, default_template
 from foveate.reducers import parse, save_reducers
@@ -291,11 +291,16 @@ def save_end(model: Any, processor: Any) -> None:
     Base models often have another end of sequence. It stays an end in the configurations, after the new one; the tokenizer's becomes the
     new one, unless the template writes the old one by its name."""
     renderer = Renderer(processor)
-    held = [config for config in (model.config, model.config.get_text_config()) if hasattr(config, "eos_token_id")]
-    for holder in [*held, *([model.generation_config] if model.generation_config is not None else [])]:
+    if renderer.end_id is None:
+        return  # no sample can be written with such a template, which is said where they are checked
+    model.generation_config = savable(model.generation_config)
+    holders = [model.generation_config, model.config.get_text_config()]
+    if getattr(model.config, "eos_token_id", None) is not None:
+        holders.append(model.config)
+    for holder in holders:
         old = holder.eos_token_id
-        listed = [] if old is None else list(old) if isinstance(old, list | tuple) else [old]
-        if renderer.end_id not in listed and (listed or holder is model.generation_config or holder is held[-1]):
+        listed = list(old) if isinstance(old, list | tuple) else [] if old is None else [old]
+        if renderer.end_id not in listed:
             holder.eos_token_id = [renderer.end_id, *listed] if listed else renderer.end_id
     if not renderer.end and "eos_token" not in renderer.template:
         processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(renderer.end_id)
@@ -373,7 +378,7 @@ def run_stage(recipe: Recipe, index: int, data: Conversations, previous: Path | 
         trainer.totals = Totals(**json.loads((previous / "totals.json").read_text(encoding="utf-8")))
     trainer.run(checkpoint)
     if state.is_main_process:
-        report_notes(recipe, stage, data.source.name)
+        report_notes(recipe, stage, data.source.name, trainer.stage.steps * stage.batch_size)
     finish(recipe, index, previous, opened, trainer, folder)
     state.wait_for_everyone()
 
@@ -454,15 +459,15 @@ def notes(recipe: Recipe, stage: Stage) -> tuple[Path, Path]:
     return recipe.output / f"skipped-{stage.name}.txt", recipe.output / f"cut-{stage.name}.txt"
 
 
-def report_notes(recipe: Recipe, stage: Stage, name: str) -> None:
-    """What the notes of a finished stage come to."""
+def report_notes(recipe: Recipe, stage: Stage, name: str, read: int) -> None:
+    """What the notes of a finished stage, in which `read` samples were read, come to."""
     skipped, lost = notes(recipe, stage)
     if skipped.is_file():
         count = len(set(skipped.read_text(encoding="utf-8").splitlines()))
         log.warning("stage %s: %d samples turned out bad in training and were skipped (list: %s)", stage.name, count, skipped)
     if lost.is_file():
         rows = [Cut(*map(int, line.split())) for line in lost.read_text(encoding="utf-8").splitlines()]
-        log.warning("stage %s: %s", stage.name, told(rows, name, len(rows), stage.max_length))
+        log.warning("stage %s: as read, %s", stage.name, told(rows, name, read, stage.max_length))
 
 
 def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, trainer: FoveateTrainer, folder: Path) -> None:
