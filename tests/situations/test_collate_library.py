@@ -17,15 +17,16 @@ from foveate.data.conversations import Conversation
 from foveate.data.library import LibraryCollator, image_length
 from foveate.errors import FoveateError
 from foveate.train.run import main
-from tests.conformance.family import families, picture
 from tests.conformance.families.qwen2_vl import PIXELS
 from tests.conformance.families.qwen2_vl import words as qwen_words
+from tests.conformance.family import families, picture
 
 # Contents as lists of parts, with the family's own tokens around an image; the end of a turn is an end of sequence.
 TEMPLATE = (
     "{% for m in messages %}{{ 'which ' if m.role == 'user' else 'one ' }}{% for part in m.content %}"
     "{% if part.type == 'image' %}{{ 'MARK' }}{% else %}{{ part.text }}{% endif %}{% endfor %}"
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'one ' }}{% endif %}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'one ' }}{% endif %}"
 )
 SAMPLES = [
     ([("user", "<image>\nwhat is this"), ("assistant", "a red cat")], 1),

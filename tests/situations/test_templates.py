@@ -208,7 +208,7 @@ def test_bad_in_training_and_skipped(
 def test_bad_in_training_and_stopped(world: Conversations, shipped: Any, how: str, tmp_path: Path) -> None:
     loading = Loading(world, Collator(shipped, spoil(world, how)), "stop", tmp_path / "skipped.txt")
     assert len(loading([0, 2])["input_ids"]) == 2
-    with pytest.raises(FoveateError, match="s1.*set on_bad_sample: skip"):
+    with pytest.raises(FoveateError, match=r"s1.*set on_bad_sample: skip"):
         loading([0, 1])
     assert not (tmp_path / "skipped.txt").exists()
 

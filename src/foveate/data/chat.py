@@ -39,8 +39,8 @@ class Renderer:
 
     def __init__(self, processor: Any) -> None:
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        template = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
-        self.template: str = template.get("default") if isinstance(template, dict) else template
+        template: Any = getattr(processor, "chat_template", None) or self.tokenizer.chat_template
+        self.template: Any = template.get("default") if isinstance(template, dict) else template
         if not self.template:
             raise FoveateError("the processor has no chat template: set processor.chat_template, in a recipe model.chat_template")
         if not self.tokenizer.is_fast:
@@ -178,7 +178,8 @@ class Renderer:
 
     def _pieces(self, turns: Turns, which: int | None = None) -> list[str]:
         """What the template writes around the answers of `turns`, or around one of them: before, between, behind."""
-        signed, signs = [], []
+        signed: list[tuple[str, str]] = []
+        signs: list[str] = []
         for role, content in turns:
             if role == "assistant":
                 signs.append(_sign(len(signs)))

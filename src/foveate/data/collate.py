@@ -99,7 +99,8 @@ def told(cut: Sequence[Cut], name: str, samples: int, max_length: int) -> str:
 
 
 class Collator:
-    """Samples of a Foveate model -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of all images, flat.
+    """Samples of a Foveate model -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of
+    all images, flat.
 
     Supervised (every label that is not -100) are the answers and their end tokens. A sample longer than `max_length` tokens loses its
     end; FoveateError if an image or all of its answers would be lost with it. `remember`: keep the tokens of every sample in memory, for

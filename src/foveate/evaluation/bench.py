@@ -30,9 +30,9 @@ from foveate.cost import Ledger
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell, write_json
 from foveate.evaluation.run import answer, answering, load_model, progress_bar, prompts, shrunk, tell_cut_thoughts
-from foveate.inference import Broken
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import Sample, Task, load_task, open_image
+from foveate.inference import Broken
 from foveate.reducers import Reducer, parse, prepare, spell
 from foveate.report.runs import environment
 from foveate.world import resolve
