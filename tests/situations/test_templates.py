@@ -15,6 +15,7 @@ from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Fit, told
 from foveate.data.conversations import Conversations, find_bad
 from foveate.errors import FoveateError
+from foveate.train import files
 from foveate.train.loading import Loading
 from foveate.train.recipe import load_recipe
 from foveate.world import resolve
@@ -262,3 +263,16 @@ def test_the_older_name_of_the_policy(given: str, policy: str, tmp_path: Path, c
 def test_wrong_policies(given: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match=rf"recipe.yaml:6: stages.0.data.*{reason}"):
         load_recipe(written(tmp_path, data=given))
+
+
+def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    """Its record has the older name of the policy and no template."""
+    now = json.loads(load_recipe(written(tmp_path)).model_dump_json())
+    before = json.loads(json.dumps(now))
+    before["stages"][0]["data"]["on_bad_image"] = before["stages"][0]["data"].pop("on_bad_sample")
+    del before["model"]["chat_template"]
+    files.claim(tmp_path / "out", {"recipe": before})
+    files.compare(tmp_path / "out", {"recipe": now})
+    now["model"]["chat_template"] = templates.CHATML
+    with pytest.raises(FoveateError, match=r"model.chat_template: null before"):
+        files.compare(tmp_path / "out", {"recipe": now})

@@ -44,7 +44,7 @@ class Fit:
     """The check of a sample's text before training: whether the chat template can write it, and whether it can be cut to `max_length`
     without losing an image or all of its answers. `cut` says what samples that are only cut lose.
 
-    Every sample is written by the template, which takes a fraction of a millisecond; tokenised are only those whose text may be too long:
+    Every sample is written by the template, which takes about half a millisecond; tokenised are only those whose text may be too long:
     a token is at least one byte. `per_image`: visual tokens of an image, 0 where that depends on the image and is seen in training only.
     """
 
