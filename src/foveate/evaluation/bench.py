@@ -24,9 +24,9 @@ from PIL import Image
 from rich.console import Console
 from transformers.utils import cached_file
 
+from foveate.cost import Ledger
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
-from foveate.cost import Ledger
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell, write_json
 from foveate.evaluation.run import answer, answering, load_model, progress_bar, prompts, shrunk, tell_cut_thoughts

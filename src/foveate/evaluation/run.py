@@ -22,9 +22,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate import inference
-from foveate.engine.attach import attach
 from foveate.data import conversations
 from foveate.data.chat import Renderer
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
 from foveate.reducers import Reducer, load_reducers, parse, prepare, spell

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from foveate import inference
 from foveate.anatomy import read
-from foveate.engine.attach import attach
-from foveate.engine.run import Run
 from foveate.data import conversations
 from foveate.data.chat import Renderer
 from foveate.data.pictures import render, scene
+from foveate.engine.attach import attach
+from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.run import answering, load_image, load_model, model_inputs, prompts
 from foveate.reducers import METHODS, Reducer, parse, prepare

@@ -14,8 +14,8 @@ from transformers import GenerationConfig
 
 from foveate import inference
 from foveate.data.chat import Renderer
-from foveate.engine.run import Run
 from foveate.data.conversations import MARKER, UNREADABLE, load_image
+from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.run import model_inputs
 from foveate.reducers import Reducer, prepare
