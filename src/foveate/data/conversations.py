@@ -387,7 +387,7 @@ def refuse_or_skip(data: Conversations, bad: Sequence[Bad], policy: str, report:
     more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
     summary = f"{data.source.name}: {len(bad)} of {len(data.source)} samples cannot be trained on (full list: {report}):\n{first}{more}"
     if policy == "stop":
-        raise FoveateError(f"{summary}\nRepair them, or set on_bad_image: skip to train without them")
+        raise FoveateError(f"{summary}\nRepair them, or set on_bad_sample: skip to train without them")
     if report is not None:
         log.warning("skipped: %s", summary)
     data.skip(bad)

@@ -30,9 +30,10 @@ from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell, write_json
-from foveate.evaluation.run import Broken, answer, answering, load_model, progress_bar, prompts, shrunk
+from foveate.evaluation.run import answer, answering, load_model, progress_bar, prompts, shrunk, tell_cut_thoughts
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import Sample, Task, load_task
+from foveate.inference import Broken
 from foveate.reducers import Reducer, parse, prepare, spell
 from foveate.report.runs import environment
 from foveate.world import resolve
@@ -333,7 +334,7 @@ def answered(
 ) -> Cell:
     """`empty` with the answers under the reducers, inside of `answering(model)`. `tell` hears of each batch how many have been answered."""
     task, samples, n = asked.task, asked.task.samples, len(asked.task.samples)
-    said, tokens, ledgers = [""] * n, [], []
+    said, tokens, ledgers, cut = [""] * n, [], [], 0
     start = time.perf_counter()
     processor, before = shrunk(processor, reducers)
     with attach(model, reducers) as run:
@@ -347,9 +348,11 @@ def answered(
                 said[number] = text
             seen, ledger = _seen(run, answers.lengths, model.dtype.itemsize)
             tokens.append(seen)
+            cut += answers.cut
             ledgers.append(ledger)
             tell(len(batch))
     seconds = time.perf_counter() - start
+    tell_cut_thoughts(cut, n, task.max_new_tokens)
     scores = [float(task.metric.score(text, sample)) for text, sample in zip(said, samples, strict=True)]
     known = [ledger for ledger in ledgers if ledger is not None] if None not in ledgers else []
     return replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,11 +18,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from foveate import inference
 from foveate.data import conversations
-from foveate.data.collate import Renderer
+from foveate.data.chat import Renderer
 from foveate.data.conversations import check_text
 from foveate.data.pixels import open_image
 from foveate.data.rows import read_json
@@ -30,6 +32,8 @@ from foveate.errors import FoveateError, readable
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
 from foveate.reducers import Reducer, load_reducers, parse, prepare, spell
 from foveate.reducers.base import SAVED_NAME
+
+log = logging.getLogger(__name__)
 
 GREY = (127, 127, 127)
 WORLD = (
@@ -178,28 +182,16 @@ def load_model(name: str | Path, device: str | None = None, **options: Any) -> t
     return model, processor
 
 
-class Broken(FoveateError):
-    """What is wrong with the model or the data, whatever the reducers are."""
-
-
-class _Finite(LogitsProcessor):
-    """Stops generation where the model itself is broken; greedy search would go on and answer token 0."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool((scores.isnan() | scores.isposinf()).any()):
-            raise Broken("the model's logits are not finite (NaN or infinity): its weights or its features are broken")
-        return scores
-
-
 def prompts(processor: Any, questions: Sequence[str], images: Sequence[int] | None = None) -> list[str]:
     """The prompts of questions about so many `images` each (one, unless told), as training writes them: image, line break, question.
+    A thought that the template opens is closed, empty, where training writes it so.
 
     A question that says itself where its images stand, by markers, is left as it is."""
     renderer = Renderer(processor)
     counts = [1] * len(questions) if images is None else images
     marks = [f"{conversations.MARKER}\n" * count for count in counts]
     texts = [text if conversations.MARKER in text else mark + text for mark, text in zip(marks, questions, strict=True)]
-    return [str(processor.apply_chat_template(renderer.messages([("user", text)]), add_generation_prompt=True)) for text in texts]
+    return [renderer.ask([("user", text)]) for text in texts]
 
 
 def model_inputs(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
@@ -226,12 +218,13 @@ def shrunk(processor: Any, reducers: Sequence[Reducer]) -> tuple[Any, Sequence[R
 
 @dataclass(frozen=True)
 class Answers:
-    """To a batch of prompts: the `texts`, how many image tokens stand in all prompts together, and the `lengths` of the prompts in tokens,
-    visual ones included."""
+    """To a batch of prompts: the `texts`, how many image tokens stand in all prompts together, the `lengths` of the prompts in tokens,
+    visual ones included, and how many answers are thoughts that were `cut` off."""
 
     texts: list[str]
     placeholders: int
     lengths: list[int]
+    cut: int = 0
 
 
 def answer(
@@ -255,23 +248,15 @@ def answer(
             repeated = features[shown] if isinstance(features, Tensor) else [features[k] for k in shown]
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=repeated)}
             del inputs["pixel_values"]
-    stop = model.generation_config.eos_token_id
-    stop = tokenizer.eos_token_id if stop is None else stop
-    output = model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=new,
-        eos_token_id=stop,
-        pad_token_id=tokenizer.pad_token_id,
-        logits_processor=LogitsProcessorList([_Finite()]),
-    )
-    ends = stop if isinstance(stop, list) else [stop]
-    answers = []
-    for row in output[:, ids.shape[1] :].tolist():
-        length = next((i for i, token in enumerate(row) if token in ends), len(row))
-        answers.append(tokenizer.decode(row[:length], skip_special_tokens=False).strip())  # location tokens may be special tokens
-    return Answers(answers, int((ids == token).sum()), mask.sum(1).tolist())
+    said = inference.answer(model, tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
+    cut = sum(one.thinking for one in said)
+    return Answers([one.text for one in said], int((ids == token).sum()), mask.sum(1).tolist(), cut)
+
+
+def tell_cut_thoughts(count: int, total: int, new: int) -> None:
+    """Say that answers are missing because their thoughts took all of the tokens."""
+    if count:
+        log.warning("%d of %d answers are still thoughts after %d tokens and count as empty; allow for more new tokens", count, total, new)
 
 
 @contextmanager
@@ -329,7 +314,7 @@ def evaluate(
     order = sorted(range(len(questions)), key=lambda i: (questions[i].image, len(questions[i].question)))
     texts = prompts(processor, [question.question for question in questions])
     processor, before = shrunk(processor, reducers)
-    predictions = [""] * len(questions)
+    predictions, cut = [""] * len(questions), 0
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     start = time.perf_counter()
     with answering(model), attach(model, reducers) if reducers else nullcontext() as run, progress_bar(progress) as bar:
@@ -344,9 +329,11 @@ def evaluate(
             answers = answer(model, processor, shown, owners, [texts[i] for i in batch], max_new_tokens)
             for i, text in zip(batch, answers.texts, strict=True):
                 predictions[i] = text
+            cut += answers.cut
             bar.advance(task, len(batch))
         layer_tokens = None if run is None else [count / len(batches[-1]) for count in run.last.visual_tokens]
     seconds = time.perf_counter() - start
+    tell_cut_thoughts(cut, len(questions), max_new_tokens)
 
     rows = [
         Row(**asdict(question), prediction=prediction, correct=FAMILIES[question.family](prediction, question.answer))

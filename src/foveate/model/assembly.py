@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
@@ -70,7 +70,7 @@ def from_backbones(
     module.tokens(config.grid)  # a grid that the bridge cannot take is told before anything runs
     model = model_class(config, vision_tower=tower, bridge=module.to(dtype), causal_lm=language_model)
     if model.generation_config is not None and language_model.generation_config is not None:
-        model.generation_config = copy.deepcopy(language_model.generation_config)
+        model.generation_config = savable(copy.deepcopy(language_model.generation_config))
     processor = FoveateProcessor(
         image_processor,
         tokenizer,
@@ -81,6 +81,17 @@ def from_backbones(
         image_token=image_token,
     )
     return model.eval(), processor
+
+
+def savable(config: GenerationConfig) -> GenerationConfig:
+    """The configuration, or only its tokens where the library loads it but would refuse to save it: Vicuna's, for one, has a temperature
+    and does not sample."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        tokens = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+        return GenerationConfig(**tokens, max_length=config.max_length)
+    return config
 
 
 def fit_image_token(tokenizer: Any, language_model: PreTrainedModel, token: str, add: bool) -> None:

@@ -149,9 +149,9 @@ def require_token(tokenizer: Any, token: str) -> int:
     return int(vocabulary[token])
 
 
-def default_template(tokenizer: Any, image_token: str) -> str:
-    """The tokenizer's chat template, or LLaVA-1.5's, made to take {"type": "image"} content."""
-    own = tokenizer.chat_template
+def default_template(tokenizer: Any, image_token: str, given: str | None = None) -> str:
+    """`given`, or the tokenizer's chat template, or LLaVA-1.5's, made to take {"type": "image"} content."""
+    own = given or tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
     return FLATTEN.replace("IMAGE_MARKER", image_token) + (own or LLAVA_V1)

@@ -28,13 +28,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from foveate import inference
 from foveate.anatomy import read
 from foveate.data import conversations, pixels
+from foveate.data.chat import Renderer
 from foveate.data.pictures import render, scene
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_model, model_inputs, prompts
+from foveate.evaluation.run import answering, load_model, model_inputs, prompts
 from foveate.reducers import METHODS, Reducer, parse, prepare
 from foveate.report import figures
 from foveate.report.demo import spell as said
@@ -310,23 +312,11 @@ def with_keep(text: str, keep: str | float) -> str:
 
 def _ask(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, reducers: list[Reducer], new: int) -> _Asked:
     """Greedy, with the reducers attached."""
-    tokenizer = processor.tokenizer
     pictures = [prepare(reducers, picture) for picture in pictures]
     inputs = model_inputs(processor, [pictures], [prompt]).to(model.device, model.dtype)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), attach(model, reducers) as run:
-            output = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=new, pad_token_id=tokenizer.pad_token_id)
-    finally:
-        model.train(training)
-    stop = model.generation_config.eos_token_id
-    stop = tokenizer.eos_token_id if stop is None else stop
-    ends = stop if isinstance(stop, list) else [stop]
-    ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    # Location tokens may be special ones, so these are not skipped.
-    return _Asked(tokenizer.decode(ids[:length], skip_special_tokens=False).strip(), run, processor, inputs, pictures)
+    with answering(model), attach(model, reducers) as run:
+        [said] = inference.answer(model, processor.tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
+    return _Asked(said.text, run, processor, inputs, pictures)
 
 
 def _panel(seen: _Asked, layer: int, title: str, line: str, bare: str, earlier: Panel | None) -> Panel:

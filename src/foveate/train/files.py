@@ -21,7 +21,8 @@ from foveate.errors import FoveateError
 
 MARK = "complete"
 KEPT = 2  # checkpoints of the stage under way
-HARMLESS = {"report_to", "output", "save_steps", "log_steps", "workers", "micro_batch"}  # may differ when a run goes on
+# May differ when a run goes on. The samples themselves are compared apart, whatever is done with bad ones.
+HARMLESS = {"report_to", "output", "save_steps", "log_steps", "workers", "micro_batch", "on_bad_sample", "on_bad_image"}
 
 
 def write(path: Path, text: str) -> None:

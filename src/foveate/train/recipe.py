@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +14,11 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError
 
 from foveate.cost import Trained as Updated
+from foveate.data.chat import read_template
 from foveate.errors import FoveateError
 from foveate.train.schedule import NONE, Part
+
+log = logging.getLogger(__name__)
 
 
 def _fraction(value: Any) -> Any:
@@ -55,6 +59,16 @@ def _optimizer(value: Any) -> Any:
     return value
 
 
+def _template(value: Any) -> Any:
+    """The template itself, so that the run's record of its recipe has it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_template(value)
+    except FoveateError as error:
+        raise ValueError(str(error)) from None
+
+
 ReducerString = Annotated[str, BeforeValidator(_reducer)]
 
 
@@ -72,7 +86,15 @@ class Data(Strict):
     split: str = "train"
     config: str | None = None  # of a data set with several
     limit: int | None = Field(default=None, gt=0)  # only the first N conversations
-    on_bad_image: Literal["stop", "skip"] = "stop"
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "on_bad_image" in given and "on_bad_sample" not in given:
+            log.warning("data.on_bad_image is now called on_bad_sample; the older name will go")
+            given = {**{key: value for key, value in given.items() if key != "on_bad_image"}, "on_bad_sample": given["on_bad_image"]}
+        return given
 
     @model_validator(mode="after")
     def _one_source(self) -> Data:
@@ -199,6 +221,7 @@ class Model(Strict):
     vision_feature_layer: list[int] | None = None
     add_image_token: bool = False
     checkpoint: str | None = None
+    chat_template: Annotated[str | None, BeforeValidator(_template)] = None  # a file, or the template itself; default: the tokenizer's
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 

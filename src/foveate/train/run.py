@@ -30,14 +30,17 @@ from transformers.utils import logging as transformers_logging
 import foveate.model  # noqa: F401  registers the Auto classes
 from foveate.anatomy import read
 from foveate.bridges import build_bridge
-from foveate.data.collate import Collator, Fit, Renderer, image_tokens
+from foveate.data.chat import Renderer
+from foveate.data.collate import Collator, Cut, Fit, image_tokens, told
 from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
+from foveate.data.library import LibraryCollator, image_length
 from foveate.errors import FoveateError
-from foveate.model.assembly import from_backbones
+from foveate.model.assembly import from_backbones, savable
 from foveate.model.configuration import FoveateConfig
-from foveate.model.processing import default_template
+from foveate.model.processing import FoveateProcessor, default_template
 from foveate.reducers import parse, save_reducers
 from foveate.train import files
+from foveate.train.loading import Loading
 from foveate.train.order import Order, division, seed_of
 from foveate.train.recipe import LoraOf, Recipe, Stage, Trained, load_recipe
 from foveate.train.schedule import NONE, stage_steps
@@ -66,6 +69,8 @@ def train(recipe: Recipe) -> Path:
     check_reporting(recipe)
     counts = check_bridges(recipe)
     renderer = open_renderer(recipe)
+    if renderer.end and state.is_main_process:
+        log.warning("the chat template writes no token behind an answer: %s is put there, so that the model learns to stop", renderer.end)
     for stage in recipe.stages:
         division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
     data = [open_data(recipe, stage, Fit(renderer, n, stage.max_length), state) for stage, n in zip(recipe.stages, counts, strict=True)]
@@ -114,7 +119,7 @@ def check_bridges(recipe: Recipe) -> list[int]:
         if not isinstance(config, FoveateConfig):
             for stage in recipe.stages:
                 refuse_resizing(stage, config)
-            return [image_tokens(open_processor(spec.checkpoint))] * len(recipe.stages)
+            return [image_length(open_processor(spec.checkpoint, spec.chat_template))] * len(recipe.stages)
     else:
         assert spec.vision is not None
         assert spec.text is not None
@@ -147,7 +152,7 @@ def open_renderer(recipe: Recipe) -> Renderer:
     """The chat format that the model will have. FoveateError if the language model has no image token and the recipe adds none."""
     spec = recipe.model
     if spec.checkpoint is not None:
-        return Renderer(open_processor(spec.checkpoint))
+        return Renderer(open_processor(spec.checkpoint, spec.chat_template))
     assert spec.text is not None
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve(spec.text))
@@ -157,12 +162,18 @@ def open_renderer(recipe: Recipe) -> Renderer:
         tokenizer.add_tokens([MARKER], special_tokens=True)
     elif MARKER not in tokenizer.get_vocab():
         raise FoveateError(f"the tokenizer of {spec.text!r} has no token {MARKER!r}; set model.add_image_token: true to add it")
-    return Renderer(SimpleNamespace(tokenizer=tokenizer, chat_template=default_template(tokenizer, MARKER), image_token=MARKER))
+    template = default_template(tokenizer, MARKER, spec.chat_template)
+    return Renderer(SimpleNamespace(tokenizer=tokenizer, chat_template=template, image_token=MARKER))
 
 
-def open_processor(name: str) -> Any:
+def open_processor(name: str, template: str | None = None) -> Any:
+    """The processor of a model, with another chat template where one is given."""
     try:
-        return AutoProcessor.from_pretrained(resolve(name))
+        processor = AutoProcessor.from_pretrained(resolve(name))
+        if template is not None:
+            own = isinstance(processor, FoveateProcessor)
+            processor.chat_template = default_template(processor.tokenizer, processor.image_token, template) if own else template
+        return processor
     except (OSError, ValueError) as error:
         raise FoveateError(f"the processor of {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
 
@@ -207,8 +218,11 @@ def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> C
         task = bar.add_task(data.source.name, total=len(rows))
         bad = find_bad(data.source, cache_file(data.source), rows, fits, lambda done, total: bar.update(task, completed=done))
     bad = sorted(gather_object(bad), key=lambda sample: sample.index)
+    cut: list[Cut] = gather_object(fits.cut)
+    if state.is_main_process and cut:
+        log.warning("stage %s: %s", stage.name, told(cut, data.source.name, len(data.source), stage.max_length))
     report = recipe.output / f"bad-samples-{stage.name}.txt"
-    refuse_or_skip(data, bad, spec.on_bad_image, report if state.is_main_process else None)
+    refuse_or_skip(data, bad, spec.on_bad_sample, report if state.is_main_process else None)
     return data
 
 
@@ -246,6 +260,8 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
             dtype=spec.dtype,
             attn_implementation=spec.attn_implementation,
         )
+        if spec.chat_template is not None:
+            processor.chat_template = default_template(processor.tokenizer, processor.image_token, spec.chat_template)
     else:
         source = str(previous or resolve(spec.checkpoint or ""))
         try:
@@ -254,7 +270,8 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
             )
         except (OSError, ValueError) as error:
             raise FoveateError(f"the model {source} could not be loaded: {str(error).strip().splitlines()[0]}") from None
-        processor = open_processor(source)
+        processor = open_processor(source, spec.chat_template)
+    save_end(model, processor)
     if isinstance(model.config, FoveateConfig):
         size = stage.image_size or model.config.image_size
         if wants_scaling(stage, model.config.bridge, built):
@@ -266,6 +283,27 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         model.config.always_run_vision = True
     tuner = choose_trained(model, stage.train)
     return Opened(model, processor, tuner, getattr(model.config, "use_cache", None))
+
+
+def save_end(model: Any, processor: Any) -> None:
+    """See to it that what is saved stops where its answers have ended in training: at the token that the chat template writes there.
+
+    Base models often have another end of sequence. It stays an end in the configurations, after the new one; the tokenizer's becomes the
+    new one, unless the template writes the old one by its name."""
+    renderer = Renderer(processor)
+    if renderer.end_id is None:
+        return  # no sample can be written with such a template, which is said where they are checked
+    model.generation_config = savable(model.generation_config)
+    holders = [model.generation_config, model.config.get_text_config()]
+    if getattr(model.config, "eos_token_id", None) is not None:
+        holders.append(model.config)
+    for holder in holders:
+        old = holder.eos_token_id
+        listed = list(old) if isinstance(old, list | tuple) else [] if old is None else [old]
+        if renderer.end_id not in listed:
+            holder.eos_token_id = [renderer.end_id, *listed] if listed else renderer.end_id
+    if not renderer.end and "eos_token" not in renderer.template:
+        processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(renderer.end_id)
 
 
 def part_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -339,6 +377,8 @@ def run_stage(recipe: Recipe, index: int, data: Conversations, previous: Path | 
     if checkpoint is None and previous is not None:
         trainer.totals = Totals(**json.loads((previous / "totals.json").read_text(encoding="utf-8")))
     trainer.run(checkpoint)
+    if state.is_main_process:
+        report_notes(recipe, stage, data.source.name, trainer.stage.steps * stage.batch_size)
     finish(recipe, index, previous, opened, trainer, folder)
     state.wait_for_everyone()
 
@@ -381,12 +421,19 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
         log_level="error",
     )
     passes = steps * stage.batch_size / len(data)
+    per_image = image_tokens(opened.processor)
+    collator: Any
+    if isinstance(opened.processor, FoveateProcessor):
+        collator = Collator(opened.processor, stage.max_length, remember=passes > 1)
+    else:
+        collator = LibraryCollator(opened.processor, stage.max_length)
+    skipped, lost = notes(recipe, stage)
     sizes = data.source.sizes()[data.index] if stage.group_by_length else None
     return FoveateTrainer(
         model=opened.model,
         args=arguments,
-        train_dataset=data,
-        data_collator=Collator(opened.processor, stage.max_length, remember=passes > 1),
+        train_dataset=range(len(data)),
+        data_collator=Loading(data, collator, stage.data.on_bad_sample, skipped, None if per_image else lost),
         order=Order(len(data), stage.batch_size, recipe.seed, stage.name, sizes),
         stage=StageInfo(
             index=index,
@@ -394,7 +441,7 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
             name=stage.name,
             steps=steps,
             parts=stage.parts,
-            per_image=image_tokens(opened.processor),
+            per_image=per_image,
             layers=len(anatomy.layers),
             image_token_id=opened.model.config.image_token_id,
             bf16_copy=stage.precision == "bf16-copy",
@@ -403,8 +450,24 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(opened.model.config, stage.train.updated),
+        costs=Costs(opened.model.config, stage.train.updated) if per_image else None,
     )
+
+
+def notes(recipe: Recipe, stage: Stage) -> tuple[Path, Path]:
+    """Where it is noted which samples were skipped in training, and what `max_length` cut off them."""
+    return recipe.output / f"skipped-{stage.name}.txt", recipe.output / f"cut-{stage.name}.txt"
+
+
+def report_notes(recipe: Recipe, stage: Stage, name: str, read: int) -> None:
+    """What the notes of a finished stage, in which `read` samples were read, come to."""
+    skipped, lost = notes(recipe, stage)
+    if skipped.is_file():
+        count = len(set(skipped.read_text(encoding="utf-8").splitlines()))
+        log.warning("stage %s: %d samples turned out bad in training and were skipped (list: %s)", stage.name, count, skipped)
+    if lost.is_file():
+        rows = [Cut(*map(int, line.split())) for line in lost.read_text(encoding="utf-8").splitlines()]
+        log.warning("stage %s: as read, %s", stage.name, told(rows, name, read, stage.max_length))
 
 
 def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, trainer: FoveateTrainer, folder: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -54,9 +55,11 @@ class Since:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class StageInfo:
-    """What the trainer needs to know of the stage beside the arguments of the Trainer."""
+    """What the trainer needs to know of the stage beside the arguments of the Trainer.
+
+    `per_image`: visual tokens of an image; 0 where that depends on the image, and the trainer then puts the mean of those seen there."""
 
     index: int
     count: int
@@ -215,6 +218,8 @@ class FoveateTrainer(Trainer):
         self.progress = ProgressLine(stage, order.batch_size, self.switch)
         self.add_callback(self.switch)
         self.add_callback(Flow(log_steps, save_steps, stage.steps))
+        self._mean = None if stage.per_image else np.zeros(2)  # visual tokens and images so far
+        self.stage.per_image = stage.per_image or 1
         self._reset()
         if self.is_world_process_zero():
             self.add_callback(self.progress)
@@ -244,8 +249,12 @@ class FoveateTrainer(Trainer):
         self._clock = time.monotonic()
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        images = inputs["pixel_values"].shape[0] if "pixel_values" in inputs else 0
+        # Some processors make several crops of an image, or stack its patches: they say how many images there are.
+        images = int(inputs.pop("images")) if "images" in inputs else len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
         self._images += images
+        if self._mean is not None and images:
+            self._mean += np.array([int((inputs["input_ids"] == self.stage.image_token_id).sum()), images])
+            self.stage.per_image = max(1, round(self._mean[0] / self._mean[1]))
         self._supervised += int((inputs["labels"] >= 0).sum())
         if self.costs is not None:
             lengths = inputs["attention_mask"].sum(1)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig
 
+from foveate import inference
+from foveate.data.chat import Renderer
 from foveate.data.conversations import MARKER
 from foveate.data.pixels import PictureError, open_image
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.evaluation.run import _Finite
+from foveate.evaluation.run import model_inputs
 from foveate.reducers import Reducer, prepare
 
 Messages = list[dict[str, Any]]
@@ -155,26 +157,15 @@ def check_template(processor: Any) -> None:
 
 def answer(model: Any, processor: Any, run: Run | None, asked: Sequence[Messages], options: Mapping[str, Any]) -> list[Answer]:
     """Answers to a batch of conversations, all of them with images or none; `run` is what is attached to the model, and `options` are
-    those of `generate`. Without it visual tokens are not known. FoveateError if the model's logits are not finite."""
-    tokenizer = processor.tokenizer
-    inputs = processor.apply_chat_template(
-        list(asked),
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    ).to(model.device, model.dtype)
-    stop = model.generation_config.eos_token_id
-    stop = tokenizer.eos_token_id if stop is None else stop
+    those of `generate`. Without it visual tokens are not known. FoveateError if the model's logits are not finite.
+
+    Thoughts in front of answers are no part of them; questions are put with an empty one where the chat template writes thoughts."""
+    images = [[part["image"] for message in messages for part in message["content"] if part["type"] == "image"] for messages in asked]
+    chat = Renderer(processor)
+    inputs = model_inputs(processor, images, [chat.prompt(messages) for messages in asked]).to(model.device, model.dtype)
     if run is not None:
         run.passes.clear()
-    output = model.generate(
-        **inputs,
-        **{"eos_token_id": stop, "pad_token_id": tokenizer.pad_token_id, **options},
-        logits_processor=LogitsProcessorList([_Finite()]),
-    )
-    ends = stop if isinstance(stop, list) else [stop]
+    said = inference.answer(model, processor.tokenizer, inputs, end=chat.end_id, skip_special_tokens=True, **options)
     if run is not None and run.passes:
         layouts = run.last.layouts
         beams = layouts[0].shape[0] // len(asked)  # each of them has the prompt
@@ -182,9 +173,4 @@ def answer(model: Any, processor: Any, run: Run | None, asked: Sequence[Messages
         visual = list(zip(*(layout.visual.sum(1)[::beams].tolist() for layout in layouts), strict=True))
     else:
         entered, visual = inputs["attention_mask"].sum(1).tolist(), [()] * len(asked)
-    answers = []
-    for row, ids in enumerate(output[:, inputs["input_ids"].shape[1] :].tolist()):
-        length = next((at + 1 for at, token in enumerate(ids) if token in ends), len(ids))
-        text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()
-        answers.append(Answer(text, entered[row], length, visual[row]))
-    return answers
+    return [Answer(one.text, entered[row], one.tokens, visual[row]) for row, one in enumerate(said)]

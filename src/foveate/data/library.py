@@ -1,0 +1,155 @@
+"""Conversations -> batches for the vision-language models of transformers, whose own processor decides what stands for an image."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from foveate.data.chat import Renderer, Spans, Tokenised
+from foveate.data.collate import IGNORED, Cut, cuts, image_tokens
+from foveate.data.conversations import MARKER, Conversation
+from foveate.errors import FoveateError
+
+OWN = {"input_ids", "attention_mask", "labels", "offset_mapping", "text_replacement_offsets"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as the processor writes it: `extra` are its other inputs with one number a token, such as token_type_ids."""
+
+    ids: np.ndarray
+    supervised: np.ndarray
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+class LibraryCollator:
+    """Samples -> what the processor makes of them, and `labels`: (batch, length), padded on the right; images as the processor stacks them.
+    `images`: how many there are, for the trainer's account.
+
+    What stands for an image, and how many tokens that is, the processor says. Supervised are the answers and their end tokens, found in
+    the text as the processor has expanded it. A sample longer than `max_length` tokens loses its end, noted in `cut`; FoveateError if an
+    image or all of its answers would be lost with it, or if the tokens are not those of the expanded text.
+    """
+
+    def __init__(self, processor: Any, max_length: int) -> None:
+        self.processor, self.renderer, self.max_length = processor, Renderer(processor), max_length
+        self.pad = self.renderer.tokenizer.pad_token_id
+        if self.pad is None:
+            raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
+        self.sequences = {"token_type_ids", "mm_token_type_ids"} & set(processor.model_input_names)
+        self.cut: list[Cut] = []
+
+    def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
+        rows: list[Row | None] = [None] * len(samples)
+        batch: dict[str, Tensor] = {}
+        shown = [number for number, sample in enumerate(samples) if sample.images]
+        if shown:
+            found, batch = self._with_images([samples[number] for number in shown])
+            for number, row in zip(shown, found, strict=True):
+                rows[number] = row
+        for number, sample in enumerate(samples):  # processors want images in every row or in none
+            if not sample.images:
+                tokens = self.renderer.tokenise(sample.turns)
+                rows[number] = self._cut(sample, Row(tokens.ids, tokens.supervised), 0)
+        return self._padded([row for row in rows if row is not None]) | batch
+
+    def _with_images(self, samples: Sequence[Conversation]) -> tuple[list[Row], dict[str, Tensor]]:
+        written = [self.renderer.render(sample.turns) for sample in samples]
+        try:
+            made = self.processor(
+                text=[text for text, _ in written],
+                images=[list(sample.images) for sample in samples],
+                add_special_tokens=not self.renderer.begins(written[0][0]),
+                padding=True,
+                padding_side="right",
+                truncation=False,
+                return_text_replacement_offsets=True,
+                return_tensors="pt",
+            )
+        except (ValueError, TypeError) as error:
+            names = ", ".join(sample.id for sample in samples)
+            raise FoveateError(f"sample {names}: {type(self.processor).__name__} does not take it: {error}") from None
+        shape = made["input_ids"].shape
+        extra = {name for name, value in made.items() if isinstance(value, Tensor) and value.shape == shape} - OWN
+        rows = []
+        for number, (sample, (text, spans)) in enumerate(zip(samples, written, strict=True)):
+            length = int(made["attention_mask"][number].sum())
+            ids = made["input_ids"][number, :length].numpy()
+            places = made.get("text_replacement_offsets") or [[]] * len(samples)
+            whole = self._expanded(text, spans, places[number])
+            if len(places[number]) != len(sample.images) or not np.array_equal(whole.ids, ids):
+                raise FoveateError(
+                    f"sample {sample.id}: {type(self.processor).__name__} makes other tokens of the conversation than its text has with "
+                    "the images put in, so its answers are not found"
+                )
+            row = Row(ids, whole.supervised, {name: made[name][number, :length].numpy() for name in extra})
+            rows.append(self._cut(sample, row, self._behind(text, places[number])))
+        pixels = {name: value for name, value in made.items() if isinstance(value, Tensor) and name not in OWN | extra}
+        return rows, pixels | {"images": torch.tensor(sum(len(sample.images) for sample in samples))}
+
+    def _expanded(self, text: str, spans: Spans, places: Sequence[dict[str, Any]]) -> Tokenised:
+        """The text with every image's token as the processor has replaced it, tokenised; the spans move along."""
+        whole, moved = _replaced(text, places), []
+        for start, end in spans:
+            gained = sum(len(one["replacement"]) - (one["span"][1] - one["span"][0]) for one in places if one["span"][1] <= start)
+            moved.append((start + gained, end + gained))
+        return self.renderer.encode(whole, moved)
+
+    def _behind(self, text: str, places: Sequence[dict[str, Any]]) -> int:
+        """How many tokens there are up to the end of the last image."""
+        return len(self.renderer.encode(_replaced(text[: places[-1]["span"][1]], places), []).ids)
+
+    def _cut(self, sample: Conversation, row: Row, last: int) -> Row:
+        """The row's first `max_length` tokens; `last`: how many of them an image needs."""
+        if last > self.max_length:
+            raise FoveateError(
+                f"sample {sample.id} has {len(row.ids)} tokens; cutting it to max_length {self.max_length} would cut an image"
+            )
+        n = self.max_length
+        if not row.supervised[:n].any():
+            raise FoveateError(f"sample {sample.id} has no token of an answer within max_length {n}")
+        self.cut += cuts(row.supervised, row.supervised[:n])
+        return Row(row.ids[:n], row.supervised[:n], {name: values[:n] for name, values in row.extra.items()})
+
+    def _padded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        names = self.sequences.union(*(row.extra for row in rows))
+        shape = len(rows), max(len(row.ids) for row in rows)
+        batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("attention_mask", *sorted(names))}
+        batch |= {"input_ids": torch.full(shape, self.pad), "labels": torch.full(shape, IGNORED)}
+        for number, row in enumerate(rows):
+            n = len(row.ids)
+            batch["input_ids"][number, :n] = torch.from_numpy(row.ids)
+            batch["attention_mask"][number, :n] = 1
+            batch["labels"][number, :n] = torch.from_numpy(np.where(row.supervised, row.ids, IGNORED))
+            for name, values in row.extra.items():
+                batch[name][number, :n] = torch.from_numpy(values)
+        return batch
+
+
+def image_length(processor: Any) -> int:
+    """Tokens that stand for one image, those around it included; 0 where that depends on the image."""
+    count = image_tokens(processor)
+    if not count:
+        return 0
+    collator = LibraryCollator(processor, sys.maxsize)
+    asked = Conversation(0, "probe", [("user", f"{MARKER}\nprobe"), ("assistant", "probe")], [Image.new("RGB", (224, 224))])
+    whole = collator([asked])["input_ids"].shape[1]
+    return whole - len(collator.renderer.tokenise(asked.turns).ids) + 1
+
+
+def _replaced(text: str, places: Sequence[dict[str, Any]]) -> str:
+    """`text`, or its beginning, with what `places` say in the place of each image."""
+    out, at = [], 0
+    for one in places:
+        start, end = one["span"]
+        if end <= len(text):
+            out += [text[at:start], one["replacement"]]
+            at = end
+    return "".join([*out, text[at:]])

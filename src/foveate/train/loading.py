@@ -1,0 +1,60 @@
+"""Numbers of samples -> a batch, also where a sample turns out bad in the middle of training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from foveate.data.conversations import Conversation, Conversations
+from foveate.errors import FoveateError
+
+log = logging.getLogger(__name__)
+
+
+class Loading:
+    """What a data loader collates: items of `data`, read and made a batch by `collator`.
+
+    What the check before training could not see is found here: an image that has gone, or one whose tokens are too many. By the policy
+    "stop" that is a FoveateError that names the sample. By "skip" the sample is named in the log and in the file `skipped`, and the next
+    one of the data set stands in its place, so that a batch is always full. `lost`: where to note what `max_length` cuts, one line a
+    sample, where that was not counted before.
+    """
+
+    def __init__(
+        self, data: Conversations, collator: Callable[[Sequence[Conversation]], Any], policy: str, skipped: Path, lost: Path | None = None
+    ) -> None:
+        self.data, self.collator, self.policy, self.skipped, self.lost = data, collator, policy, skipped, lost
+
+    def __call__(self, items: Sequence[int]) -> Any:
+        try:
+            batch = self.collator([self.data[item] for item in items])
+        except FoveateError as error:
+            if self.policy == "stop":
+                raise FoveateError(f"{error}. Repair it, or set on_bad_sample: skip to go on without it") from None
+            batch = self.collator([self._sound(item) for item in items])
+        if self.lost is not None:
+            cut: list[Any] = getattr(self.collator, "cut", [])
+            _append(self.lost, "".join(f"{one.tokens} {one.of} {one.answers}\n" for one in cut))
+            cut.clear()
+        return batch
+
+    def _sound(self, item: int) -> Conversation:
+        """The sample, or the first one after it that can be used."""
+        for number in range(len(self.data)):
+            try:
+                sample = self.data[(item + number) % len(self.data)]
+                self.collator([sample])
+            except FoveateError as error:
+                log.warning("skipped in training: %s", error)
+                _append(self.skipped, " ".join(str(error).split()) + "\n")
+            else:
+                return sample
+        raise FoveateError(f"{self.data.source.name}: no sample is left that can be trained on (list: {self.skipped})")
+
+
+def _append(path: Path, text: str) -> None:
+    if text:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
