@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from foveate.anatomy import tensor_parallel_group
 from foveate.errors import NotApplicable, Reason
 from foveate.hooks import Hook, uncompiled
 from foveate.live import Live
@@ -80,7 +82,7 @@ class LayerProbe:
 
     def keys(self) -> Tensor:
         """(B, K, G * h) float32 keys, heads side by side."""
-        return self.attention().key.float().transpose(1, 2).flatten(2)
+        return self.attention().keys()
 
     # ---- the attention function
 
@@ -88,7 +90,8 @@ class LayerProbe:
         """What is called in place of the backend `name`."""
         live = self._live
         if live.armed:
-            live.seen.append(_rows(name, query, key, attention_mask, kwargs))
+            rows = _rows(name, query, key, attention_mask, kwargs)
+            live.seen.append(replace(rows, group=tensor_parallel_group(module)))
         function = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(type(module)))
         live.inside = True  # the backend may ask for its own name
         try:
