@@ -136,10 +136,21 @@ class Anatomy:
 
     def recurrent(self, layer: int) -> bool:
         """Whether a decoder layer recurs or convolves along the sequence instead of attending, whatever its type is called."""
-        return not attends(self.layers[layer])
+        return self._recurrent[layer]
+
+    @functools.cached_property
+    def _recurrent(self) -> list[bool]:
+        return [not attends(layer) for layer in self.layers]
 
     def window(self, layer: int) -> int | None:
         """How many tokens a decoder layer reaches back to, its own among them; None: to all."""
+        return self._windows[layer]
+
+    @functools.cached_property
+    def _windows(self) -> list[int | None]:
+        return [self._window(layer) for layer in range(len(self.layers))]
+
+    def _window(self, layer: int) -> int | None:
         named = [vars(module)["sliding_window"] for module in self.layers[layer].modules() if "sliding_window" in vars(module)]
         if named:
             return next((int(window) for window in named if window), None)

@@ -306,6 +306,9 @@ class TokenMap:
     def owner(self) -> Tensor:
         """(B, N) int64: the target that a source went into (the first, if several); for a dropped source that of the nearest
         surviving source before it, or the row's first target if there is none; -1 in a row without targets."""
+        return self._owner(None)
+
+    def _owner(self, samples_BN: Tensor | None) -> Tensor:
         B, N = self.source.shape
         M = self.representative.shape[1]
         owner = torch.full((B, N + 1), M, dtype=torch.int64, device=self.member.device)
@@ -316,11 +319,16 @@ class TokenMap:
         last = torch.where(owner < M, index, -1).cummax(1).values
         first = (self.member >= 0).any(-1).to(torch.int8).argmax(1, keepdim=True) if M else last
         filled = torch.where(last >= 0, owner.gather(1, last.clamp(min=0)), first)
+        if samples_BN is not None:  # of packed samples, where none before it survives, the next one
+            after = torch.where(owner < M, index, N).flip(1).cummin(1).values.flip(1)
+            elsewhere = (last < 0) | (samples_BN.gather(1, last.clamp(min=0)) != samples_BN)
+            filled = torch.where(elsewhere & (after < N), owner.gather(1, after.clamp(max=N - 1)), filled)
         return torch.where(owner < M, owner, filled) if M else torch.full_like(owner, -1)
 
-    def expand(self, y_BMD: Tensor) -> Tensor:
-        """(B, M, ...) -> (B, N, ...): every source receives the row of its `owner`."""
-        owner = self.owner
+    def expand(self, y_BMD: Tensor, samples_BN: Tensor | None = None) -> Tensor:
+        """(B, M, ...) -> (B, N, ...): every source receives the row of its `owner`; with `samples_BN` (int64, ascending), which says what
+        packed samples the sources belong to, of one in its own sample."""
+        owner = self.owner if samples_BN is None else self._owner(samples_BN)
         y = y_BMD.reshape(*y_BMD.shape[:2], -1)
         if y.shape[1] == 0:
             return torch.zeros((*owner.shape, *y_BMD.shape[2:]), dtype=y.dtype, device=y.device)

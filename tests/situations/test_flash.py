@@ -98,30 +98,37 @@ def test_a_window_that_would_reach_further_is_refused(reducer: str) -> None:
         torch.testing.assert_close(*found, **CLOSE)
 
 
-@pytest.mark.parametrize("reducer", ["fastv:keep=0.5,layer=2", "random:keep=1.0"])
+@pytest.mark.parametrize("reducer", ["fastv:keep=0.5,layer=3", "fastv:keep=0.5,layer=3,rows=all", "pyramiddrop:keep=0.5,stages=2"])
 def test_scores_within_a_window(reducer: str) -> None:
-    """FastV looks at an uncut layer under a window of eight: the rows of SDPA and of flash are the same."""
-    call, found = inputs("llava", [ONE]), []
+    """What is kept before the window would reach too far: by the rows of a layer with a window, which are those of SDPA."""
+    call, kept = inputs("llava", [ONE]), []
     for backend in ("sdpa", "flash_stand_in"):
-        model = text_backend(mistral(window=12), backend)
-        with foveate.attach(model, reducer.replace("layer=2", "layer=4").replace("layer=4", "layer=3")) as run, torch.no_grad():
-            try:
-                model(**call)
-            except FoveateError as error:
-                assert backend != "sdpa" and "sliding window" in str(error)  # noqa: PT018
-                continue
-        found.append(run.last.visual_tokens)
-    assert found
+        model, seen = text_backend(mistral(window=12), backend), []
+        (method,) = foveate.reducers.parse(reducer)
+        decide = type(method).reduce
+
+        def noted(view: Any, stage: int = 0, seen: list[Any] = seen, method: Any = method, decide: Any = decide) -> Any:
+            seen.append(decide(method, view, stage).map.representative)
+            raise KeyError
+
+        object.__setattr__(method, "reduce", noted)
+        with foveate.attach(model, method), torch.no_grad(), pytest.raises(KeyError):
+            model(**call)
+        kept.append(seen[0])
+    assert torch.equal(*kept)
 
 
 @every_cut
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_decoding(reducer: str, cache: str | None) -> None:
-    call, found = inputs("llava", [ONE, ONE]), []
+    """One row is padded: the library's own prefill with a cache of fixed length needs a mask to be right."""
+    call, found = inputs("llava", [[0, 0, *ONE], [4, 4, *ONE]]), []
+    mask = (call["input_ids"] != 0).long()
     for backend in ("sdpa", "flash_stand_in"):
         model = text_backend(llava(), backend)
+        how: dict[str, Any] = {"max_new_tokens": 6, "cache_implementation": cache, "disable_compile": True, **GREEDY}
         with foveate.attach(model, reducer), torch.no_grad():
-            found.append(model.generate(**call, max_new_tokens=6, cache_implementation=cache, disable_compile=True, **GREEDY))
+            found.append(model.generate(**call, attention_mask=mask, **how))
     assert torch.equal(*found)
 
 

@@ -71,6 +71,7 @@ class Chunk:
     whole: TokenMap = field(init=False)
     segment: int = 0
     moves: list[Move] = field(default_factory=list)
+    cuts: list[tuple[int, TokenMap, Tensor | None]] = field(default_factory=list)  # (layer, map, samples of its source)
     moved: bool = False  # whether a position is another one than the library gave
     shift: Tensor = field(init=False)
     shift_before: Tensor = field(init=False)
@@ -96,9 +97,10 @@ class Chunk:
 
     def enter(self, segment: int, token_map: TokenMap, renumber: bool) -> None:
         """Cuts the chunk in front of decoder layer `segment`; what stays of it is `token_map`."""
-        before = self._shift_of(segment)
+        before, samples = self._shift_of(segment), self.samples_now()
         earlier = before - self.shift_before
-        closed = dropped_before(token_map, self._samples_now()) if renumber else None
+        closed = dropped_before(token_map, samples) if renumber else None
+        self.cuts.append((segment, token_map, samples))
         self.moves.append(Move(token_map, earlier, None if closed is None else torch.where(token_map.representative >= 0, closed, 0)))
         self.moved |= token_map.mean or renumber or (self.memory is not None and bool(earlier.any()))
         self.shift, self.shift_before = self.shift + earlier, before
@@ -129,6 +131,14 @@ class Chunk:
         self.shifts[segment] = self.shift
         self.segment = segment
 
+    def full_length(self, hidden: Tensor, layers: int | None = None) -> Tensor:
+        """States that have come through the cuts in front of the first `layers` decoder layers (None: all), at the chunk's full length:
+        a dropped row has the state of its nearest survivor before it in its sample, a merged row its group's."""
+        for layer, token_map, samples in reversed(self.cuts):
+            if layers is None or layer < layers:
+                hidden = token_map.expand(hidden, samples)
+        return hidden
+
     def begins(self, layer: int) -> bool:
         """Whether the slots that earlier chunks left change in front of this layer."""
         return self.memory is not None and layer in self.memory.shift
@@ -136,7 +146,7 @@ class Chunk:
     def _shift_of(self, segment: int) -> Tensor:
         return self.shift_before if self.memory is None else self.memory.shift.get(segment, self.shift_before)
 
-    def _samples_now(self) -> Tensor | None:
+    def samples_now(self) -> Tensor | None:
         """(B, M) the sample of each slot that is left."""
         if self.samples is None or not self.cut:
             return self.samples
@@ -145,7 +155,7 @@ class Chunk:
     def go_through(self, layer: int, token_map: TokenMap) -> None:
         """What the map keeps goes through this one layer, the rest passes by."""
         names = ("layout", "whole", "moved", "cut", "shift", "shift_before")
-        self._aside = {name: getattr(self, name) for name in names} | {"moves": list(self.moves)}
+        self._aside = {name: getattr(self, name) for name in names} | {"moves": list(self.moves), "cuts": list(self.cuts)}
         self.enter(layer, token_map, renumber=False)
 
     def come_back(self, segment: int) -> None:
@@ -230,7 +240,7 @@ class Chunk:
         rows = self._rows
         B, M = rows.shape
         K = columns.shape[1]
-        if recurrent:
+        if recurrent and (mask is None or mask.ndim == 2):  # a layer that neither attends nor recurs may be given any
             if mask is None:
                 return None if bool((rows >= 0).all()) else rows >= 0
             return mask.expand(B, -1).gather(1, rows.clamp(min=0)) * (rows >= 0).to(mask.dtype)
@@ -284,7 +294,7 @@ class Chunk:
         """The positions that tell flash attention which slots are one sample: beside a rotary embedding they are for nothing else."""
         if positions.ndim != 2 or not (self.cut and (self.flash or self.samples is not None)):
             return self.positions(positions) if self.moved else self.side(positions)
-        now, samples = torch.arange(self.layout.shape[1], device=positions.device).expand(self.layout.shape), self._samples_now()
+        now, samples = torch.arange(self.layout.shape[1], device=positions.device).expand(self.layout.shape), self.samples_now()
         if samples is None:
             return now
         begins = torch.nn.functional.pad(samples[:, 1:] != samples[:, :-1], (1, 0), value=True)
@@ -294,7 +304,7 @@ class Chunk:
         """Where packed samples begin among the slots that are left, in place of what a caller said of all."""
         if not self.cut or self.samples is None or any(kwargs.get(name) is None for name in _VARLEN):
             return {}
-        samples = self._samples_now()
+        samples = self.samples_now()
         assert samples is not None
         lengths = torch.bincount(samples[self.layout.valid], minlength=int(self.samples.max()) + 1)
         starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(kwargs["cu_seq_lens_q"].dtype)

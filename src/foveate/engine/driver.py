@@ -236,5 +236,5 @@ class Driver:
         if forward is None or not forward.under_way or not forward.record.maps:
             return None
         hidden = output[0] if isinstance(output, tuple) else output
-        hidden = forward.full_length(hidden)
+        hidden = forward.chunk.full_length(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -282,18 +282,11 @@ class ForwardPass:
 
     # ---- what the caller gets
 
-    def full_length(self, hidden: Tensor, layers: int | None = None) -> Tensor:
-        """States that have come through the cuts in front of the first `layers` decoder layers (None: all), at the chunk's full length."""
-        for index in sorted(self.record.maps, reverse=True):
-            if layers is None or index < layers:
-                hidden = self.record.maps[index].expand(hidden)
-        return hidden
-
     def levels(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
         """Hidden states by level, each at the chunk's full length: level 0 is what the first layer was given, level i what layer i - 1 gave."""
         length = self.chunk.arrived.shape[1]
         return tuple(
-            x if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] == length else self.full_length(x, max(1, i))
+            x if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] == length else self.chunk.full_length(x, max(1, i))
             for i, x in enumerate(states)
         )
 
