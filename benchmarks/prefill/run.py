@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import gc
+import json
 import random
 import sys
 import time
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from shapes import AFTER, BEFORE, SHAPES, build, prompt, words
 from show import draw, table
 
@@ -40,8 +42,10 @@ import foveate
 from foveate import FoveateError
 from foveate.anatomy import read
 from foveate.cost import Ledger
+from foveate.evaluation.cells import write_json
 from foveate.reducers import METHODS, parse
 from foveate.report.machine import exact_peaks, peak, reset_peak, synchronize
+from foveate.report.runs import environment
 from foveate.signals import ClsAttention, ReceivedAttention, TowerKeys
 
 HERE = Path(__file__).parent
@@ -257,15 +261,23 @@ def measure(given: argparse.Namespace) -> None:
     name = f"{given.shape}-{given.tokens}-{given.device}-{given.dtype}" + (f"-{given.layers}layers" if given.layers else "")
     name += "" if given.keep == list(KEEP) else "-keep" + "".join(f"-{keep:g}" for keep in given.keep)
     path = given.output / f"{name}.json"
-    report = {"settings": settings, "chosen": [v.label for v in chosen], "machine": machine(given.device)}
-    rounds = earlier(path, report)
-    report["command"] = command(SCRIPT, given, SINGLE, SEVERAL)
+    machine = environment() if given.device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"
+    report = {"settings": settings, "chosen": [v.label for v in chosen], "machine": machine}
+    rounds: list[dict[str, dict[str, float]]] = []
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if differs := [key for key, value in report.items() if before[key] != value]:
+            sys.exit(f"{path} was measured with other {', '.join(differs)}; move it away, or give another --output")
+        rounds = before["rounds"]
+    report["command"] = command(given)
+    given.output.mkdir(parents=True, exist_ok=True)
 
     console = Console(stderr=True)
     with console.status(f"building {shape.what}"):
         bench = Bench(given)
         bench.encode()
-    with bars(console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         task = progress.add_task("untimed", total=len(chosen))
         surveyed: dict[str, Any] = {}
         for variant in chosen:
@@ -289,11 +301,28 @@ def measure(given: argparse.Namespace) -> None:
                 seconds[entry.label if entry else TOWER] = bench.once(entry, given.decode)[0] if entry else {TOWER: bench.encode()}
                 progress.advance(task)
             rounds.append(seconds)
-            save(path, {**report, "rounds": rounds}, table, draw)
+            save(path, {**report, "rounds": rounds})
             console.print(f"round {number + 1} of {given.rounds}: {time.perf_counter() - began:.0f} s")
     if rounds:
-        save(path, {**report, "rounds": rounds}, table, draw)
+        save(path, {**report, "rounds": rounds})
         console.print(f"{path}, with .md and .png beside it")
+
+
+def command(given: argparse.Namespace) -> str:
+    words = ["python", "benchmarks/prefill/run.py"]
+    for name in ("shape", "tokens", "rounds", "decode", "threads", "device", "dtype", "layers"):
+        if getattr(given, name) is not None:
+            words += [f"--{name}", str(getattr(given, name))]
+    if given.reducers:
+        words += ["--reducers", *given.reducers]
+    return " ".join([*words, "--keep", *map(str, given.keep)])
+
+
+def save(path: Path, report: dict[str, Any]) -> None:
+    """The numbers at once or not at all, so that an interruption never leaves half a file; then what is made of them."""
+    write_json(path, report)
+    path.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    draw(report, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import json
 import random
 import statistics
 import sys
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from show import BARE, draw, missed, table
 from torch import Tensor
 from torch.nn.functional import pad
@@ -39,8 +41,10 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 import foveate
 from foveate import FoveateError
+from foveate.evaluation.cells import write_json
 from foveate.reducers import parse, visual_tokens
 from foveate.report.machine import exact_peaks, peak, reset_peak, synchronize
+from foveate.report.runs import environment
 
 HERE = Path(__file__).parent
 sys.path.insert(1, str(HERE.parent / "prefill"))  # the models are those of the benchmark of prefill
@@ -189,14 +193,22 @@ def measure(given: argparse.Namespace) -> None:
     depth = shape.config(given.layers).text_config.num_hidden_layers
     chosen = [BARE, *given.reducers]
     path = given.output / (f"{given.shape}-{given.device}-{given.dtype}" + (f"-{given.layers}layers" if given.layers else "") + ".json")
-    report: dict[str, Any] = {"settings": settings, "chosen": chosen, "machine": machine(given.device)}
-    rounds = earlier(path, report)
-    report["command"] = command(SCRIPT, given, SINGLE, SEVERAL)
+    machine = environment() if given.device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"
+    report: dict[str, Any] = {"settings": settings, "chosen": chosen, "machine": machine}
+    rounds: list[dict[str, dict[str, dict[str, float]]]] = []
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if differs := [key for key, value in report.items() if before[key] != value]:
+            sys.exit(f"{path} was measured with other {', '.join(differs)}; move it away, or give another --output")
+        rounds = before["rounds"]
+    report["command"] = command(given)
+    given.output.mkdir(parents=True, exist_ok=True)
 
     console = Console(stderr=True)
     with console.status(f"building {shape.what}"):
         server = Server(given)
-    with bars(console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         variants: dict[str, Any] = {}
         skipped: dict[str, str] = {}
         task = progress.add_task("untimed", total=len(chosen))
@@ -222,13 +234,28 @@ def measure(given: argparse.Namespace) -> None:
                     found.setdefault(str(clients), {})[variant] = server.serve(variant, clients, served(given, clients))
                     progress.advance(task)
             rounds.append(found)
-            save(path, {**report, "rounds": rounds}, table, draw)
+            save(path, {**report, "rounds": rounds})
             console.print(f"round {number + 1} of {given.rounds}: {time.perf_counter() - began:.0f} s")
     if rounds:
-        save(path, {**report, "rounds": rounds}, table, draw)
+        save(path, {**report, "rounds": rounds})
         slower = missed({**report, "rounds": rounds})
         told = f"slower than the bare model: {'; '.join(slower)}" if slower else "the goal is met"
         console.print(f"{path}, with .md and .png beside it; {told}")
+
+
+def command(given: argparse.Namespace) -> str:
+    words = ["python", "benchmarks/serving/run.py"]
+    for name in ("shape", "requests", "rounds", "threads", "device", "dtype", "layers"):
+        if getattr(given, name) is not None:
+            words += [f"--{name}", str(getattr(given, name))]
+    return " ".join([*words, "--clients", *map(str, given.clients), "--reducers", *given.reducers])
+
+
+def save(path: Path, report: dict[str, Any]) -> None:
+    """The numbers at once or not at all, so that an interruption never leaves half a file; then what is made of them."""
+    write_json(path, report)
+    path.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    draw(report, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

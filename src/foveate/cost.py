@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from foveate.anatomy import attends, read
 from foveate.bridges import Bridge, build_bridge
-from foveate.errors import FoveateError
 from foveate.encoding import Encoded
+from foveate.errors import FoveateError
 from foveate.reducers import Reducer
 from foveate.reducers import visual_tokens as visual_tokens
 from foveate.reducers.base import Step, acting

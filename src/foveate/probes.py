@@ -154,7 +154,7 @@ def _rows(name: str, query: Tensor, key: Tensor, mask: Any, given: dict[str, Any
 def _samples(query: Tensor, key: Tensor, mask: Any, given: dict[str, Any]) -> Tensor | None:
     """(1, N) int64: which packed sample a slot belongs to, as flash attention is told; None where nothing is packed."""
     N = query.shape[2]
-    if isinstance(mask, Tensor) or N == 1 or N != key.shape[2]:
+    if isinstance(mask, Tensor) or N == 1 or key.shape[2] != N:
         return None
     slots = torch.arange(N, device=query.device)
     starts = given.get("cu_seq_lens_q")

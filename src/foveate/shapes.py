@@ -22,8 +22,8 @@ from transformers import AutoModelForImageTextToText
 
 from foveate.anatomy import read
 from foveate.counting import Counter
-from foveate.errors import FoveateError
 from foveate.encoding import Encoded, Encodings, Item
+from foveate.errors import FoveateError
 from foveate.signals import Signal, TowerKeys
 from foveate.sizes import ImageSize
 from foveate.tokens import Kind

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from foveate.engine.attach import attach
 from foveate.data.pictures import render, scene
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model
 from foveate.integrations.lmms_eval import answering

@@ -18,8 +18,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import GenerationConfig
 
-from foveate.engine.attach import attach
 from foveate.data.scenes import write_world
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import Result, evaluate, load_model
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlamaConfig
 
-from foveate.engine.attach import attach
 from foveate.cli import main
 from foveate.cost import predict
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.tasks import Sample, Task, load_task
 from foveate.reducers import load_reducers, parse, spell

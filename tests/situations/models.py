@@ -27,11 +27,26 @@ GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id":
 def qwen(attn: str = "sdpa") -> Any:
     """A Qwen2.5-VL whose images have 16 tokens: positions of three rows, packed pixels."""
     torch.manual_seed(0)
-    vision = dict(depth=2, num_heads=2, patch_size=4, hidden_size=32, intermediate_size=32, out_hidden_size=32, fullatt_block_indexes=[0, 1])
+    vision = {
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 4,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0, 1],
+    }
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
-    text = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64, vocab_size=99)
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 64,
+        "vocab_size": 99,
+    }
     text |= {"rope_parameters": rope, "initializer_range": 0.2, "bos_token_id": None, "eos_token_id": None}
-    tokens = dict(image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93)
+    tokens = {"image_token_id": IMAGE, "video_token_id": 91, "vision_start_token_id": 92, "vision_end_token_id": 93}
     config = Qwen2_5_VLConfig(vision_config={**vision, "window_size": 16}, text_config=text, **tokens, attn_implementation=attn)
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 

@@ -53,8 +53,8 @@ def test_an_image_after_an_earlier_answer_is_asked_about_after_it(name: str, red
     labels = labels_of((len(ONE), False), (2, True), (1 + PATCHES + 2, False), (2, True))
     for image, prompt in ((1, two), (0, ONE)):
         expected = sets(model, reducer, image, **inputs(name, [prompt])) if image else None
-        found = sets(model, reducer, image, **inputs(name, [two + [13, 14]]), labels=labels)
-        other = sets(model, reducer, image, **inputs(name, [two + [8, 9]]), labels=labels)
+        found = sets(model, reducer, image, **inputs(name, [[*two, 13, 14]]), labels=labels)
+        other = sets(model, reducer, image, **inputs(name, [[*two, 8, 9]]), labels=labels)
         assert found == other
         assert expected is None or found == expected
 
@@ -63,7 +63,7 @@ def test_an_image_after_an_earlier_answer_is_asked_about_after_it(name: str, red
 @pytest.mark.parametrize("attn", ["sdpa", "eager", "flash_stand_in"])
 def test_packed_samples_ask_for_themselves(reducer: str, attn: str) -> None:
     model = text_backend(llava(), attn)
-    sample = ONE + [11, 12]
+    sample = [*ONE, 11, 12]
     call = inputs("llava", [sample + sample])
     call["pixel_values"] = call["pixel_values"][:1].repeat(2, 1, 1, 1)
     call["position_ids"] = torch.arange(len(sample)).repeat(2)[None]
@@ -75,7 +75,7 @@ def test_packed_samples_ask_for_themselves(reducer: str, attn: str) -> None:
 
 @every_method
 def test_where_it_cannot_be_known_a_method_that_asks_says_so(reducer: str) -> None:
-    model, call = llava(), inputs("llava", [ONE + [11, 12]])
+    model, call = llava(), inputs("llava", [[*ONE, 11, 12]])
     whole = torch.where(call["input_ids"] == IMAGE, -100, call["input_ids"])
     for labels in (whole, call["input_ids"].clone()):
         with pytest.raises(FoveateError, match=r"where the question ends is not known: the labels supervise"):
@@ -107,7 +107,7 @@ def test_the_number_of_logits_says_nothing(name: str, reducer: str) -> None:
 @every_method
 def test_without_a_cache_or_with_an_assistant_the_answer_is_the_same(name: str, reducer: str) -> None:
     model = MODELS[name]()
-    call = inputs(name, [ONE + [4, 1, 2, 3]])
+    call = inputs(name, [[*ONE, 4, 1, 2, 3]])
     with foveate.attach(model, reducer), torch.no_grad():
         greedy = model.generate(**call, max_new_tokens=8, **GREEDY)
         assert torch.equal(greedy, model.generate(**call, max_new_tokens=8, use_cache=False, **GREEDY))

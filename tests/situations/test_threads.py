@@ -60,7 +60,9 @@ def test_an_interrupt_leaves_nothing_behind(name: str, reducer: str, where: str)
     model, call = MODELS[name](), inputs(name, [ONE])
     layers = model.model.language_model.layers
     tower = model.model.visual if name == "qwen2_5_vl" else model.model.vision_tower
-    part = {"tower": tower, "watched layer": layers[1].mlp, "last layer": layers[-1].self_attn, "head": model.get_output_embeddings()}[where]
+    part = {"tower": tower, "watched layer": layers[1].mlp, "last layer": layers[-1].self_attn, "head": model.get_output_embeddings()}[
+        where
+    ]
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.errors import FoveateError
 from foveate.engine.cache import CacheTable, fixed_length, held_before
+from foveate.errors import FoveateError
 from foveate.tokens import Layout, TokenMap
-
 
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # where packed samples begin, for flash attention
 
@@ -176,7 +175,9 @@ class Chunk:
         memory.slots = {segment: torch.cat([self._before(memory, segment, B), table], 1) for segment, table in self.tables.items()}
         memory.shift.update(self.shifts)
         if memory.valid is not None or not bool(self.arrived.valid.all()):
-            old = memory.valid if memory.valid is not None else torch.ones((B, self.past), dtype=torch.bool, device=self.arrived.valid.device)
+            old = (
+                memory.valid if memory.valid is not None else torch.ones((B, self.past), dtype=torch.bool, device=self.arrived.valid.device)
+            )
             memory.valid = torch.cat([old, self.arrived.valid], 1)
         memory.length = self.past + self.arrived.shape[1]
 
@@ -271,7 +272,7 @@ class Chunk:
         return mask.masked_fill((columns < 0)[:, None, None], low)
 
     def _in_mask(self, mask: Tensor, columns: Tensor) -> Tensor:
-        """The columns of the library's mask that are those of the sequence: a sliding layer's mask begins at the first key that it holds."""
+        """The columns in the library's mask: a sliding layer's begins at the first key that the layer holds."""
         begins = max(0, self.past + self.arrived.shape[1] - mask.shape[-1])
         return (columns - begins).clamp(min=0)
 

@@ -34,7 +34,9 @@ class ForwardPass:
     entered  whether the module that merges images and text has begun
     """
 
-    def __init__(self, depth: int, anatomy: Anatomy, wiring: Wiring, probes: Mapping[int, LayerProbe], keyed: bool, shortcuts: bool) -> None:
+    def __init__(
+        self, depth: int, anatomy: Anatomy, wiring: Wiring, probes: Mapping[int, LayerProbe], keyed: bool, shortcuts: bool
+    ) -> None:
         self.depth, self.anatomy, self.wiring, self.probes, self._shortcuts = depth, anatomy, wiring, probes, shortcuts
         self.arrivals = Arrivals(anatomy, keyed)
         self.entered = self.merged = False
@@ -84,7 +86,9 @@ class ForwardPass:
             )
         samples = samples_of({**kwargs, "attention_mask": self.mask}, shape, past > 0) if self.has_images else None
         implementation = str(self.anatomy.text_config._attn_implementation)
-        self._chunk = Chunk(layout, past, memory, cache, implementation, self.anatomy.rotary, None if samples is None else samples.to(device))
+        self._chunk = Chunk(
+            layout, past, memory, cache, implementation, self.anatomy.rotary, None if samples is None else samples.to(device)
+        )
         self._which, self._cut_by = which, cut_by
         self._ask(prompt)
         if memory is not None:
@@ -202,9 +206,7 @@ class ForwardPass:
             self.record.steps.append(Replay(index, token_map, positions="renumber" if renumber else "keep"))
         if maps:
             whole = self._here if len(maps) > 1 else maps[0]
-            self.record.maps[index] = TokenMap(
-                whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean
-            )
+            self.record.maps[index] = TokenMap(whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean)
         elif chunk.memory is not None or chunk.changed:
             chunk.pass_by(index)
         return hidden
@@ -283,7 +285,7 @@ class ForwardPass:
     # ---- what the caller gets
 
     def levels(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Hidden states by level, each at the chunk's full length: level 0 is what the first layer was given, level i what layer i - 1 gave."""
+        """Hidden states, each at the chunk's full length: level 0 is what the first layer was given, level i what layer i - 1 gave."""
         length = self.chunk.arrived.shape[1]
         return tuple(
             x if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] == length else self.chunk.full_length(x, max(1, i))

@@ -39,9 +39,7 @@ class Wiring:
                     continue
                 if site.layer >= depth:
                     if not reducer.beyond:
-                        raise FoveateError(
-                            f"{reducer}: there is no decoder layer {site.layer} to act at; choose one from 0 to {depth - 1}"
-                        )
+                        raise FoveateError(f"{reducer}: there is no decoder layer {site.layer} to act at; choose one from 0 to {depth - 1}")
                     continue
                 if not isinstance(site, ThroughLayer):
                     found.cuts.setdefault(site.layer, []).append(step)

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from foveate.engine.attach import attach
 from foveate.cost import CONVENTION, Ledger, predict
 from foveate.counting import Counter, parameters_of, parts_of
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model, model_inputs, prompts
 from foveate.reducers import parse, prepare, spell
