@@ -11,6 +11,7 @@ from transformers.processing_utils import MultiModalData
 
 from foveate.bridges import build_bridge
 from foveate.errors import FoveateError
+from foveate.model.configuration import NEEDS
 
 # Chat templates of language models take a message's content as text. This puts lists of parts into that form first; an image becomes the
 # marker, on a line of its own where something follows, as in LLaVA's data.
@@ -79,6 +80,7 @@ class FoveateProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = require_token(tokenizer, image_token)
         self.patch_size = patch_size
+        self.auto_map = {"AutoProcessor": f"{NEEDS}--foveate.FoveateProcessor"}  # without it AutoProcessor gives a tokenizer in its stead
         super().__init__(image_processor, tokenizer, chat_template=chat_template or default_template(tokenizer, image_token))
         self.set_bridge(bridge, image_size)
 
