@@ -25,8 +25,7 @@ from foveate.data import conversations
 from foveate.data.collate import Renderer
 from foveate.errors import FoveateError
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
-from foveate.reducers import Reducer, load_reducers, parse, prepare, spell
-from foveate.reducers.base import SAVED_NAME
+from foveate.reducers import Reducer, parse, prepare, saved_reducers, spell
 
 GREY = (127, 127, 127)
 
@@ -314,9 +313,8 @@ def evaluate(
         model, name = model_or_dir, str(model_or_dir.config.name_or_path or type(model_or_dir).__name__)
     if processor is None:
         raise FoveateError("evaluate needs the processor of a model that is already loaded: evaluate(model, data_dir, processor=...)")
-    saved = Path(str(model.config.name_or_path))
-    if reducers is None and (saved / SAVED_NAME).is_file():
-        reducers = load_reducers(saved)
+    if reducers is None:
+        reducers = saved_reducers(model.config.name_or_path)
     elif isinstance(reducers, str):
         reducers = parse(reducers)
     reducers = list(reducers) if isinstance(reducers, list | tuple) else [reducers] if reducers is not None else []
