@@ -198,7 +198,7 @@ def plan_stage(config: Any, stage: Stage, text_tokens: int) -> StagePlan:
     vision = config.vision_config
     size = config.image_size if isinstance(config, FoveateConfig) else vision.image_size
     grid = (size // vision.patch_size, size // vision.patch_size)
-    per_image, layers = image_tokens(config, grid), config.get_text_config().num_hidden_layers
+    per_image, layers = image_tokens(config), config.get_text_config().num_hidden_layers
     trained = stage.train.updated
     parts = [part_plan(config, *slot, grid=grid, text_tokens=text_tokens, trained=trained) for slot in slots(stage.parts)]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
@@ -233,10 +233,10 @@ def slots(parts: Sequence[Part]) -> list[tuple[Fraction, str]]:
 
 def part_plan(config: Any, share: Fraction, spelled: str, *, grid: tuple[int, int], text_tokens: int, trained: Trained) -> PartPlan:
     reducers, layers = parse(spelled), config.get_text_config().num_hidden_layers
-    counts = visual_tokens(reducers, per_image := image_tokens(config, grid), layers)
+    counts = visual_tokens(reducers, per_image := image_tokens(config), layers)
     forward, training = (
         predict(
-            config, grid=grid, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens
+            config, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens
         )
         for mode in ("prefill", "train")
     )
