@@ -24,6 +24,7 @@ from foveate.anatomy import ATTENDING, read
 from foveate.counting import parameters_of
 from foveate.errors import FoveateError
 from foveate.images import Encoded
+from foveate.model.configuration import FoveateConfig
 from foveate.reducers import Reducer
 from foveate.reducers import visual_tokens as visual_tokens
 from foveate.reducers.base import Step, acting
@@ -234,6 +235,17 @@ def image_tokens(config: Any) -> int:
     return sum(image.tokens for call, _ in _calls(config, None, None, 1) for image, _ in encode(config, call).items)
 
 
+def image_shape(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) in pixels of one image, as in `predict`, and the (rows, columns) of its patches."""
+    (height, width), patch = (
+        _image(config, None, None).given["pixel_values"].shape[-2:],
+        _sides(getattr(_vision(config), "patch_size", None)),
+    )
+    if patch is None:
+        raise FoveateError(f"the size of a patch is not in the configuration of a {config.model_type!r} model")
+    return (height, width), (height // patch[0], width // patch[1])
+
+
 def parameters(config: Any) -> dict[str, int]:
     """Parameters of tower, bridge and language model (its embeddings and head included)."""
     if _vision(config) is None:
@@ -381,31 +393,42 @@ def _calls(config: Any, image_size: int | None, grid: tuple[int, int] | None, im
 
 def _image(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> Encoded:
     """The call that encodes one image. FoveateError where the configuration alone does not say what that is."""
-    vision, name = _vision(config), f"an image of a {config.model_type!r} model"
-    way_out = "give what its processor makes of the prompt: predict(config, inputs=...)"
-    own, patch = (_sides(getattr(vision, side, None)) for side in ("image_size", "patch_size"))
-    if image_size is not None and patch and image_size < min(patch):
-        raise FoveateError(f"image size {image_size} is smaller than one patch of {min(patch)} pixels")
-    if (flexible := getattr(config, "image_size", None)) is not None:
-        own = _sides(flexible)
-    wanted = (image_size, image_size) if image_size is not None else (grid[0] * patch[0], grid[1] * patch[1]) if grid and patch else own
-    if not wanted:
-        raise FoveateError(f"the size of {name} is not in its configuration; {way_out}")
-    asked = tuple(side // each for side, each in zip(wanted, patch or wanted, strict=True))
-    if own and asked == tuple(side // each for side, each in zip(own, patch or own, strict=True)):
-        wanted = own
-    elif flexible is None:
-        raise FoveateError(
-            f"what becomes of {name} that is {wanted[0]} x {wanted[1]} pixels and not {own and ' x '.join(map(str, own))} is up to its "
-            f"processor; {way_out}"
-        )
-    shape = 1, getattr(vision, "num_channels", 3), *wanted
+    shape = 1, getattr(_vision(config), "num_channels", 3), *_pixels(config, image_size, grid)
     call = Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)})
     try:
         encode(config, call)
     except FoveateError as error:
-        raise FoveateError(f"what becomes of {name} is not in its configuration ({error}); {way_out}") from error
+        raise FoveateError(f"what becomes of {_an_image(config)} is not in its configuration ({error}); {WAY_OUT}") from error
     return call
+
+
+def _pixels(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) of an image, of the tower's own size unless another is asked for."""
+    vision, ours = _vision(config), isinstance(config, FoveateConfig)
+    patch = _sides(getattr(vision, "patch_size", None)) or (1, 1)
+    own = _sides(config.image_size if ours else getattr(vision, "image_size", None))
+    wanted = (image_size, image_size) if image_size else (grid[0] * patch[0], grid[1] * patch[1]) if grid else own
+    if wanted is None:
+        raise FoveateError(f"the size of {_an_image(config)} is not in its configuration; {WAY_OUT}")
+    if min(wanted) < min(patch):
+        raise FoveateError(f"image size {min(wanted)} is smaller than one patch of {min(patch)} pixels")
+    if own and [side // each for side, each in zip(wanted, patch, strict=True)] == [
+        side // each for side, each in zip(own, patch, strict=True)
+    ]:
+        return own  # pixels that fill no patch are not seen
+    if not ours:
+        size, asked = (" x ".join(map(str, sides)) for sides in (own or ("?",), wanted))
+        raise FoveateError(
+            f"{_an_image(config)} is of {size} pixels; what its processor makes of one of {asked} is not in its configuration; {WAY_OUT}"
+        )
+    return wanted
+
+
+WAY_OUT = "give what its processor makes of the prompt: predict(config, inputs=...)"
+
+
+def _an_image(config: Any) -> str:
+    return f"an image of a {config.model_type!r} model"
 
 
 def _sides(value: Any) -> tuple[int, int] | None:

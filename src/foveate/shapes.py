@@ -130,7 +130,7 @@ def _run(model: nn.Module, call: Encoded) -> Any:
     try:
         with _Shapes():
             return getattr(core, call.method)(**given)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FoveateError(f"cannot count {call.method} of a {core.config.model_type!r} model on shapes alone: {reason}") from error
 
