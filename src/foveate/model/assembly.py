@@ -42,11 +42,11 @@ def from_backbones(
     """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if isinstance(text, PreTrainedModel):
-        language_model = text if dtype is None else text.to(resolve_dtype(dtype))
+        language_model = text if dtype is None else converted(text, resolve_dtype(dtype))
     else:
         language_model = load(AutoModelForCausalLM, text, "language model", dtype=dtype or "auto", **options)
     dtype = resolve_dtype(dtype) if dtype is not None else language_model.dtype
-    tower = vision.to(dtype) if isinstance(vision, PreTrainedModel) else load_tower(vision, dtype=dtype, **options)
+    tower = converted(vision, dtype) if isinstance(vision, PreTrainedModel) else load_tower(vision, dtype=dtype, **options)
 
     tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else load(AutoTokenizer, source(text, "tokenizer"), "tokenizer")
     if image_processor is not None:
@@ -120,6 +120,15 @@ def source(backbone: Any, argument: str) -> str | Path:
         raise FoveateError(f"a backbone that is given as a module needs its {argument} beside it: from_backbones(..., {argument}=...)")
     assert isinstance(backbone, str | Path)
     return backbone
+
+
+def converted(module: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`module` in another precision. What is computed and not saved, such as rotary frequencies, keeps its own, as after loading."""
+    computed = [(part, name, part._buffers[name]) for part in module.modules() for name in part._non_persistent_buffers_set]
+    module.to(dtype)
+    for part, name, buffer in computed:
+        part._buffers[name] = buffer
+    return module
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:
