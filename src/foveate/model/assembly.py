@@ -32,6 +32,10 @@ def from_backbones(
 ) -> tuple[Any, FoveateProcessor]:
     """A model and its processor from a vision tower, a causal LM (hub names, folders, or modules, which are taken over) and a bridge.
 
+    The language model is one that takes embeddings and keeps its past in `past_key_values`; to attach reducers to it, or to train it by a
+    recipe, it also has decoder layers named `layers` that attend by the library's attention (Llama, Qwen, Mistral, Gemma, Phi, OPT,
+    GPT-NeoX and their like; not GPT-2, Falcon, BLOOM, MPT, GPT-J).
+
     - `bridge`: {"kind": ..., arguments}; widths, levels and grid that are left open come from the backbones. Or a Bridge.
     - `vision_feature_layer`: see FoveateConfig. `image_size`: pixels, the tower's own unless given.
     - `add_image_token`: add `image_token` to a tokenizer that lacks it and a row to the embeddings at both ends.
@@ -109,6 +113,15 @@ def load_tower(name: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load(loader: Any, name: str | Path, what: str, **options: Any) -> Any:
+    path = Path(name)
+    if path.suffix == ".gguf":
+        raise FoveateError(
+            f"the {what} {str(name)!r} is a GGUF file, packed for another runtime. Unpack it once: "
+            f"{loader.__name__}.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(FOLDER), its tokenizer "
+            "likewise (transformers needs the package gguf for it), and give the folder; or give the model's unquantised original"
+        )
+    if path.is_file():
+        raise FoveateError(f"the {what} {str(name)!r} is one file; give the folder with its config.json, weights and processor")
     try:
         return loader.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
