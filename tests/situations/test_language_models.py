@@ -10,6 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 import foveate
 from foveate.errors import FoveateError
 from foveate.model import FoveateForConditionalGeneration
+from foveate.train.plan import plan
 from foveate.train.run import main as train
 from tests.conformance.family import picture
 from tests.model.tiny_backbones import byte_tokenizer, save_lm
@@ -152,3 +153,15 @@ def test_a_file_is_no_model_folder(part: str, name: str, tmp_path: Path) -> None
     says = r"is a GGUF file.*gguf_file='.*\.gguf'.*give the folder" if name.endswith("gguf") else "is one file; give the folder"
     with pytest.raises(FoveateError, match=f"the {what} '{file}' {says}"):
         FoveateForConditionalGeneration.from_backbones(**{**parts, part: str(file)}, bridge={"kind": "mlp"})
+
+
+@pytest.mark.parametrize("command", [train, plan])
+@pytest.mark.parametrize("part", ["lm", "tower"])
+def test_a_recipe_says_the_same_of_a_file(part: str, command: Any, tmp_path: Path) -> None:
+    tiny_training.save_backbones(tmp_path)
+    tiny_training.save_data(tmp_path)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(tiny_training.RECIPE.format(root=tmp_path, output="out").replace(f"{tmp_path}/{part}\n", f"{tmp_path}/tiny.gguf\n"))
+    with pytest.raises(FoveateError, match=r"tiny.gguf' is a GGUF file"):
+        command(recipe)

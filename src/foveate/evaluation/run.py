@@ -403,7 +403,8 @@ def print_result(result: Result, console: Console | None = None) -> None:
     what = f"reducers {result.reducers}, {spread(result.visual_tokens, result.visual_range)} visual tokens per image"
     what += ", grey images" if result.blind else ""
     if result.layer_tokens is not None:
-        counts = map(spread, result.layer_tokens, result.layer_ranges or [None] * len(result.layer_tokens))
+        ranges: Sequence[Range | None] = result.layer_ranges or [None] * len(result.layer_tokens)
+        counts = map(spread, result.layer_tokens, ranges)
         what += "\nthrough the layers: " + ", ".join(f"{count} x{len(list(same))}" for count, same in groupby(counts))
     table = Table(title=f"{result.model} on {result.data}", title_justify="left", caption=what, caption_justify="left")
     for column in ("family", "n", "accuracy %", "95 % interval", "majority %", "majority answer"):

@@ -113,19 +113,24 @@ def load_tower(name: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load(loader: Any, name: str | Path, what: str, **options: Any) -> Any:
-    path = Path(name)
-    if path.suffix == ".gguf":
-        raise FoveateError(
-            f"the {what} {str(name)!r} is a GGUF file, packed for another runtime. Unpack it once: "
-            f"{loader.__name__}.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(FOLDER), its tokenizer "
-            "likewise (transformers needs the package gguf for it), and give the folder; or give the model's unquantised original"
-        )
-    if path.is_file():
-        raise FoveateError(f"the {what} {str(name)!r} is one file; give the folder with its config.json, weights and processor")
+    refuse_file(name, what)
     try:
         return loader.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
         raise FoveateError(f"the {what} {str(name)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def refuse_file(name: str | Path, what: str) -> None:
+    """FoveateError where `name` is one file, which is no folder of a model; for a GGUF file it says how to unpack it."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        raise FoveateError(
+            f"the {what} {str(name)!r} is a GGUF file, packed for another runtime. Unpack it once, model and tokenizer alike (with the "
+            f"package gguf): AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(FOLDER), "
+            "and give the folder; or give the original that it was packed from"
+        )
+    if path.is_file():
+        raise FoveateError(f"the {what} {str(name)!r} is one file; give the folder with its config.json, weights and processor")
 
 
 def source(backbone: Any, argument: str) -> str | Path:

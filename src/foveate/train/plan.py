@@ -35,6 +35,7 @@ from foveate.cost import (
     visual_tokens,
 )
 from foveate.errors import FoveateError
+from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
 from foveate.reducers import parse
 from foveate.train.recipe import Model, Stage, load_recipe
@@ -165,6 +166,7 @@ def read_config(name: str, key: str) -> Any:
         from foveate.world import resolve
 
         name = resolve(name)
+    refuse_file(name, {"text": "language model", "vision": "vision tower"}.get(key, key))
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -33,7 +33,7 @@ from foveate.bridges import build_bridge
 from foveate.data.collate import Collator, Fit, Renderer, image_tokens
 from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
 from foveate.errors import FoveateError
-from foveate.model.assembly import from_backbones
+from foveate.model.assembly import from_backbones, refuse_file
 from foveate.model.configuration import FoveateConfig
 from foveate.model.processing import default_template
 from foveate.reducers import parse, save_reducers
@@ -168,6 +168,7 @@ def open_processor(name: str) -> Any:
 
 
 def load_config(name: str, what: str) -> Any:
+    refuse_file(name, what)
     try:
         return AutoConfig.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:
