@@ -326,8 +326,8 @@ def test_tower_projector_and_head_of_llava() -> None:
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
     for layers, printed in ((24, 190.6), (23, 182.7)):
         config = LlavaConfig(vision_config=CLIPVisionConfig(**vision, num_hidden_layers=layers), text_config=LlamaConfig())
-        assert cost.tower_flops(config, (24, 24)) / 2e9 == pytest.approx(printed, rel=HALF_PERCENT)
-    assert cost.bridge_flops(config, (24, 24)) / 2e9 == pytest.approx(12.1, rel=HALF_PERCENT)
+        assert predict(config).flops["tower"] / 2e9 == pytest.approx(printed, rel=HALF_PERCENT)
+    assert predict(config).flops["bridge"] / 2e9 == pytest.approx(12.1, rel=HALF_PERCENT)
     assert predict(LlamaConfig(), text_tokens=1).flops["head"] / 2e9 == pytest.approx(0.131, rel=HALF_PERCENT)
 
 

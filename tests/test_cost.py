@@ -29,9 +29,7 @@ from foveate.sizes import ImageSize, Sizes
 from tests import tiny
 
 VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
-CLIP_L = CLIPVisionConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, image_size=336, patch_size=14
-)
+CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "patch_size": 14}
 MiB = 2**20
 
 
@@ -155,8 +153,8 @@ def test_kv_bytes_per_token() -> None:
 
 @pytest.mark.parametrize(("side", "giga"), [(16, 155), (32, 693)])
 def test_clip_tower_flops(side: int, giga: int) -> None:
-    config = LlavaConfig(vision_config=CLIP_L, text_config=VICUNA, vision_feature_layer=-1)
-    assert round(cost.tower_flops(config, (side, side)) / 1e9) == giga
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**CLIP_L, image_size=14 * side), text_config=VICUNA, vision_feature_layer=-1)
+    assert round(predict(config).flops["tower"] / 1e9) == giga
 
 
 # ---- torch's own counter
@@ -228,7 +226,7 @@ def test_tower_and_llava_equal_torchs_counter() -> None:
     pixels = torch.randn(2, 3, 20, 20)
     with torch.no_grad():
         tower = CLIPVisionModel._from_config(vision, attn_implementation="eager")
-        assert 2 * cost.tower_flops(config, (5, 5)) == counted(lambda: tower(pixels))
+        assert predict(config, images=2).flops["tower"] == counted(lambda: tower(pixels))
         model = LlavaForConditionalGeneration._from_config(config, attn_implementation="eager")
         ids = torch.tensor([[1] + [63] * 25 + [2, 3] + [63] * 25 + [4]])
         measured = counted(lambda: model(input_ids=ids, pixel_values=pixels, logits_to_keep=1))
@@ -355,7 +353,7 @@ def test_errors_name_the_thing() -> None:
     with pytest.raises(FoveateError, match=r"q_prj are not in.*q_proj"):
         cost.lora_per_layer(LMS[0], 4, ["q_prj"])
     with pytest.raises(FoveateError, match="size 10 is smaller than one patch of 14"):
-        predict(LlavaConfig(vision_config=CLIP_L, text_config=VICUNA), image_size=10)
+        predict(LlavaConfig(vision_config=CLIPVisionConfig(**CLIP_L, image_size=336), text_config=VICUNA), image_size=10)
     with pytest.raises(FoveateError, match="text_tokens=-1"):
         predict(LMS[0], text_tokens=-1)
     with pytest.raises(FoveateError, match="at least one"):

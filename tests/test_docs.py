@@ -1,6 +1,10 @@
-"""The worked example of docs/adding-a-method.md is run as it stands there, and what it makes must be a reducer like any other."""
+"""The worked example of docs/adding-a-method.md is run as it stands there, and what it makes must be a reducer like any other.
+
+What other pages list and count is compared with what there is.
+"""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,12 +14,17 @@ import pytest
 import torch
 
 import foveate
+from foveate.anatomy import TESTED
 from foveate.cost import predict
+from foveate.evaluation.scorers import METRICS
+from foveate.evaluation.tasks import load_task
 from foveate.reducers import METHODS, Reducer
 from foveate.tokens import budget
+from tests.conformance.family import picture
 from tests.tiny import LAYERS, PATCHES, ROWS, Batch, llava
 
-PAGE = Path(__file__).parent.parent / "docs" / "adding-a-method.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "adding-a-method.md"
 MODULE = "foveate.reducers.mean_distance"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
@@ -75,3 +84,48 @@ def test_a_sample_does_not_depend_on_its_batch(method: Any, side: str) -> None:
 def test_impossible_budgets_are_errors(method: Any) -> None:
     with pytest.raises(foveate.FoveateError, match="keep=0 is not possible"):
         method(keep=0)
+
+
+# ---- what pages list and count
+
+
+def served() -> dict[str, bool]:
+    """Of the architectures in docs/conformance.md, whether any reducer serves some variant of them."""
+    found: dict[str, bool] = {}
+    for line in (ROOT / "docs" / "conformance.md").read_text(encoding="utf-8").splitlines():
+        cells = re.match(r"\| ([a-z0-9_]+)(?::\S+)? \|(.*)\|$", line)
+        if cells and cells[1] in TESTED:  # another table has the reducers
+            found[cells[1]] = found.get(cells[1], False) or "✓" in cells[2]
+    return found
+
+
+def test_the_readme_counts_the_reducers_and_the_architectures_that_they_serve() -> None:
+    table = served()
+    assert table.keys() == TESTED.keys()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (reducers,) = re.findall(r"(\d+) reducers \(`foveate list`", readme)
+    (architectures,) = re.findall(r"(\d+) architectures of transformers 5", readme)
+    assert int(reducers) == len(METHODS)
+    assert int(architectures) == sum(table.values())
+
+
+def test_the_bench_page_lists_every_metric_with_its_longest_answer() -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^\| (\w+) \| (\d+) \| ", page, re.MULTILINE))
+    assert {name: int(tokens) for name, tokens in listed.items()} == {name: metric.new_tokens for name, metric in METRICS.items()}
+
+
+def test_the_bench_pages_photographs_are_a_task(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "bench.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (task,) = re.findall(r'--tasks "photos.json:(\S+?),images=photos,(suffix=[^"]+)"', page)
+    (tmp_path / "photos").mkdir()
+    for number, name in enumerate(sorted({row["image"] for row in json.loads(rows)})):
+        picture((64, 48), number).save(tmp_path / "photos" / name)
+    (tmp_path / "photos.json").write_text(rows, encoding="utf-8")
+    found = load_task(f"{tmp_path}/photos.json:{task[0]},images={tmp_path}/photos,{task[1]}", progress=False)
+    assert [sample.id for sample in found.samples] == ["chairs", "door", "sign"]
+    assert found.samples[0].answers == ("4", "four")
+    assert found.samples[2].group == "text"
+    assert found.samples[1].question.endswith("\nAnswer with a single word or phrase.")
+    assert (found.metric.name, found.max_new_tokens) == ("exact", METRICS["exact"].new_tokens)

@@ -1,5 +1,9 @@
-"""Foveate trains and runs vision-language models (VLMs) on fewer visual tokens."""
+"""Foveate trains and runs vision-language models (VLMs) on fewer visual tokens.
 
+Importing it also makes its own models known to transformers' Auto classes.
+"""
+
+import foveate.model  # noqa: F401  # registers them
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError

@@ -217,7 +217,15 @@ def read(model: nn.Module) -> Anatomy:
     language = next(part for part in (getattr(core, attribute, None) for attribute in _LANGUAGE) if isinstance(part, nn.Module))
     decoder = next((m for m in language.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
     if decoder is None:
-        raise FoveateError(f"{name}: {type(language).__name__} has no decoder layers named `layers`; its family needs its own anatomy")
+        raise FoveateError(
+            f"{name}: {type(language).__name__} has no decoder layers named `layers`: reducers cannot be attached to it, nor is it "
+            "trained by a recipe; its family needs its own anatomy"
+        )
+    if not (getattr(decoder, "_supports_sdpa", True) or getattr(decoder, "_supports_attention_backend", True)):
+        raise FoveateError(
+            f"{name}: {type(decoder).__name__} attends (or recurs) by code of its own and not by the library's attention, whose masks and "
+            "scores a reducer needs: reducers cannot be attached to it, nor is it trained by a recipe"
+        )
     layers: Any = decoder.layers
     if getattr(decoder.config, "num_kv_shared_layers", 0):
         raise NotApplicable(

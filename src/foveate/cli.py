@@ -167,6 +167,18 @@ def profile(
     run(model, reduce or [], image or ["scene:7"], ask, new_tokens=new_tokens, repeats=repeats, device=device, json=json)
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="A Foveate model with an MLP bridge: a folder or a hub name.", metavar="MODEL")],
+    out: Annotated[Path, typer.Argument(help="Folder to write to, new or empty.", metavar="OUT")],
+) -> None:
+    """Write a model as transformers' own LLaVA, which loads without foveate."""
+    from foveate.evaluation.run import load_model
+    from foveate.model.export import export as run
+
+    print(run(*load_model(model, "cpu", dtype="auto"), out))
+
+
 @app.command("list")
 def list_methods() -> None:
     """The reducers and bridges with their papers and what they need, and the architectures that are tested."""

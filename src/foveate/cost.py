@@ -1,34 +1,34 @@
 """What a model costs, from its configuration alone: FLOPs, KV cache and parameters, by part and by layer of the language model.
 
 Shapes are read from the model built on the meta device, so no weight is loaded and no class name is looked at. What tower and bridge make
-of given images is counted by running the library's own code on shapes (`foveate.shapes`). Formulas and the traps in published numbers:
-`foveate.conventions`.
+of images, and what that takes, is counted by running the library's own code on shapes (`foveate.shapes`), for every family alike. Formulas
+and the traps in published numbers: `foveate.conventions`.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from foveate.anatomy import attends, read
-from foveate.bridges import Bridge, build_bridge
+from foveate.counting import parameters_of
 from foveate.encoding import Encoded
 from foveate.errors import FoveateError
+from foveate.model.configuration import FoveateConfig
 from foveate.reducers import Reducer
 from foveate.reducers import visual_tokens as visual_tokens
 from foveate.reducers.base import Step, acting
-from foveate.shapes import encode, skeleton
+from foveate.shapes import Told, encode, skeleton, trained_tower
 from foveate.sites import InEncoder, ThroughLayer
 from foveate.sizes import ImageSize, Sizes
 from foveate.towers import TOWER_SIGNALS, blocks
@@ -61,10 +61,7 @@ class Stack:
     linear_shapes: tuple[tuple[str, int, int], ...]  # (name, inputs, outputs) of every linear map in every layer
     attention_width: tuple[int, ...]  # heads * head_dim; 0 where a layer recurs instead of attending
     kv_width: tuple[int, ...]  # values kept per token: 2 * key-value heads * head_dim; 0 likewise
-    embed: int  # multiply-adds per patch (tower) or per predicted token (the LM's head)
-    prefix: int  # tower tokens that are not patches ([CLS], registers)
-    parameters: int
-    used: int  # parameters that get a gradient: not a tower's pooling head, nor its blocks behind the last feature level
+    head: int  # multiply-adds per predicted token in the output embeddings
 
 
 @dataclass(frozen=True)
@@ -110,13 +107,14 @@ class Ledger:
 
         Attention's cost needs the rows apart: a layer given as one number is taken for one sequence. `head_tokens`: how many got logits;
         unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
-        each with the share of it that is theirs; without them `images` images of `grid` patches are counted. `reducers` acted on
-        `prompts`; what their scores took follows from the sizes of these.
+        each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
+        acted on `prompts`; what their scores took follows from the sizes of these.
         """
         if len(visual) != len(total):
             raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
-        decided = _decided(config, reducers, prompts, encoded if encoded is not None else _calls(config, grid, images))
-        return _ledger(config, _rows(visual), _rows(total), images, grid, mode, trained, head_tokens, dtype_bytes, encoded, decided)
+        calls = encoded if encoded is not None else _calls(config, None, grid, images)
+        decided = _decided(config, reducers, prompts, calls)
+        return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, decided)
 
 
 def compression_ratio(tokens: Sequence[int] | Fraction | int, per_image: int, num_layers: int) -> Fraction:
@@ -153,53 +151,33 @@ def predict(
 ) -> Ledger:
     """The cost of a batch of prompts, or of one sequence of `images` images and `text_tokens` text tokens.
 
-    `inputs` is what the model's processor made of the prompts; then `config` may be that of any vision-language model, and the arguments
-    about images and text are not used. Without it `config` is a FoveateConfig, a LlavaConfig or a bare text config; the last has no tower
-    and takes `per_image` visual tokens as given. The image is `image_size` pixels square or a (rows, columns) `grid` of patches; the
-    config's own size by default.
+    `inputs` is what the model's processor made of the prompts; the arguments about images and text are not used beside it. Without it an
+    image is what the vision tower takes at once: where a processor cuts a picture into tiles, each of them is one of `images`. A Foveate
+    model may be asked for images of `image_size` pixels square or of a (rows, columns) `grid` of patches, others have a size of their own.
+    A bare text config has no tower and takes `per_image` visual tokens as given.
     `mode`: "prefill" (logits of one token), "decode" (`new_tokens` forwards of one token each behind that prefill, whose own cost is not
     in it), "train" (forward and backward by the rule in CONVENTION, logits of all tokens; `trained` says what is updated).
+    FoveateError where the configuration does not say what becomes of an image, as in families whose images keep their size.
     """
     if min(images, text_tokens, new_tokens) < 0:
         raise FoveateError(f"images={images}, text_tokens={text_tokens}, new_tokens={new_tokens}: none may be negative")
+    calls: Calls
     if inputs is not None:
-        return _of_prompts(config, inputs, reducers, mode, new_tokens, trained, head_tokens, dtype_bytes)
-    grid = grid or (_grid(config, image_size) if _vision(config) is not None else None)
-    per_image = image_tokens(config, grid) if per_image is None else per_image
+        prompts, encoded = read_prompts(config, inputs)
+        calls = [(call, Fraction(1)) for call in encoded]
+    else:
+        calls = _calls(config, image_size, grid, images)
+        prompts = [_prompt(config, calls, images, per_image, text_tokens)]
     layers = len(decoder(config).linear)
-    visual = [[images * n] for n in visual_tokens(reducers, per_image, layers)]
-    total = [[row[0] + text_tokens] for row in visual]
-    if head_tokens is None:  # a reducer's outputs keep the caller's length, so a training step's head sees every token
-        head_tokens = images * per_image + text_tokens if mode == "train" else 1
-    if mode == "decode":
-        return _decode(config, visual, total, new_tokens, dtype_bytes)
-    prompt = Prompt([ImageSize.whole(per_image)] * images, text_tokens)
-    decided = _decided(config, reducers, [prompt], _calls(config, grid, images))
-    return _ledger(config, visual, total, images, grid, mode, trained, head_tokens, dtype_bytes, decided=decided)
-
-
-def _of_prompts(
-    config: Any,
-    inputs: Mapping[str, Any],
-    reducers: Sequence[Reducer],
-    mode: Literal["prefill", "decode", "train"],
-    new_tokens: int,
-    trained: Trained | None,
-    head_tokens: int | None,
-    dtype_bytes: int,
-) -> Ledger:
-    prompts, encoded = read_prompts(config, inputs)
-    layers = len(decoder(config).linear)
-    per_image = {image.tokens: visual_tokens(reducers, image.tokens, layers) for prompt in prompts for image in prompt.images}
-    visual = [[sum(per_image[image.tokens][layer] for image in prompt.images) for prompt in prompts] for layer in range(layers)]
+    left = {image.tokens: visual_tokens(reducers, image.tokens, layers) for prompt in prompts for image in prompt.images}
+    visual = [[sum(left[image.tokens][layer] for image in prompt.images) for prompt in prompts] for layer in range(layers)]
     total = [[count + prompt.text for count, prompt in zip(row, prompts, strict=True)] for row in visual]
-    if head_tokens is None and mode == "train":
-        head_tokens = sum(prompt.tokens for prompt in prompts)
     if mode == "decode":
         return _decode(config, visual, total, new_tokens, dtype_bytes)
-    calls = [(call, Fraction(1)) for call in encoded]
+    if head_tokens is None and mode == "train":  # a reducer's outputs keep the caller's length, so the head sees every token
+        head_tokens = sum(prompt.tokens for prompt in prompts)
     decided = _decided(config, reducers, prompts, calls)
-    return _ledger(config, visual, total, 0, None, mode, trained, head_tokens, dtype_bytes, calls, decided)
+    return _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, decided)
 
 
 @dataclass(frozen=True)
@@ -252,30 +230,37 @@ def read_prompts(config: Any, inputs: Mapping[str, Any]) -> tuple[list[Prompt], 
     return [Prompt(row, length - sum(image.tokens for image in row)) for row, length in zip(rows, lengths, strict=True)], calls
 
 
-def image_tokens(config: Any, grid: tuple[int, int] | None) -> int:
-    """Visual tokens that the model puts into the prompt for one image; 0 for a bare text config."""
-    if _vision(config) is None or grid is None:
-        return 0
-    if isinstance(bridge := getattr(config, "bridge", None), dict):
-        return _bridge(bridge).tokens(grid)
-    whole = getattr(config, "vision_feature_select_strategy", "default") == "full"
-    return grid[0] * grid[1] + (tower(config).prefix if whole else 0)
+def image_tokens(config: Any) -> int:
+    """Visual tokens that the model makes of one image, as in `predict`; 0 for a bare text config."""
+    return sum(image.tokens for call, _ in _calls(config, None, None, 1) for image, _ in encode(config, call).items)
+
+
+def image_shape(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) in pixels of one image, as in `predict`, and the (rows, columns) of its patches."""
+    (height, width), patch = (
+        _image(config, None, None).given["pixel_values"].shape[-2:],
+        _sides(getattr(_vision(config), "patch_size", None)),
+    )
+    if patch is None:
+        raise FoveateError(f"the size of a patch is not in the configuration of a {config.model_type!r} model")
+    return (height, width), (height // patch[0], width // patch[1])
 
 
 def parameters(config: Any) -> dict[str, int]:
     """Parameters of tower, bridge and language model (its embeddings and head included)."""
-    found = {"tower": tower(config).parameters, "bridge": bridge_parameters(config)} if _vision(config) is not None else {}
-    return found | {"lm": decoder(config).parameters}
+    if _vision(config) is None:
+        return {"lm": sum(p.numel() for p in _language(Told.by(config)).parameters())}
+    return parameters_of(skeleton(config))
 
 
 def trainable(config: Any, trained: Trained) -> dict[str, int]:
     """Parameters that a training step changes, by part. A tower's blocks and norms behind its features get no gradient: left out."""
-    vision = _vision(config) is not None
-    counts = {"tower": tower(config).used if vision and trained.tower else 0}
-    counts["bridge"] = bridge_parameters(config) if vision and trained.bridge else 0
-    counts["lm"] = decoder(config).parameters if trained.lm else 0
-    counts["lora"] = sum(lora_per_layer(config, trained.lora_rank, trained.lora_targets))
-    return counts
+    found = {"tower": 0, "bridge": 0} | parameters(config)
+    if trained.tower and found["tower"]:
+        found["tower"] = trained_tower(config, _image(config, None, None))
+    chosen = {"tower": trained.tower, "bridge": trained.bridge, "lm": trained.lm}
+    lora = sum(lora_per_layer(config, trained.lora_rank, trained.lora_targets))
+    return {**{part: found[part] * wanted for part, wanted in chosen.items()}, "lora": lora}
 
 
 def lora_per_layer(config: Any, rank: int, targets: Sequence[str]) -> list[int]:
@@ -295,48 +280,46 @@ def lora_per_layer(config: Any, rank: int, targets: Sequence[str]) -> list[int]:
     return per_layer
 
 
-def bridge_parameters(config: Any) -> int:
-    if isinstance(bridge := getattr(config, "bridge", None), dict):
-        return sum(p.numel() for p in _bridge(bridge).parameters())
-    width, text = _llava_widths(config)
-    bias = 2 * text if getattr(config, "multimodal_projector_bias", True) else 0
-    return width * text + text * text + bias
-
-
 def decoder(config: Any) -> Stack:
     """The language model inside `config` (or `config` itself)."""
+    return _decoder(Told.by(config))
+
+
+@lru_cache(maxsize=64)
+def _decoder(told: Told) -> Stack:
+    config = told.thing
     text = config.get_text_config()
     if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING or _vision(config) is None:
-        return _read(text, AutoModelForCausalLM)
-    key = ("decoder", config.to_json_string(use_diff=False), 0)
-    if key not in _stacks:
+        model = _language(Told.by(text))
+        layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == text.num_hidden_layers), None)
+        if layers is None:
+            raise FoveateError(f"cannot read the cost of a {text.model_type!r} model: no list of {text.num_hidden_layers} layers in it")
+    else:
         model = skeleton(config)
-        _stacks[key] = _stack(read(model).layers, text, model.get_output_embeddings(), read(model).decoder)  # type: ignore[operator]
-    return _stacks[key]
+        layers = read(model).layers
+    return _stack(layers, text, model.get_output_embeddings())  # type: ignore[operator]
 
 
-def tower(config: Any) -> Stack:
-    """The vision tower inside `config`: all blocks that its configuration has, since all of them run."""
-    levels = getattr(config, "vision_feature_layer", -1)
-    vision = _vision(config)
-    indices = levels if isinstance(levels, list | tuple) else [levels]
-    return _read(vision, AutoModel, max(i if i >= 0 else vision.num_hidden_layers + 1 + i for i in indices))
+@lru_cache(maxsize=8)
+def _language(told: Told) -> nn.Module:
+    with torch.device("meta"), torch.inference_mode(False):
+        # of a copy: from_config writes the attention implementation into the config, which may be that of a model in use
+        found: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(told.thing), attn_implementation="eager")
+    return found
 
 
 def _ledger(
     config: Any,
     visual: list[list[int]],
     total: list[list[int]],
-    images: int,
-    grid: tuple[int, int] | None,
     mode: str,
     trained: Trained | None,
     head_tokens: int | None,
     dtype_bytes: int,
-    encoded: Sequence[tuple[Encoded, Fraction]] | None = None,
-    decided: tuple[int, int] = (0, 0),
+    calls: Calls,
+    decided: tuple[int, int],
 ) -> Ledger:
-    stack, vision = decoder(config), _vision(config)
+    stack = decoder(config)
     if len(total) != len(stack.linear):
         raise FoveateError(f"token counts of {len(total)} layers, but the language model has {len(stack.linear)}")
     trained = (trained or Trained()) if mode == "train" else Trained(bridge=False)
@@ -348,16 +331,11 @@ def _ledger(
     attention = [products * sum(4 * n * n * width for n in rows) for rows, width in zip(total, stack.attention_width, strict=True)]
     if head_tokens is None:
         head_tokens = sum(total[0]) if mode == "train" else len(total[0])
-    head = weights * 2 * head_tokens * stack.embed
+    head = weights * 2 * head_tokens * stack.head
     scores, saved = decided
     flops = {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": head, "scores": scores}
-    if encoded is not None:
-        for part in ("tower", "bridge"):
-            flops[part] = round(sum(encode(config, call).flops[part] * share for call, share in encoded))
-    elif vision is not None and images:
-        grid = grid or _grid(config, None)
-        flops["tower"] = images * tower_flops(config, grid)
-        flops["bridge"] = images * bridge_flops(config, grid)
+    for part in ("tower", "bridge"):
+        flops[part] = round(sum(encode(config, call).flops[part] * share for call, share in calls))
     flops["tower"] = (flops["tower"] - saved) * (3 if trained.tower else 1)
     flops["bridge"] *= 3 if trained.bridge else 2 if trained.tower else 1
     return Ledger(
@@ -399,7 +377,7 @@ def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_to
             "bridge": 0,
             "lm_linear": sum(linear),
             "lm_attention": sum(attention),
-            "head": 2 * new_tokens * stack.embed,
+            "head": 2 * new_tokens * stack.head,
             "scores": 0,
         },
     )
@@ -408,14 +386,63 @@ def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_to
 Calls = Sequence[tuple[Encoded, Fraction]]
 
 
-def _calls(config: Any, grid: tuple[int, int] | None, images: int) -> Calls:
-    """What encodes `images` images of `grid` patches: one such image, as often."""
-    vision = _vision(config)
-    if vision is None or not images:
-        return []
-    rows, columns = grid or _grid(config, None)
-    shape = 1, getattr(vision, "num_channels", 3), rows * vision.patch_size, columns * vision.patch_size
-    return [(Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)}), Fraction(images))]
+def _calls(config: Any, image_size: int | None, grid: tuple[int, int] | None, images: int) -> Calls:
+    """What encodes `images` images: one of them, that often."""
+    return [(_image(config, image_size, grid), Fraction(images))] if _vision(config) is not None and images else []
+
+
+def _image(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> Encoded:
+    """The call that encodes one image. FoveateError where the configuration alone does not say what that is."""
+    shape = 1, getattr(_vision(config), "num_channels", 3), *_pixels(config, image_size, grid)
+    call = Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)})
+    try:
+        encode(config, call)
+    except FoveateError as error:
+        raise FoveateError(f"what becomes of {_an_image(config)} is not in its configuration ({error}); {WAY_OUT}") from error
+    return call
+
+
+def _pixels(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) of an image, of the tower's own size unless another is asked for."""
+    vision, ours = _vision(config), isinstance(config, FoveateConfig)
+    patch = _sides(getattr(vision, "patch_size", None)) or (1, 1)
+    own = _sides(config.image_size if ours else getattr(vision, "image_size", None))
+    wanted = (image_size, image_size) if image_size else (grid[0] * patch[0], grid[1] * patch[1]) if grid else own
+    if wanted is None:
+        raise FoveateError(f"the size of {_an_image(config)} is not in its configuration; {WAY_OUT}")
+    if min(wanted) < min(patch):
+        raise FoveateError(f"image size {min(wanted)} is smaller than one patch of {min(patch)} pixels")
+    if own and [side // each for side, each in zip(wanted, patch, strict=True)] == [
+        side // each for side, each in zip(own, patch, strict=True)
+    ]:
+        return own  # pixels that fill no patch are not seen
+    if not ours:
+        size, asked = (" x ".join(map(str, sides)) for sides in (own or ("?",), wanted))
+        raise FoveateError(
+            f"{_an_image(config)} is of {size} pixels; what its processor makes of one of {asked} is not in its configuration; {WAY_OUT}"
+        )
+    return wanted
+
+
+WAY_OUT = "give what its processor makes of the prompt: predict(config, inputs=...)"
+
+
+def _an_image(config: Any) -> str:
+    return f"an image of a {config.model_type!r} model"
+
+
+def _sides(value: Any) -> tuple[int, int] | None:
+    """(height, width) of what a configuration spells as one number or as two."""
+    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    return sides if len(sides) == 2 else None
+
+
+def _prompt(config: Any, calls: Calls, images: int, per_image: int | None, text: int) -> Prompt:
+    """One sequence of images that are all alike; `per_image` goes before what they are by `calls`."""
+    items = [item for call, _ in calls for item in encode(config, call).items]
+    if per_image is not None or not items:
+        return Prompt([ImageSize.whole(per_image or 0)] * images, text)
+    return Prompt([image for image, _ in items] * images, text + images * sum(others for _, others in items))
 
 
 def _decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt], calls: Calls) -> tuple[int, int]:
@@ -436,7 +463,7 @@ def _decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt]
 def _in_tower(config: Any, steps: Sequence[Step], tokens: int, beside: int, width: int) -> tuple[int, int]:
     """FLOPs of the scores of one crop of `tokens` tokens, of which `beside` are no patches, and those that its cuts save."""
     tower = read(skeleton(config)).tower_of("image")
-    stack = _stack(blocks(tower), _vision(config), None, tower)
+    stack = _stack(blocks(tower), _vision(config))
     image = ImageSize.whole(tokens - beside)
     left, score, saved = image.tokens, 0, 0
     for block, (macs, attention) in enumerate(zip(stack.linear, stack.attention_width, strict=True)):
@@ -474,51 +501,8 @@ def _in_lm(config: Any, steps: Sequence[Step], prompt: Prompt, tower_width: int)
     return score
 
 
-def tower_flops(config: Any, grid: tuple[int, int]) -> int:
-    """Forward FLOPs of the vision tower for one image of `grid` patches: patch embedding, linear maps and attention of every block."""
-    stack, patches = tower(config), grid[0] * grid[1]
-    n = patches + stack.prefix
-    return 2 * patches * stack.embed + sum(
-        2 * n * macs + 4 * n * n * width for macs, width in zip(stack.linear, stack.attention_width, strict=True)
-    )
-
-
-def bridge_flops(config: Any, grid: tuple[int, int]) -> int:
-    """Forward FLOPs of the bridge for one image."""
-    if isinstance(bridge := getattr(config, "bridge", None), dict):
-        return _bridge(bridge).flops(grid)
-    width, text = _llava_widths(config)
-    return 2 * image_tokens(config, grid) * (width * text + text * text)
-
-
-def _llava_widths(config: Any) -> tuple[int, int]:
-    """LLaVA's projector: input width (all feature levels side by side) and text width."""
-    levels = getattr(config, "vision_feature_layer", -2)
-    count = len(levels) if isinstance(levels, list | tuple) else 1
-    return _vision(config).hidden_size * count, config.get_text_config().hidden_size
-
-
 def _vision(config: Any) -> Any:
     return getattr(config, "vision_config", None)
-
-
-def _grid(config: Any, image_size: int | None) -> tuple[int, int]:
-    """Patches of a square image; pixels that fill no patch are not seen by a tower."""
-    vision = _vision(config)
-    size = image_size or getattr(config, "image_size", None) or vision.image_size
-    if size < vision.patch_size:
-        raise FoveateError(f"image size {size} is smaller than one patch of {vision.patch_size} pixels")
-    return size // vision.patch_size, size // vision.patch_size
-
-
-@cache
-def _built(config: str) -> Bridge:
-    with torch.device("meta"):
-        return build_bridge(json.loads(config))
-
-
-def _bridge(config: dict[str, Any]) -> Bridge:
-    return _built(json.dumps(config, sort_keys=True))
 
 
 def _rows(counts: Sequence[int | Sequence[int]]) -> list[list[int]]:
@@ -526,33 +510,9 @@ def _rows(counts: Sequence[int | Sequence[int]]) -> list[list[int]]:
 
 
 _EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
-_stacks: dict[tuple[str, str, int], Stack] = {}
 
 
-def _read(config: Any, auto: Any, deepest: int = 0) -> Stack:
-    """Build on the meta device and read the shapes; once per configuration. `deepest`: the last hidden state of a tower that is used."""
-    key = (auto.__name__, config.to_json_string(use_diff=False), deepest)
-    if key not in _stacks:
-        with torch.device("meta"), torch.enable_grad():
-            # of a copy: from_config writes the attention implementation into the config, which may be that of a model in use
-            _stacks[key] = _measure(auto.from_config(copy.deepcopy(config), attn_implementation="eager"), config, deepest)
-    return _stacks[key]
-
-
-def _measure(model: Any, config: Any, deepest: int) -> Stack:
-    count = config.num_hidden_layers
-    layers = next((m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count), None)
-    if layers is None:
-        raise FoveateError(f"cannot read the cost of a {config.model_type!r} model: no list of {count} layers in it")
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    found = _stack(layers, config, output, model)
-    if output is not None:
-        return found
-    embed, prefix, used = _patches(model, config, deepest)
-    return replace(found, embed=embed, prefix=prefix, used=used)
-
-
-def _stack(layers: nn.ModuleList, config: Any, output: Any, model: nn.Module) -> Stack:
+def _stack(layers: nn.ModuleList, config: Any, output: Any = None) -> Stack:
     """What can be read off any list of layers with attention in them."""
     heads = getattr(config, "num_attention_heads", None)
     if heads is None or getattr(config, "kv_lora_rank", None) is not None:
@@ -563,16 +523,12 @@ def _stack(layers: nn.ModuleList, config: Any, output: Any, model: nn.Module) ->
         raise FoveateError(f"cannot read the cost of a {config.model_type!r} model: its heads differ from layer to layer") from error
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     here = [attends(layer) for layer in layers]
-    total = sum(p.numel() for p in model.parameters())
     return Stack(
         tuple(_macs(layer, config) for layer in layers),
         tuple((name, m.in_features, m.out_features) for name, m in layers.named_modules() if isinstance(m, nn.Linear)),
         tuple(heads * head_dim * attending for attending in here),
         tuple(2 * kv_heads * head_dim * attending for attending in here),
         output.weight.numel() if output is not None else 0,
-        0,
-        total,
-        total,
     )
 
 
@@ -601,15 +557,3 @@ def _macs(layer: nn.Module, config: Any) -> int:
             f"cannot predict the cost of a {config.model_type!r} model: which of {len(sets)} sets of experts a token meets is not known"
         )
     return macs
-
-
-def _patches(model: Any, config: Any, deepest: int) -> tuple[int, int, int]:
-    """A tower's patch embedding (multiply-adds per patch), tokens beside the patches, and parameters behind hidden state `deepest`."""
-    size = config.image_size
-    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if conv is None:
-        raise FoveateError(f"cannot read a {config.model_type!r} tower: it has no patch embedding by convolution")
-    states = model(pixel_values=torch.empty(1, conv.in_channels, size, size, device="meta"), output_hidden_states=True).hidden_states
-    states[deepest].sum().backward()
-    used = sum(p.numel() for p in model.parameters() if p.grad is not None)
-    return conv.weight.numel(), states[-1].shape[1] - (size // config.patch_size) ** 2, used

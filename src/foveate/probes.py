@@ -140,7 +140,7 @@ def _attend(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _rows(name: str, query: Tensor, key: Tensor, mask: Any, given: dict[str, Any]) -> AttentionRows:
-    """The attention of a call, under the mask that its backend is given: 4-D, or what flash attention makes of 2-D ones and of packed rows."""
+    """The attention of a call, under the mask that its backend is given: 4-D, or what flash makes of 2-D ones and packed rows."""
     scale = given.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     rows = AttentionRows(query.detach(), key.detach(), scale, None, given.get("softcap"))

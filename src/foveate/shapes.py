@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,8 +31,18 @@ from foveate.tokens import Kind
 from foveate.towers import blocks, extras_of
 
 _aten = torch.ops.aten
-_models: dict[str, nn.Module] = {}
-_counted: dict[tuple[str, str, str], Counted] = {}
+
+
+@dataclass(frozen=True)
+class Told:
+    """Something under the text that tells it apart from others, by which what was found out about it is remembered."""
+
+    text: str
+    thing: Any = field(compare=False)
+
+    @classmethod
+    def by(cls, config: Any) -> Told:
+        return cls(config.to_json_string(use_diff=False), config)
 
 
 @dataclass(frozen=True)
@@ -51,55 +62,77 @@ class Counted:
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The vision-language model of `config` without weights, once per configuration. FoveateError where the library knows no such model."""
-    key = config.to_json_string(use_diff=False)
-    if key not in _models:
-        try:
-            with torch.device("meta"), torch.inference_mode(False):  # it will serve outside of it as well
-                model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32)
-        except (ValueError, KeyError, ImportError) as error:
-            reason = str(error).splitlines()[0]
-            raise FoveateError(f"cannot build a {config.model_type!r} model without weights to read its cost: {reason}") from error
-        _models[key] = model.eval()
-    return _models[key]
+    """The vision-language model of `config` without weights. FoveateError where the library knows no such model."""
+    return _skeleton(Told.by(config))
+
+
+@lru_cache(maxsize=8)
+def _skeleton(told: Told) -> nn.Module:
+    config = told.thing
+    try:
+        with torch.device("meta"), torch.inference_mode(False):  # it will serve outside of it as well
+            model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), attn_implementation="eager", dtype=torch.float32)
+    except (ValueError, KeyError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise FoveateError(f"cannot build a {config.model_type!r} model without weights to read its cost: {reason}") from error
+    found: nn.Module = model.eval()
+    return found
 
 
 def encode(config: Any, call: Encoded, needs: Iterable[Signal] = ()) -> Counted:
     """Runs a call with `needs`, signals of the tower. FoveateError where the model's code wants values of what has only a shape."""
+    call = Encoded(call.method, {name: value.cpu() if isinstance(value, Tensor) else value for name, value in call.given.items()})
+    return _encode(
+        Told.by(config), Told(json.dumps([call.method, {name: _spelled(v) for name, v in call.given.items()}]), call), frozenset(needs)
+    )
+
+
+@lru_cache(maxsize=1024)
+def _encode(told: Told, called: Told, needs: frozenset[Signal]) -> Counted:
+    call: Encoded = called.thing
     with torch.inference_mode(False):
-        return _encode(config, call, sorted(set(needs), key=repr))
-
-
-def _encode(config: Any, call: Encoded, needs: Sequence[Signal]) -> Counted:
-    given = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in call.given.items()}
-    spelled = json.dumps([call.method, {name: _spelled(value) for name, value in given.items()}])
-    key = config.to_json_string(use_diff=False), spelled, repr(needs)
-    if key not in _counted:
-        model = skeleton(config)
+        model = _skeleton(told)
         anatomy = read(model)
-        core: Any = anatomy.core
-        given = {name: _usable(name, value) if isinstance(value, Tensor) else value for name, value in given.items()}
         seen: list[Item] = []
-        encodings = Encodings(anatomy, needs, lambda modality, items, features: seen.extend(items))
+        encodings = Encodings(anatomy, sorted(needs, key=repr), lambda modality, items, features: seen.extend(items))
         arriving = None
         try:
             if needs:
                 arriving = _Arriving(anatomy.tower_of("video" if "video" in call.method else "image"))
-            with torch.no_grad(), Counter(model) as counted, _Shapes():
-                getattr(core, call.method)(**given)
-        except (NotImplementedError, RuntimeError, TypeError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FoveateError(f"cannot count {call.method} of a {config.model_type!r} model on shapes alone: {reason}") from error
+            with torch.no_grad(), Counter(model) as counted:
+                _run(model, call)
         finally:
             encodings.remove()
             if arriving is not None:
                 arriving.hook.remove()
-        patches = [item.place[item.kind == Kind.PATCH] for item in seen]
-        items = [(ImageSize.of(place), len(item) - len(place)) for item, place in zip(seen, patches, strict=True)]
-        widths = [values.shape[1] for item in seen for signal, values in item.values.items() if isinstance(signal, TowerKeys)]
-        crops = arriving.crops if arriving is not None else []
-        _counted[key] = Counted(dict(counted.flops), items, crops, widths[0] if widths else 0)
-    return _counted[key]
+    patches = [item.place[item.kind == Kind.PATCH] for item in seen]
+    items = [(ImageSize.of(place), len(item) - len(place)) for item, place in zip(seen, patches, strict=True)]
+    widths = [values.shape[1] for item in seen for signal, values in item.values.items() if isinstance(signal, TowerKeys)]
+    crops = arriving.crops if arriving is not None else []
+    return Counted(dict(counted.flops), items, crops, widths[0] if widths else 0)
+
+
+def trained_tower(config: Any, call: Encoded) -> int:
+    """Parameters of the tower that get a gradient where `call` encodes images: not a pooling head, nor blocks above the last level."""
+    model = skeleton(config)
+    tower = read(model).tower_of("image")
+    with torch.inference_mode(False), torch.enable_grad():
+        made = tree_leaves(_run(model, call).pooler_output)
+        parameters = list(tower.parameters())
+        gradients = torch.autograd.grad([features.sum() for features in made], parameters, allow_unused=True)
+    return sum(p.numel() for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None)
+
+
+def _run(model: nn.Module, call: Encoded) -> Any:
+    """FoveateError where the model does not take the call, or asks for values."""
+    core: Any = read(model).core
+    given = {name: _usable(name, value) if isinstance(value, Tensor) else value for name, value in call.given.items()}
+    try:
+        with _Shapes():
+            return getattr(core, call.method)(**given)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FoveateError(f"cannot count {call.method} of a {core.config.model_type!r} model on shapes alone: {reason}") from error
 
 
 class _Arriving:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from foveate.attach import Pass, Run
 from torch import Tensor
 
+from foveate.engine.attach import Pass, Run
 from foveate.engine.chunk import Chunk
 from foveate.reducers.random import Random
 from foveate.tokens import TokenMap

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,7 +28,7 @@ from torch import nn
 from foveate.anatomy import read
 from foveate.engine.run import RUN, Run
 from foveate.errors import FoveateError
-from foveate.reducers import Reducer, load_reducers, parse, spell
+from foveate.reducers import Reducer, parse, saved_reducers, spell
 
 _RECORD = ("none", "last", "all")
 _SAVED: Any = object()
@@ -67,7 +66,7 @@ def attach(
     around = _around(model, anatomy.core)
     if reducers is _SAVED:
         name = next((getattr(module.config, "name_or_path", "") for module in around if hasattr(module, "config")), "")
-        reducers = load_reducers(Path(str(name)))
+        reducers = saved_reducers(str(name))
     if reducers is None:
         reducers = []
     elif isinstance(reducers, str):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ from foveate.data.rows import read_json
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, readable
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
-from foveate.reducers import Reducer, load_reducers, parse, prepare, spell
-from foveate.reducers.base import SAVED_NAME
+from foveate.reducers import Reducer, parse, prepare, saved_reducers, spell
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ WORLD = (
     'kind about pictures of your own, a list of {"image": "a.jpg", "question": "...", "answer": "..."}, are asked by '
     "`foveate bench MODEL --tasks FILE.json:metric=exact,images=FOLDER --out RUN`"
 )
+Range = tuple[int, int]  # fewest, most
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Result:
     """What a model answered.
 
     `visual_tokens`: per image, as they enter the language model; `layer_tokens`: per image in each of its layers, as observed, where
-    reducers were attached; `seconds`: wall clock of answering.
+    reducers were attached; both are means over all questions, and the ranges hold the fewest and the most. `seconds`: wall clock of
+    answering.
     """
 
     model: str
@@ -74,6 +76,8 @@ class Result:
     seconds: float
     families: dict[str, FamilyScore]
     rows: list[Row]
+    visual_range: Range | None = None
+    layer_ranges: list[Range] | None = None
 
     @property
     def mean(self) -> float:
@@ -95,6 +99,10 @@ class Result:
             raw = json.loads(Path(path).read_text(encoding="utf-8"))
             del raw["mean"]
             families = {name: FamilyScore(**score) for name, score in raw.pop("families").items()}
+            if raw.get("visual_range") is not None:
+                raw["visual_range"] = tuple(raw["visual_range"])
+            if raw.get("layer_ranges") is not None:
+                raw["layer_ranges"] = [tuple(ends) for ends in raw["layer_ranges"]]
             return cls(families=families, rows=[Row(**row) for row in raw.pop("rows")], **raw)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise FoveateError(f"{path} is not an evaluation result written by foveate eval --output: {error}") from error
@@ -218,11 +226,11 @@ def shrunk(processor: Any, reducers: Sequence[Reducer]) -> tuple[Any, Sequence[R
 
 @dataclass(frozen=True)
 class Answers:
-    """To a batch of prompts: the `texts`, how many image tokens stand in all prompts together, the `lengths` of the prompts in tokens,
-    visual ones included, and how many answers are thoughts that were `cut` off."""
+    """To a batch of prompts: the `texts`, how many image tokens stand in each prompt, the `lengths` of the prompts in tokens, visual ones
+    included, and how many answers are thoughts that were `cut` off."""
 
     texts: list[str]
-    placeholders: int
+    placeholders: list[int]
     lengths: list[int]
     cut: int = 0
 
@@ -250,7 +258,7 @@ def answer(
             del inputs["pixel_values"]
     said = inference.answer(model, tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
     cut = sum(one.thinking for one in said)
-    return Answers([one.text for one in said], int((ids == token).sum()), mask.sum(1).tolist(), cut)
+    return Answers([one.text for one in said], (ids == token).sum(1).tolist(), mask.sum(1).tolist(), cut)
 
 
 def tell_cut_thoughts(count: int, total: int, new: int) -> None:
@@ -302,9 +310,8 @@ def evaluate(
         model, name = model_or_dir, str(model_or_dir.config.name_or_path or type(model_or_dir).__name__)
     if processor is None:
         raise FoveateError("evaluate needs the processor of a model that is already loaded: evaluate(model, data_dir, processor=...)")
-    saved = Path(str(model.config.name_or_path))
-    if reducers is None and (saved / SAVED_NAME).is_file():
-        reducers = load_reducers(saved)
+    if reducers is None:
+        reducers = saved_reducers(model.config.name_or_path)
     elif isinstance(reducers, str):
         reducers = parse(reducers)
     reducers = list(reducers) if isinstance(reducers, list | tuple) else [reducers] if reducers is not None else []
@@ -315,6 +322,8 @@ def evaluate(
     texts = prompts(processor, [question.question for question in questions])
     processor, before = shrunk(processor, reducers)
     predictions, cut = [""] * len(questions), 0
+    entered: list[int] = []  # visual tokens of each question's image
+    layers: list[tuple[int, ...]] = []  # of each question's image in each decoder layer
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     start = time.perf_counter()
     with answering(model), attach(model, reducers) if reducers else nullcontext() as run, progress_bar(progress) as bar:
@@ -330,8 +339,10 @@ def evaluate(
             for i, text in zip(batch, answers.texts, strict=True):
                 predictions[i] = text
             cut += answers.cut
+            entered += answers.placeholders
+            if run is not None:
+                layers += zip(*(layout.visual.sum(1).tolist() for layout in run.last.layouts), strict=True)
             bar.advance(task, len(batch))
-        layer_tokens = None if run is None else [count / len(batches[-1]) for count in run.last.visual_tokens]
     seconds = time.perf_counter() - start
     tell_cut_thoughts(cut, len(questions), max_new_tokens)
 
@@ -344,8 +355,25 @@ def evaluate(
         own = [row for row in rows if row.family == family]
         if own:
             families[family] = score_family(family, [row.prediction for row in own], [row.answer for row in own])
-    per_image = answers.placeholders / len(batches[-1])
-    return Result(name, str(data_dir), spell(reducers), blind, per_image, layer_tokens, seconds, families, rows)
+    by_layer = list(zip(*layers, strict=True)) if layers else None
+    return Result(
+        name,
+        str(data_dir),
+        spell(reducers),
+        blind,
+        sum(entered) / len(entered),
+        None if by_layer is None else [sum(counts) / len(counts) for counts in by_layer],
+        seconds,
+        families,
+        rows,
+        (min(entered), max(entered)),
+        None if by_layer is None else [(min(counts), max(counts)) for counts in by_layer],
+    )
+
+
+def spread(mean: float, ends: Range | None) -> str:
+    """A number of tokens, with its range where it is not always the same."""
+    return f"{mean:.4g}" + (f" ({ends[0]} to {ends[1]})" if ends is not None and ends[0] != ends[1] else "")
 
 
 def progress_bar(shown: bool) -> Progress:
@@ -362,7 +390,12 @@ def progress_bar(shown: bool) -> Progress:
 
 def print_result(result: Result, console: Console | None = None) -> None:
     """Print the accuracy of each family beside its majority answer."""
-    what = f"reducers {result.reducers}, {result.visual_tokens:g} visual tokens per image" + (", grey images" if result.blind else "")
+    what = f"reducers {result.reducers}, {spread(result.visual_tokens, result.visual_range)} visual tokens per image"
+    what += ", grey images" if result.blind else ""
+    if result.layer_tokens is not None:
+        ranges: Sequence[Range | None] = result.layer_ranges or [None] * len(result.layer_tokens)
+        counts = map(spread, result.layer_tokens, ranges)
+        what += "\nthrough the layers: " + ", ".join(f"{count} x{len(list(same))}" for count, same in groupby(counts))
     table = Table(title=f"{result.model} on {result.data}", title_justify="left", caption=what, caption_justify="left")
     for column in ("family", "n", "accuracy %", "95 % interval", "majority %", "majority answer"):
         table.add_column(column, justify="left" if column in ("family", "majority answer") else "right")

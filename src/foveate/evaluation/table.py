@@ -23,6 +23,7 @@ LEGEND = (
     "Accuracy, in brackets its change to the bare model; then visual tokens of a sample, mean over the decoder layers, as they were. "
     "* p < 0.05, ** p < 0.01, *** p < 0.001 on the same questions, not corrected for the number of comparisons."
 )
+ALONE = "The bare model alone: there is no method to compare it with. Name some (--reduce), at budgets below 1, or leave the baselines on."
 CARD_BEGIN, CARD_END = "<!-- foveate bench: begin -->", "<!-- foveate bench: end -->"
 
 
@@ -113,7 +114,13 @@ def write_tables(bench: Bench) -> None:
 
 def print_table(bench: Bench, console: Console) -> None:
     """A table for each task that the bare model has answered."""
-    for title, header, lines, notes in _tables(bench):
+    found = _tables(bench)
+    if not found:
+        console.print("The bare model has not answered a whole task yet: there is nothing to show.", markup=False, highlight=False)
+    for title, header, lines, notes in found:
+        if not lines:
+            console.print(f"{title}\n{ALONE}", markup=False, highlight=False)
+            continue
         table = Table()
         for name in header:
             table.add_column(escape(name), justify="left" if name == header[0] else "right")
@@ -127,6 +134,9 @@ def markdown(bench: Bench) -> str:
     """The tables as Markdown."""
     parts = []
     for title, header, lines, notes in _tables(bench):
+        if not lines:
+            parts.append(f"**{_plain(title)}**\n\n{_plain(ALONE)}\n")
+            continue
         table = [header, ["---", *["---:"] * (len(header) - 1)], *lines]
         parts.append(f"**{_plain(title)}**\n\n" + "".join(f"| {' | '.join(map(_plain, line))} |\n" for line in table))
         parts.append("".join(f"{_plain(note)}  \n" for note in (LEGEND, *notes)))

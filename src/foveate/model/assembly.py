@@ -32,6 +32,10 @@ def from_backbones(
 ) -> tuple[Any, FoveateProcessor]:
     """A model and its processor from a vision tower, a causal LM (hub names, folders, or modules, which are taken over) and a bridge.
 
+    The language model is one that takes embeddings and keeps its past in `past_key_values`; to attach reducers to it, or to train it by a
+    recipe, it also has decoder layers named `layers` that attend by the library's attention (Llama, Qwen, Mistral, Gemma, Phi, OPT,
+    GPT-NeoX and their like; not GPT-2, Falcon, BLOOM, MPT, GPT-J).
+
     - `bridge`: {"kind": ..., arguments}; widths, levels and grid that are left open come from the backbones. Or a Bridge.
     - `vision_feature_layer`: see FoveateConfig. `image_size`: pixels, the tower's own unless given.
     - `add_image_token`: add `image_token` to a tokenizer that lacks it and a row to the embeddings at both ends.
@@ -42,11 +46,11 @@ def from_backbones(
     """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if isinstance(text, PreTrainedModel):
-        language_model = text if dtype is None else text.to(resolve_dtype(dtype))
+        language_model = text if dtype is None else converted(text, resolve_dtype(dtype))
     else:
         language_model = load(AutoModelForCausalLM, text, "language model", dtype=dtype or "auto", **options)
     dtype = resolve_dtype(dtype) if dtype is not None else language_model.dtype
-    tower = vision.to(dtype) if isinstance(vision, PreTrainedModel) else load_tower(vision, dtype=dtype, **options)
+    tower = converted(vision, dtype) if isinstance(vision, PreTrainedModel) else load_tower(vision, dtype=dtype, **options)
 
     tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else load(AutoTokenizer, source(text, "tokenizer"), "tokenizer")
     if image_processor is not None:
@@ -120,10 +124,24 @@ def load_tower(name: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def load(loader: Any, name: str | Path, what: str, **options: Any) -> Any:
+    refuse_file(name, what)
     try:
         return loader.from_pretrained(str(name), **options)
     except (OSError, ValueError) as error:
         raise FoveateError(f"the {what} {str(name)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def refuse_file(name: str | Path, what: str) -> None:
+    """FoveateError where `name` is one file, which is no folder of a model; for a GGUF file it says how to unpack it."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        raise FoveateError(
+            f"the {what} {str(name)!r} is a GGUF file, packed for another runtime. Unpack it once, model and tokenizer alike (with the "
+            f"package gguf): AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(FOLDER), "
+            "and give the folder; or give the original that it was packed from"
+        )
+    if path.is_file():
+        raise FoveateError(f"the {what} {str(name)!r} is one file; give the folder with its config.json, weights and processor")
 
 
 def source(backbone: Any, argument: str) -> str | Path:
@@ -131,6 +149,15 @@ def source(backbone: Any, argument: str) -> str | Path:
         raise FoveateError(f"a backbone that is given as a module needs its {argument} beside it: from_backbones(..., {argument}=...)")
     assert isinstance(backbone, str | Path)
     return backbone
+
+
+def converted(module: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """`module` in another precision. What is computed and not saved, such as rotary frequencies, keeps its own, as after loading."""
+    computed = [(part, name, part._buffers[name]) for part in module.modules() for name in part._non_persistent_buffers_set]
+    module.to(dtype)
+    for part, name, buffer in computed:
+        part._buffers[name] = buffer
+    return module
 
 
 def resolve_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -8,6 +8,10 @@ from transformers.configuration_utils import SubConfigSpec
 from foveate.bridges import complete_config
 from foveate.errors import FoveateError
 
+# What transformers' Auto classes say of a saved model where foveate has not been imported. They look for the code of an unknown model in
+# the "repository" in front of the dashes; this can never be the name of one, so nothing is fetched or run in its stead.
+NEEDS = "the Python package foveate is needed: pip install foveate, then `import foveate` before loading (trust_remote_code does not help)."
+
 
 class FoveateConfig(PreTrainedConfig):
     """What `FoveateForConditionalGeneration` is made of.
@@ -61,6 +65,7 @@ class FoveateConfig(PreTrainedConfig):
             levels=len(self.vision_feature_layer),
             grid=self.grid[0],
         )
+        self.auto_map = {"AutoConfig": f"{NEEDS}--foveate.FoveateConfig"}
         # The tying itself is the language model's own affair (it is nested whole); this is what libraries around it read.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 

@@ -1,4 +1,7 @@
-"""A vision-language model from any vision tower, any bridge and any causal language model of transformers.
+"""A vision-language model from a vision tower, a bridge and a causal language model of transformers.
+
+The language model may be any that takes embeddings and keeps its past in `past_key_values`, whatever its positions are (rotary, learned,
+ALiBi). Reducers and recipes ask more of it: see `foveate.anatomy.read`.
 
 Layout: `model.vision_tower`, `model.bridge` and `model.causal_lm`. The last is the complete causal language model, head included, because
 families differ in what they do between the last hidden state and the logits (Gemma caps them, Cohere and Granite scale them, Phi adds a
@@ -90,6 +93,14 @@ class FoveateModel(FoveatePreTrainedModel):
         if needed:
             name = type(self.vision_tower).__name__
             raise FoveateError(f"{name} cannot be a vision tower here: besides pixel_values it needs {', '.join(needed)}")
+        taken = inspect.signature(self.causal_lm.forward).parameters
+        missing = [name for name in ("inputs_embeds", "past_key_values") if name not in taken]
+        if missing:  # generation would forget the prompt without a word
+            name, lost = type(self.causal_lm).__name__, " and no ".join(missing)
+            raise FoveateError(
+                f"{name} cannot be the language model here: its forward pass takes no {lost}, so that images or earlier tokens would be "
+                "lost on it (recurrent models keep their past in other ways); take another"
+            )
 
     @property
     def grid(self) -> tuple[int, int]:

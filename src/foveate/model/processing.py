@@ -11,6 +11,7 @@ from transformers.processing_utils import MultiModalData
 
 from foveate.bridges import build_bridge
 from foveate.errors import FoveateError
+from foveate.model.configuration import NEEDS
 
 # Chat templates of language models take a message's content as text. This puts lists of parts into that form first; an image becomes the
 # marker, on a line of its own where something follows, as in LLaVA's data.
@@ -79,6 +80,7 @@ class FoveateProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = require_token(tokenizer, image_token)
         self.patch_size = patch_size
+        self.auto_map = {"AutoProcessor": f"{NEEDS}--foveate.FoveateProcessor"}  # without it AutoProcessor gives a tokenizer in its stead
         super().__init__(image_processor, tokenizer, chat_template=chat_template or default_template(tokenizer, image_token))
         self.set_bridge(bridge, image_size)
 
@@ -104,11 +106,8 @@ class FoveateProcessor(ProcessorMixin):
         return other
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
-        """As any processor's, without the padding and truncation of the last call: a loaded tokenizer would silently go on with them."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            backend.no_padding()
-            backend.no_truncation()
+        """As any processor's, without the padding and truncation of the last call."""
+        forget_last_call(self.tokenizer)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
@@ -136,6 +135,14 @@ class FoveateProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         return MultiModalData(num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+
+
+def forget_last_call(tokenizer: Any) -> None:
+    """A fast tokenizer keeps the padding and the truncation of its last call, and would be saved with them."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
 
 
 def require_token(tokenizer: Any, token: str) -> int:

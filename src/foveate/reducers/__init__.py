@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL.Image import Image
+from transformers.utils import cached_file
 
 from foveate.errors import FoveateError
 from foveate.reducers.aim import AIM
@@ -51,22 +53,50 @@ def prepare(reducers: Sequence[Reducer], image: Image) -> Image:
     return image
 
 
-def load_reducers(folder: Path) -> list[Reducer]:
-    """The reducers saved beside a model's weights. Raises FoveateError when there are none or a method is not known."""
-    path = folder / SAVED_NAME
+def saved_reducers(model: str | Path) -> list[Reducer] | None:
+    """The reducers that a model's `foveate.json` names, None where it has no such file.
+
+    model: a folder, or the name of a model on the Hub (its main revision); without a connection the local cache is what there is.
+    Raises FoveateError for a file that is not ours and for methods that are not known, or not at the version that was saved.
+    """
+    path = Path(model) / SAVED_NAME
     if not path.is_file():
-        raise FoveateError(f"{folder} has no {SAVED_NAME}: the model was not trained with a reducer; name one, as in attach(model, VCC())")
-    found = []
-    for options in json.loads(path.read_text())["reducers"]:
-        if options.get("method") not in METHODS:
-            raise FoveateError(f"{path}: unknown reducer {options.get('method')!r}; known are {', '.join(sorted(METHODS))}")
-        method = METHODS[options["method"]]
-        if options.get("version") != method.version:
-            raise FoveateError(
-                f"{path}: {method.name} was saved at version {options.get('version')}, this is version {method.version}; "
-                "name the reducer yourself to use today's"
-            )
-        found.append(method.from_dict(options))
+        if not str(model) or Path(model).is_dir():
+            return None
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
+        try:
+            found = cached_file(str(model), SAVED_NAME, **quiet)
+        except (OSError, ValueError):  # neither a folder nor what could be a name on the Hub
+            found = None
+        if found is None:
+            return None
+        path = Path(found)
+    try:
+        saved = [dict(options) for options in json.loads(path.read_text(encoding="utf-8"))["reducers"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FoveateError(f"{path} is not a list of reducers as foveate writes it: {error}") from error
+    return [_restored(options, path) for options in saved]
+
+
+def _restored(options: dict[str, Any], path: Path) -> Reducer:
+    name = options.get("method")
+    if name not in METHODS:
+        raise FoveateError(f"{path}: unknown reducer {name!r}; known are {', '.join(sorted(METHODS))}")
+    method = METHODS[name]
+    if options.get("version") != method.version:
+        raise FoveateError(
+            f"{path}: {method.name} was saved at version {options.get('version')}, this is version {method.version}; "
+            "name the reducer yourself to use today's"
+        )
+    return method.from_dict(options)
+
+
+def load_reducers(model: str | Path) -> list[Reducer]:
+    """As `saved_reducers`. Raises FoveateError also when there are none."""
+    found = saved_reducers(model)
+    if found is None:
+        name = str(model) or "the model"
+        raise FoveateError(f"{name} has no {SAVED_NAME}: the model was not trained with a reducer; name one, as in attach(model, VCC())")
     return found
 
 
@@ -95,6 +125,7 @@ __all__ = [
     "parse",
     "prepare",
     "save_reducers",
+    "saved_reducers",
     "spell",
     "visual_tokens",
 ]

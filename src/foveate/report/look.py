@@ -326,8 +326,12 @@ def _panel(seen: _Asked, layer: int, title: str, line: str, bare: str, earlier: 
         found = rasters(patches(seen.run.last.provenance(layer)))
     except FoveateError as error:
         bridge = getattr(core, "bridge", None)
-        name = type(core).__name__ if bridge is None else f"a model with the bridge {bridge.kind}"
-        raise FoveateError(f"{name}: {error}") from error
+        if bridge is None:
+            raise FoveateError(f"{type(core).__name__}: {error}") from error
+        raise FoveateError(
+            f"the {bridge.kind} bridge makes its tokens by learned queries that look at whole windows of patches, so that none of them has "
+            "a place of its own in the picture: what was kept of it cannot be drawn. foveate profile counts it, layer by layer"
+        ) from error
     shades = colours(found) if earlier is None else colours(found, earlier.rasters, earlier.shades)
     return Panel(found, _names(found, len(seen.images)), _pictures(seen, found), shades, title, line, seen.answer != bare)
 

@@ -240,6 +240,8 @@ def print_profiles(model: str, parameters: dict[str, int], profiles: Sequence[Pr
     row("speed-up of prefill measured", [f"{bare.seconds['prefill'][0] / p.seconds['prefill'][0]:.2f}" for p in profiles])
     table.caption = f"Two numbers: predicted | measured; one: they are the same. FLOPs: {CONVENTION}. {environment()}"
     console.print(table)
+    if len(profiles) == 1:
+        console.print("The bare model alone: name methods to compare it with, such as --reduce fastv:keep=0.25.", markup=False)
     for why in dict.fromkeys(p.why for p in profiles if p.why):
         console.print(f"not predicted: {why}", markup=False)
 

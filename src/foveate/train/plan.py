@@ -26,6 +26,7 @@ from foveate.cost import (
     CONVENTION,
     Trained,
     compression_ratio,
+    image_shape,
     image_tokens,
     parameters,
     predict,
@@ -35,6 +36,7 @@ from foveate.cost import (
 )
 from foveate.data.rows import open_rows
 from foveate.errors import FoveateError
+from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
 from foveate.reducers import parse
 from foveate.train.recipe import Model, Stage, load_recipe
@@ -165,6 +167,7 @@ def read_config(name: str, key: str) -> Any:
         from foveate.world import resolve
 
         name = resolve(name)
+    refuse_file(name, {"text": "language model", "vision": "vision tower"}.get(key, key))
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
@@ -176,11 +179,11 @@ def read_config(name: str, key: str) -> Any:
 
 def advance(config: Any, stage: Stage) -> Any:
     """The configuration in `stage`: its image size, and its bridge, scaled from the one before."""
-    size = stage.image_size or getattr(config, "image_size", None) or config.vision_config.image_size
     if not isinstance(config, FoveateConfig):
         if stage.bridge is not None:
             raise FoveateError(f"`bridge` needs a Foveate model, but the checkpoint is a {config.model_type} model")
         return config
+    size = stage.image_size or config.image_size
     bridge = build(config.bridge)
     if stage.bridge is not None and [tuple(scale) for scale in config.bridge.get("scales", [])] != stage.bridge.scales:
         rows, _ = config.patch_grid(size, size)
@@ -196,12 +199,10 @@ def build(bridge: dict[str, Any]) -> Bridge:
 
 
 def plan_stage(config: Any, stage: Stage, text_tokens: int) -> StagePlan:
-    vision = config.vision_config
-    size = config.image_size if isinstance(config, FoveateConfig) else vision.image_size
-    grid = (size // vision.patch_size, size // vision.patch_size)
-    per_image, layers = image_tokens(config, grid), config.get_text_config().num_hidden_layers
+    (size, _), grid = image_shape(config)
+    per_image, layers = image_tokens(config), config.get_text_config().num_hidden_layers
     trained = stage.train.updated
-    parts = [part_plan(config, *slot, grid=grid, text_tokens=text_tokens, trained=trained) for slot in slots(stage.parts)]
+    parts = [part_plan(config, *slot, text_tokens=text_tokens, trained=trained) for slot in slots(stage.parts)]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(config, size, trained)
     samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
@@ -232,13 +233,11 @@ def slots(parts: Sequence[Part]) -> list[tuple[Fraction, str]]:
     return [(part.share / len(part.cycle), reducers) for part in parts for reducers in part.cycle]
 
 
-def part_plan(config: Any, share: Fraction, spelled: str, *, grid: tuple[int, int], text_tokens: int, trained: Trained) -> PartPlan:
+def part_plan(config: Any, share: Fraction, spelled: str, *, text_tokens: int, trained: Trained) -> PartPlan:
     reducers, layers = parse(spelled), config.get_text_config().num_hidden_layers
-    counts = visual_tokens(reducers, per_image := image_tokens(config, grid), layers)
+    counts = visual_tokens(reducers, per_image := image_tokens(config), layers)
     forward, training = (
-        predict(
-            config, grid=grid, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens
-        )
+        predict(config, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens)
         for mode in ("prefill", "train")
     )
     return PartPlan(
@@ -255,8 +254,7 @@ def part_plan(config: Any, share: Fraction, spelled: str, *, grid: tuple[int, in
 
 def resized(config: Any, size: int, trained: Trained) -> tuple[Any, list[str]]:
     """`config` with the tower's position table at the stage's size, as the papers count a tower that is trained there."""
-    native = config.vision_config.image_size
-    if not trained.tower or size == native:
+    if not isinstance(config, FoveateConfig) or not trained.tower or size == (native := config.native_size):
         return config, []
     changed = deepcopy(config)
     changed.vision_config.image_size = size

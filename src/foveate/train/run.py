@@ -35,7 +35,7 @@ from foveate.data.collate import Collator, Cut, Fit, image_tokens, told
 from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
 from foveate.data.library import LibraryCollator, image_length
 from foveate.errors import FoveateError
-from foveate.model.assembly import from_backbones, savable
+from foveate.model.assembly import from_backbones, refuse_file, savable
 from foveate.model.configuration import FoveateConfig
 from foveate.model.processing import FoveateProcessor, default_template
 from foveate.reducers import parse, save_reducers
@@ -179,6 +179,7 @@ def open_processor(name: str, template: str | None = None) -> Any:
 
 
 def load_config(name: str, what: str) -> Any:
+    refuse_file(name, what)
     try:
         return AutoConfig.from_pretrained(resolve(name))
     except (OSError, ValueError) as error:

@@ -7,7 +7,6 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -37,8 +36,7 @@ from foveate.integrations.lmms_eval.answering import (
     spelling,
     whole,
 )
-from foveate.reducers import load_reducers, parse, spell
-from foveate.reducers.base import SAVED_NAME
+from foveate.reducers import parse, saved_reducers, spell
 
 
 class _Foveate(lmms):
@@ -80,15 +78,14 @@ class _Foveate(lmms):
         if dtype != "auto" and not isinstance(getattr(torch, str(dtype), None), torch.dtype):
             raise FoveateError(f"dtype={dtype!r} is not possible; give auto, float32, bfloat16 or float16")
         self.batch_size, self.max_new_tokens = whole("batch_size", batch_size), whole("max_new_tokens", max_new_tokens)
-        self.reducers = [] if reduce is None else parse(spelling(str(reduce)))
+        self.reducers = [] if reduce is None else parse(spelling(str(reduce)))  # what is wrong with them is said before loading
         self.accelerator = Accelerator()
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
         self.model, self.processor = load_model(pretrained, str(device or self.accelerator.device), **options)
         self.device = self.model.device
-        saved = Path(str(self.model.config.name_or_path))
-        if reduce is None and (saved / SAVED_NAME).is_file():
-            self.reducers = load_reducers(saved)
+        if reduce is None:
+            self.reducers = saved_reducers(self.model.config.name_or_path) or []
         check_template(self.processor)
         self.processor, self.before = shrunk(self.processor, self.reducers)  # reducers that make each image smaller
         if self.processor.tokenizer.pad_token is None:
