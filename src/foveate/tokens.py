@@ -424,7 +424,8 @@ def _mixed(x_BND: Tensor, rows: Tensor, sources: Tensor, weights: Tensor) -> Ten
     if mixed.dtype != wide and bool((lost := mixed.isinf() & total.isfinite()).any()):
         raise FoveateError(
             f"merged tokens add up to {float(total.detach()[lost].abs().max()):.3g}, and {str(mixed.dtype).removeprefix('torch.')} ends at "
-            f"{torch.finfo(mixed.dtype).max:.6g}: load the model in bfloat16 or float32, or take means where the method has the choice (merge=mean)"
+            f"{torch.finfo(mixed.dtype).max:.6g}: load the model in bfloat16 or float32, or take means where the method offers them "
+            "(merge=mean)"
         )
     return mixed[torch.argsort(largest)]
 
