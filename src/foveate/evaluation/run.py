@@ -30,7 +30,7 @@ from foveate.data.rows import read_json
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, readable
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
-from foveate.reducers import Reducer, load_reducers, parse, prepare, spell
+from foveate.reducers import Reducer, in_model, load_reducers, parse, prepare, spell
 from foveate.reducers.base import SAVED_NAME
 
 log = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ def evaluate(
     predictions, cut = [""] * len(questions), 0
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     start = time.perf_counter()
-    with answering(model), attach(model, reducers) if reducers else nullcontext() as run, progress_bar(progress) as bar:
+    with answering(model), attach(model, in_model(reducers)) if reducers else nullcontext() as run, progress_bar(progress) as bar:
         task = bar.add_task("answering", total=len(questions))
         for batch in batches:
             names = list(dict.fromkeys(questions[i].image for i in batch))

@@ -6,8 +6,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL.Image import Image
-
 from foveate.errors import FoveateError
 from foveate.reducers.aim import AIM
 from foveate.reducers.avgpool2d import AvgPool2d
@@ -20,6 +18,7 @@ from foveate.reducers.fastervlm import FasterVLM
 from foveate.reducers.fastv import FastV
 from foveate.reducers.fopru import FoPru
 from foveate.reducers.hired import HiRED
+from foveate.reducers.preparing import Preparing, before_processor, in_model, prepare
 from foveate.reducers.pyramiddrop import PyramidDrop
 from foveate.reducers.random import Random
 from foveate.reducers.schedule import Schedule
@@ -42,13 +41,6 @@ def parse(text: str) -> list[Reducer]:
 def spell(reducers: Sequence[Reducer]) -> str:
     """The canonical spelling; `parse` reads it back."""
     return "+".join(str(r) for r in reducers) or "none"
-
-
-def prepare(reducers: Sequence[Reducer], image: Image) -> Image:
-    """What the reducers make of an image before the processor sees it, one after the other."""
-    for reducer in reducers:
-        image = reducer.prepare(image)
-    return image
 
 
 def load_reducers(folder: Path) -> list[Reducer]:
@@ -83,6 +75,7 @@ __all__ = [
     "FasterVLM",
     "FoPru",
     "HiRED",
+    "Preparing",
     "PyramidDrop",
     "Random",
     "Reducer",
@@ -91,6 +84,8 @@ __all__ = [
     "ToMe",
     "Uniform",
     "VisionZip",
+    "before_processor",
+    "in_model",
     "load_reducers",
     "parse",
     "prepare",

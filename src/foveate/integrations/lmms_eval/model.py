@@ -37,7 +37,7 @@ from foveate.integrations.lmms_eval.answering import (
     spelling,
     whole,
 )
-from foveate.reducers import load_reducers, parse, spell
+from foveate.reducers import in_model, load_reducers, parse, spell
 from foveate.reducers.base import SAVED_NAME
 
 
@@ -99,7 +99,7 @@ class _Foveate(lmms):
 
     def _attached(self) -> AbstractContextManager[Run | None]:
         try:
-            return attach(self.model, self.reducers)
+            return attach(self.model, in_model(self.reducers))
         except FoveateError:
             if self.reducers:
                 raise
