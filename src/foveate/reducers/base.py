@@ -102,7 +102,8 @@ class Reducer(ABC):
                 continue
             value = getattr(self, option.name)
             if option.default is dataclasses.MISSING or value != option.default or type(value) is not type(option.default):
-                options.append(f"{option.name}={str(value).lower() if isinstance(value, bool) else value}")
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+                options.append(f"{option.name}={text.replace('e+', 'e') if isinstance(value, float) else text}")  # "+" joins reducers
         return self.name + (":" + ",".join(options) if options else "")
 
 

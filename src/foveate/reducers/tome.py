@@ -36,6 +36,8 @@ from foveate.sites import BeforeLM, Cut, InEncoder, Site
 from foveate.sizes import Sizes, products
 from foveate.tokens import SCOPES, Layout, TokenMap, budget
 
+MOST_BLOCKS = 1000  # more than any tower has
+
 
 class Matching(NamedTuple):
     """One pass. group (..., N) int64: the target that each token goes into; keeper (..., N - r) int64: the token whose place each target
@@ -75,6 +77,8 @@ class ToMe(Reducer):
         super().__post_init__()
         budget(self.keep, 1)
         integers(self, r=0, layer=None, blocks=1)
+        if self.blocks > MOST_BLOCKS:
+            raise FoveateError(f"tome: blocks={self.blocks} is more than any vision tower has; give those of yours, less the last")
         choose(
             self, metric=("states", "keys"), order=("raster", "matching"), scope=SCOPES, site=("lm", "tower"), proportional=(True, False)
         )
