@@ -58,15 +58,19 @@ def _differs(what: str, wanted: str | None, word: str) -> str:
 
 
 def update(cells: dict[tuple[str, str, str], str], scores: dict[tuple[str, str], str], bare: dict[tuple[str, str], str]) -> dict[str, Any]:
-    """Writes what a run has found over what was known: of a run of some families, theirs alone. Returns all of it."""
+    """Writes what a run has found over what was known: of a run of some families or methods, theirs alone; of one that was stopped, the
+    cells that were finished. Returns all of it."""
     data = read() if PATH.is_file() else {"versions": {}, "cells": {}, "scores": {}, "bare": {}}
     for name, method in {(name, method) for name, method, _ in cells}:
-        each = [cells.get((name, method, check), "failed") for check in CHECKS]
-        data["cells"].setdefault(name, {})[method] = each[0] if len(set(each)) == 1 else " ".join(each)
+        each = [cells.get((name, method, check), "") for check in CHECKS]
+        if all(each):
+            data["cells"].setdefault(name, {})[method] = each[0] if len(set(each)) == 1 else " ".join(each)
     for (name, reducers), word in scores.items():
         data["scores"].setdefault(name, {})[reducers] = word
-    for name in {name for name, _, _ in cells}:
-        data["bare"][name] = {check: what for (of, check), what in bare.items() if of == name}
+    for name, check in {(name, check) for name, _, check in cells}:
+        data["bare"].setdefault(name, {}).pop(check, None)
+        if (name, check) in bare:
+            data["bare"][name][check] = bare[name, check]
     data["bare"] = {name: checks for name, checks in data["bare"].items() if checks}
     data["versions"] = {"torch": torch.__version__.partition("+")[0], "transformers": transformers.__version__}
     PATH.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -28,6 +28,10 @@ labels, another answer changes no map, gradient checkpointing changes nothing.
 not apply; a digit: a check that the bare model fails already. – the method cannot act on this model, for the reason given by the letter.
 `downsample` acts on the image, before the processor, and has no cells.
 
+The outcomes are committed (`tests/conformance/expected.json`) and every run is compared with them: what serves has to go on serving, and
+what refuses to refuse for its reason. Beside the cells, attention as methods see it is compared with each model's own eager attention,
+and the predicted cost of every method's scores with what a counter sees.
+
 {table}
 
 {key}

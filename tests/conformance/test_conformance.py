@@ -98,11 +98,14 @@ def by_the_last_block(reducers: str, refused: NotApplicable) -> bool:
 
 
 def test_the_page_is_what_is_committed() -> None:
+    """After a change: the command in `expected.HOW`."""
     page = Path(__file__).parent.parent.parent / "docs" / "conformance.md"
     assert page.read_text(encoding="utf-8") == render(DATA)
 
 
-def test_every_cell_has_a_committed_outcome_and_none_failed() -> None:
+def test_every_cell_has_a_committed_outcome_and_none_failed(request: pytest.FixtureRequest) -> None:
+    if request.config.getoption("--table", None) is not None:
+        pytest.skip("they are being written")
     assert DATA["cells"].keys() == families().keys()
     for name, cells in DATA["cells"].items():
         assert cells.keys() == SETTINGS.keys(), name

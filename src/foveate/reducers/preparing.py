@@ -121,7 +121,7 @@ def _mix(part: Any, mixed: type[_Mixed], reducers: list[Reducer]) -> None:
     part.__class__ = type(own.__name__, (mixed, own), {"__module__": own.__module__, "_own": own, "_reducers": reducers})
 
 
-def _again(own: type, mixed: type[_Mixed], reducers: list[Reducer]) -> Any:
+def _again(own: Any, mixed: type[_Mixed], reducers: list[Reducer]) -> Any:
     """Where such a part is copied or unpickled."""
     part = own.__new__(own)
     _mix(part, mixed, reducers)
