@@ -81,7 +81,7 @@ def test_wider_types_hold_the_sums(reducer: str, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def test_no_method_loses_a_finite_image(reducer: str) -> None:
     """Also in what it computes on the way: similarities, norms, keys."""
-    model, batch = loud(3e4), Batch([ROWS[0], ROWS[1]], "left", torch.float16)
+    model, batch = loud(4e4), Batch([ROWS[0], ROWS[1]], "left", torch.float16)
     with foveate.attach(model, reducer):
         if reducer in ADDS:
             with pytest.raises(FoveateError, match="float16 ends at 65504"):
