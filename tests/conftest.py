@@ -2,15 +2,16 @@
 
 import os
 
+# No test may reach a hub: models and data are made on the spot. In front of the imports, since the hub's library reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 import pytest
 import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def offline() -> None:
-    """No test may reach a hub: models and data are made on the spot."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    # Tiny models: a second thread costs more than it brings, and the tests run in several processes.
+def one_thread() -> None:
+    """Tiny models: a second thread costs more than it brings, and the tests run in several processes."""
     torch.set_num_threads(1)
 
 

@@ -43,7 +43,7 @@ from foveate import FoveateError
 from foveate.anatomy import read
 from foveate.cost import Ledger
 from foveate.evaluation.cells import write_json
-from foveate.reducers import METHODS, parse
+from foveate.reducers import METHODS, in_model, parse
 from foveate.report.machine import exact_peaks, peak, reset_peak, synchronize
 from foveate.report.runs import environment
 from foveate.signals import ClsAttention, ReceivedAttention, TowerKeys
@@ -131,7 +131,7 @@ def variants(
             text = spelled(method, keep, options.get(method, ""))
             if text is None:
                 skipped[f"{method} at {keep}"] = "its strides keep at most a quarter"
-            elif not parse(text)[0].sites(layers):
+            elif not in_model(parse(text)):
                 skipped[text] = "it acts on the image, in front of the processor, where this benchmark begins"
             else:
                 found.setdefault(text, Variant(text, text, method, keep))

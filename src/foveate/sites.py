@@ -12,6 +12,17 @@ from foveate.tokens import TokenMap
 
 
 @dataclass(frozen=True)
+class BeforeProcessor:
+    """In front of the processor: `Reducer.prepare` changes each image, and nothing is decided in the model."""
+
+    needs: tuple[Signal, ...] = ()
+
+    @property
+    def layer(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
 class InEncoder:
     """In front of block index `block` of the vision tower; it may look at the block before. The view's rows are crops, its slots those of
     the tower, [CLS] and registers among them. Where a reducer says `proportional = True`, the blocks behind attend to merged tokens by
@@ -53,7 +64,7 @@ class ThroughLayer:
     needs: tuple[Signal, ...] = ()
 
 
-Site = InEncoder | BeforeLM | FromLayer | ThroughLayer
+Site = BeforeProcessor | InEncoder | BeforeLM | FromLayer | ThroughLayer
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,9 @@ class TokenMap:
         return rows, targets
 
     def apply(self, x_BND: Tensor) -> Tensor:
-        """(B, N, ...) -> (B, M, ...). A target with one source of weight 1 is a bit-exact copy; sums are taken in float32 or wider."""
+        """(B, N, ...) -> (B, M, ...). A target with one source of weight 1 is a bit-exact copy; sums are taken in float32 or wider.
+
+        Raises FoveateError for a finite sum that x's dtype cannot hold (float16 ends at 65504)."""
         B, M = self.representative.shape
         shape = (B, M, *x_BND.shape[2:])
         x = x_BND.reshape(*x_BND.shape[:2], -1)
@@ -418,7 +420,14 @@ def _mixed(x_BND: Tensor, rows: Tensor, sources: Tensor, weights: Tensor) -> Ten
     total = torch.zeros((len(rows), x_BND.shape[2]), dtype=wide, device=x_BND.device)
     for e, active in enumerate((counts[:, None] > torch.arange(sources.shape[1], device=counts.device)).sum(0).tolist()):
         total[:active] += x_BND[rows[:active], sources[:active, e]].to(wide) * weights[:active, e, None]
-    return total[torch.argsort(largest)].to(x_BND.dtype)
+    mixed = total.to(x_BND.dtype)
+    if mixed.dtype != wide and bool((lost := mixed.isinf() & total.isfinite()).any()):
+        raise FoveateError(
+            f"merged tokens add up to {float(total.detach()[lost].abs().max()):.3g}, and {str(mixed.dtype).removeprefix('torch.')} ends at "
+            f"{torch.finfo(mixed.dtype).max:.6g}: load the model in bfloat16 or float32, or take means where the method offers them "
+            "(merge=mean)"
+        )
+    return mixed[torch.argsort(largest)]
 
 
 def _survivors(layout: Layout, kept_BN: Tensor) -> Tensor:
@@ -468,7 +477,8 @@ def budget(keep: float | int, tokens: int) -> int:
 
 
 def top(layout: Layout, score_BN: Tensor, keep: float | int, *, scope: str = "image", original_BN: Tensor | None = None) -> Tensor:
-    """(B, N) bool: of each group of visual slots the highest scores; ties go to the lower raster index.
+    """(B, N) bool: of each group of visual slots the highest scores; ties go to the lower raster index. A score that is not a number (its
+    image is broken) counts as the highest: what the bare model would show is not hidden.
 
     As many of each group as `budget(keep, L)` says, L being the group's slots, or, with `original_BN` (int64, a number at each slot),
     what the group had before earlier cuts. A score of -inf is never kept. scope: as in `Layout.groups`.

@@ -110,7 +110,7 @@ class Extras(NamedTuple):
     """The tokens that a tower has beside its patches.
 
     cls     whether the first of them (the only one, `behind`) is a [CLS] token
-    number  how many there are, registers among them
+    number  how many there are, registers and a distillation token among them
     behind  whether they stand behind the patches, rather than before them
     """
 
@@ -125,8 +125,8 @@ class Extras(NamedTuple):
 
 
 def extras_of(tower: nn.Module) -> Extras:
-    """The [CLS] token and registers of a tower, by the names of its parameters. Those that it has behind its blocks belong to a head,
-    which pools its patches, and never enter the sequence."""
+    """The [CLS] token, registers and distillation token of a tower, by the names of its parameters. Those that it has behind its blocks
+    belong to a head, which pools its patches, and never enter the sequence."""
     within = _longest(tower)
     cls, registers, behind = 0, 0, False
     for name, parameter in tower.named_parameters():
@@ -136,8 +136,8 @@ def extras_of(tower: nn.Module) -> Extras:
         count = parameter.shape[-2] if parameter.ndim > 1 else 1
         if own in ("class_embedding", "cls_token", "class_token"):
             cls = count
-        elif "register_token" in own or own == "reg_token":
-            registers = count
+        elif "register_token" in own or own in ("reg_token", "distillation_token", "dist_token"):
+            registers += count
         behind |= own == "positional_embedding_vlm"  # the layout of Llama 4
     return Extras(cls > 0, cls + registers, behind)
 

@@ -1,16 +1,14 @@
-"""The table of cells, as the tests' own run found them."""
+"""The page of the committed outcomes, docs/conformance.md."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-
-import torch
-import transformers
+from typing import Any
 
 from foveate.errors import Reason
 from foveate.reducers import METHODS
 from tests.conformance.checks import CHECKS, MERGES, RECURS
+from tests.conformance.expected import REASONS, words
 
 LETTERS = {str(reason): letter for letter, reason in zip("abcdefghijkl", Reason, strict=False)} | {MERGES: "m", RECURS: "r"}
 
@@ -29,6 +27,10 @@ labels, another answer changes no map, gradient checkpointing changes nothing.
 ✓ all six; where the tower's block attends within windows, scores are of the last one (`layer=-1`). A letter beside it: a check that does
 not apply; a digit: a check that the bare model fails already. – the method cannot act on this model, for the reason given by the letter.
 `downsample` acts on the image, before the processor, and has no cells.
+
+The outcomes are committed (`tests/conformance/expected.json`) and every run is compared with them: what serves has to go on serving, and
+what refuses to refuse for its reason. Beside the cells, attention as methods see it is compared with each model's own eager attention,
+and the predicted cost of every method's scores with what a counter sees.
 
 {table}
 
@@ -52,52 +54,44 @@ not apply; a digit: a check that the bare model fails already. – the method ca
 """
 
 
-def write(cells: dict[tuple[str, str, str], str], where: Path) -> None:
-    families = sorted({family for family, _, _ in cells})
-    methods = [method for method in METHODS if any(m == method for _, m, _ in cells)]
-    checks = list(CHECKS)
-    rows, served, reasons = [], Counter[str](), Counter[str]()
+def render(data: dict[str, Any]) -> str:
+    """The page of what is committed."""
+    families = sorted(data["cells"])
+    methods = [method for method in METHODS if any(method in data["cells"][family] for family in families)]
+    rows, served, reasons, counted = [], Counter[str](), Counter[str](), Counter[str]()
     for family in families:
         row = [family]
         for method in methods:
-            found = {check: cells.get((family, method, check), "failed") for check in checks}
+            found = words(data["cells"][family][method])
             row.append(_cell(found))
             served[method] += row[-1].startswith("✓")
-            reasons.update({_reason(outcome) for outcome in found.values() if outcome.startswith("not applicable")})
+            reasons.update({REASONS[word] for word in found.values() if word in REASONS})
+            counted.update("na" if word in REASONS else word for word in found.values())
         rows.append("| " + " | ".join(row) + " |")
     head = "| | " + " | ".join(methods) + " |\n|---|" + "---|" * len(methods)
-    counted = Counter(outcome.split(":")[0] for outcome in cells.values())
-    bare = {(f, c): o.removeprefix("bare: ") for (f, _, c), o in cells.items() if o.startswith("bare")}
-    where.write_text(
-        TEXT.format(
-            torch=torch.__version__.partition("+")[0],
-            transformers=transformers.__version__,
-            families=len(families),
-            methods=len(methods),
-            cells=len(families) * len(methods),
-            checks=len(checks),
-            passed=counted["passed"],
-            failed=counted["failed"],
-            na=counted["not applicable"],
-            bare=counted["bare"],
-            table="\n".join([head, *rows]),
-            key="; ".join(f"**{letter}** {reason}" for reason, letter in LETTERS.items()) + ".",
-            reasons="\n".join(f"| {reason} | {count} |" for reason, count in reasons.most_common()),
-            served="\n".join(f"| {method} | {served[method]} | {len(families)} |" for method in methods),
-            failing="\n".join(f"- {family}, {check}: {what}" for (family, check), what in sorted(bare.items())) or "None.",
-        ),
-        encoding="utf-8",
+    bare = [(family, check, what) for family, checks in data["bare"].items() for check, what in checks.items()]
+    return TEXT.format(
+        **data["versions"],
+        families=len(families),
+        methods=len(methods),
+        cells=len(families) * len(methods),
+        checks=len(CHECKS),
+        passed=counted["ok"],
+        failed=counted["failed"],
+        na=counted["na"],
+        bare=counted["bare"],
+        table="\n".join([head, *rows]),
+        key="; ".join(f"**{letter}** {reason}" for reason, letter in LETTERS.items()) + ".",
+        reasons="\n".join(f"| {reason} | {count} |" for reason, count in reasons.most_common()),
+        served="\n".join(f"| {method} | {served[method]} | {len(families)} |" for method in methods),
+        failing="\n".join(f"- {family}, {check}: {what}" for family, check, what in sorted(bare)) or "None.",
     )
 
 
-def _reason(outcome: str) -> str:
-    return outcome.removeprefix("not applicable: ")
-
-
 def _cell(found: dict[str, str]) -> str:
-    if any(outcome == "failed" for outcome in found.values()):
-        return "✗ " + " ".join(check for check, outcome in found.items() if outcome == "failed")
-    letters = "".join(sorted({LETTERS[_reason(o)] for o in found.values() if o.startswith("not applicable")}))
-    digits = "".join(str(i + 1) for i, o in enumerate(found.values()) if o.startswith("bare"))
+    if "failed" in found.values():
+        return "✗ " + " ".join(check for check, word in found.items() if word == "failed")
+    letters = "".join(sorted({LETTERS[REASONS[word]] for word in found.values() if word in REASONS}))
+    digits = "".join(str(i + 1) for i, word in enumerate(found.values()) if word == "bare")
     cannot = set(letters) - {LETTERS[MERGES], LETTERS[RECURS]}
-    return ("–" if cannot or "passed" not in found.values() else "✓") + letters + digits
+    return ("–" if cannot or "ok" not in found.values() else "✓") + letters + digits

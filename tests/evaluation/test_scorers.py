@@ -147,7 +147,7 @@ def test_exact_takes_any_reference() -> None:
         ("1,000", "1000", False),
         ("Blue", "blue", True),
         ("Blue", "blue line", False),
-        ("nan", "nan", True),
+        ("nan", "nan", False),
         ("inf", "5", False),
     ],
 )

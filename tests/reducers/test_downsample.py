@@ -9,6 +9,7 @@ from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 from foveate import FoveateError
 from foveate.reducers import Downsample, parse, prepare, spell
 from foveate.signals import View
+from foveate.sites import BeforeProcessor
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -78,7 +79,7 @@ def test_a_processor_of_one_size_makes_as_many_as_before() -> None:
 
 def test_it_acts_nowhere_in_the_model() -> None:
     reducer = Downsample()
-    assert reducer.sites(32) == []
+    assert reducer.sites(32) == [BeforeProcessor()]
     assert reducer.visual_tokens(144, 4) == [144] * 4  # of the tokens that the processor made of the smaller image
     with pytest.raises(FoveateError, match="the processor makes them of the smaller image"):
         reducer.count(576, 576)

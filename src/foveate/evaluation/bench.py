@@ -34,7 +34,7 @@ from foveate.evaluation.run import answer, answering, load_model, progress_bar, 
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import Sample, Task, load_task
 from foveate.inference import Broken
-from foveate.reducers import Reducer, parse, prepare, spell
+from foveate.reducers import Reducer, in_model, parse, prepare, spell
 from foveate.report.runs import environment
 from foveate.world import resolve
 
@@ -337,7 +337,7 @@ def answered(
     said, tokens, ledgers, cut = [""] * n, [], [], 0
     start = time.perf_counter()
     processor, before = shrunk(processor, reducers)
-    with attach(model, reducers) as run:
+    with attach(model, in_model(reducers)) as run:
         for batch in asked.batches:
             place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for number in batch for ref in samples[number].images))}
             pictures = [prepare(before, _opened(ref)) for ref in place]

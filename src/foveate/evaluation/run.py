@@ -31,7 +31,7 @@ from foveate.data.rows import read_json
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, readable
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
-from foveate.reducers import Reducer, parse, prepare, saved_reducers, spell
+from foveate.reducers import Reducer, in_model, parse, prepare, saved_reducers, spell
 
 log = logging.getLogger(__name__)
 
@@ -326,7 +326,7 @@ def evaluate(
     layers: list[tuple[int, ...]] = []  # of each question's image in each decoder layer
     batches = [order[at : at + batch_size] for at in range(0, len(order), batch_size)]
     start = time.perf_counter()
-    with answering(model), attach(model, reducers) if reducers else nullcontext() as run, progress_bar(progress) as bar:
+    with answering(model), attach(model, in_model(reducers)) if reducers else nullcontext() as run, progress_bar(progress) as bar:
         task = bar.add_task("answering", total=len(questions))
         for batch in batches:
             names = list(dict.fromkeys(questions[i].image for i in batch))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL.Image import Image
 from transformers.utils import cached_file
 
 from foveate.errors import FoveateError
@@ -22,6 +21,7 @@ from foveate.reducers.fastervlm import FasterVLM
 from foveate.reducers.fastv import FastV
 from foveate.reducers.fopru import FoPru
 from foveate.reducers.hired import HiRED
+from foveate.reducers.preparing import Preparing, before_processor, in_model, prepare
 from foveate.reducers.pyramiddrop import PyramidDrop
 from foveate.reducers.random import Random
 from foveate.reducers.schedule import Schedule
@@ -44,13 +44,6 @@ def parse(text: str) -> list[Reducer]:
 def spell(reducers: Sequence[Reducer]) -> str:
     """The canonical spelling; `parse` reads it back."""
     return "+".join(str(r) for r in reducers) or "none"
-
-
-def prepare(reducers: Sequence[Reducer], image: Image) -> Image:
-    """What the reducers make of an image before the processor sees it, one after the other."""
-    for reducer in reducers:
-        image = reducer.prepare(image)
-    return image
 
 
 def saved_reducers(model: str | Path) -> list[Reducer] | None:
@@ -113,6 +106,7 @@ __all__ = [
     "FasterVLM",
     "FoPru",
     "HiRED",
+    "Preparing",
     "PyramidDrop",
     "Random",
     "Reducer",
@@ -121,6 +115,8 @@ __all__ = [
     "ToMe",
     "Uniform",
     "VisionZip",
+    "before_processor",
+    "in_model",
     "load_reducers",
     "parse",
     "prepare",

@@ -36,6 +36,7 @@ from foveate.sites import BeforeLM, Cut, FromLayer, Site
 from foveate.sizes import Sizes
 from foveate.tokens import SCOPES, TokenMap, budget, top
 
+MOST = 1000  # steps and walks
 ELEMENTS = 1 << 26  # of the attention map that are held at once
 
 
@@ -66,6 +67,8 @@ class AIM(Reducer):
         super().__post_init__()
         budget(self.keep, 1)
         integers(self, steps=0, walks=1)
+        if max(self.steps, self.walks) > MOST:
+            raise FoveateError(f"aim: steps={self.steps}, walks={self.walks} would not end; give at most {MOST} (the authors: 8 and 5)")
         choose(self, weighted=(True, False), order=("raster", "matching"), scope=SCOPES)
         for option in ("start", "stop"):
             value = getattr(self, option)
@@ -73,8 +76,10 @@ class AIM(Reducer):
                 raise FoveateError(f"aim: {option}={value!r} is not possible; give a share of the depth in (0, 1] or a layer index >= 1")
         if type(self.start) is type(self.stop) and self.stop < self.start:
             raise FoveateError(f"aim: stop={self.stop!r} lies before start={self.start!r}; give a stop of at least {self.start!r}")
-        if type(self.temperature) not in (int, float) or not self.temperature > 0:
-            raise FoveateError(f"aim: temperature={self.temperature!r} is not possible; give a number > 0 (the authors use 0.1)")
+        if type(self.temperature) not in (int, float) or not 0 < self.temperature < 1e9:
+            raise FoveateError(
+                f"aim: temperature={self.temperature!r} is not possible; give a number > 0 and below 1e9 (the authors use 0.1)"
+            )
 
     def sites(self, layers: int) -> list[Site]:
         first, last = (round(at * layers) if isinstance(at, float) else at for at in (self.start, self.stop))

@@ -15,7 +15,7 @@ from PIL.Image import Image
 
 from foveate.errors import FoveateError, nearest
 from foveate.signals import View
-from foveate.sites import Decision, Site, ThroughLayer
+from foveate.sites import BeforeProcessor, Decision, Site, ThroughLayer
 from foveate.sizes import Sizes
 
 SAVED_NAME = "foveate.json"
@@ -50,7 +50,7 @@ class Reducer(ABC):
         """Visual tokens of one image that leave the site, when `arriving` of its `original` tokens come to it."""
 
     def prepare(self, image: Image) -> Image:
-        """What becomes of an image before the processor sees it."""
+        """What becomes of an image at `BeforeProcessor`."""
         return image
 
     def positions_at(self, stage: int) -> str:
@@ -102,7 +102,8 @@ class Reducer(ABC):
                 continue
             value = getattr(self, option.name)
             if option.default is dataclasses.MISSING or value != option.default or type(value) is not type(option.default):
-                options.append(f"{option.name}={str(value).lower() if isinstance(value, bool) else value}")
+                text = str(value).lower() if isinstance(value, bool) else str(value)
+                options.append(f"{option.name}={text.replace('e+', 'e') if isinstance(value, float) else text}")  # "+" joins reducers
         return self.name + (":" + ",".join(options) if options else "")
 
 
@@ -148,8 +149,9 @@ Step = tuple[Site, Reducer, int]
 
 
 def acting(reducers: Sequence[Reducer], num_layers: int) -> list[Step]:
-    """(site, reducer, stage) in the order in which they act."""
-    sites = [(site, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers)) if site.layer < num_layers]
+    """(site, reducer, stage) in the order in which they act in the model."""
+    sites = [(site, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers))]
+    sites = [at for at in sites if at[0].layer < num_layers and not isinstance(at[0], BeforeProcessor)]
     ordered = sorted(sites, key=lambda at: (at[0].layer, isinstance(at[0], ThroughLayer), *at[1:]))
     return [(site, reducers[i], stage) for site, i, stage in ordered]
 

@@ -118,7 +118,7 @@ def greedy_map(kernel_NN: Tensor, picks: int) -> tuple[Tensor, Tensor]:
         rest = kernel_NN.index_select(0, best)[0] - before.index_select(1, best)[:, 0] @ before
         factor[step] = torch.where(won > 0, rest / won.clamp(min=torch.finfo(won.dtype).tiny).sqrt(), 0.0)
         gain = gain - factor[step] ** 2
-        gain = torch.where(gain > noise, gain, 0.0)
+        gain = torch.where(gain <= noise, 0.0, gain)  # what is not a number stays so, and is picked next
         taken = taken.index_fill(0, best, True)
         chosen.append(best)
         gains.append(won)

@@ -15,6 +15,7 @@ from foveate.signals import AttentionRows, Question, View
 from foveate.tokens import Layout, TokenMap
 
 OF = ("original", "arriving")
+_TOO_MUCH = 1 << 63  # for a tensor of integers
 
 # ---- options
 
@@ -29,10 +30,11 @@ def choose(reducer: Reducer, **possible: Sequence[object]) -> None:
 
 
 def integers(reducer: Reducer, why: str = "", /, **least: int | None) -> None:
-    """Raises FoveateError where an option is no integer or less than its least; None: a block of the tower, which may be negative."""
+    """Raises FoveateError where an option is no integer of 64 bits or less than its least; None: a block of the tower, which may be
+    negative."""
     for option, low in least.items():
         given = getattr(reducer, option)
-        if type(given) is not int or (low is not None and given < low):
+        if type(given) is not int or (low is not None and given < low) or abs(given) >= _TOO_MUCH:
             wanted = "an integer, such as -2 for the last block but one" if low is None else f"an integer >= {low}"
             raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible{why}; give {wanted}")
 

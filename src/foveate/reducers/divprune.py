@@ -70,7 +70,8 @@ class DivPrune(Reducer):
 def spread(states_ND: Tensor, picks: int) -> Tensor:
     """(picks,) int64: indices in the order in which they are picked; ties go to the lower index."""
     unit = normalize(states_ND.to(torch.float32), dim=-1)
-    distance = 1 - unit @ unit.T
+    # What is not a number is far from everything: it would make every nearest distance one like itself, and be picked again and again.
+    distance = (1 - unit @ unit.T).nan_to_num(nan=float("inf"))
     # Nearest neighbours of each other tie: a matrix product may tell them apart by rounding, a symmetric matrix does not.
     distance = torch.maximum(distance, distance.T)
     # To itself a token is infinitely far before the first pick, and infinitely near once it is picked.

@@ -19,7 +19,7 @@ from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import meant
 from foveate.signals import View
-from foveate.sites import Cut, Site
+from foveate.sites import BeforeProcessor, Cut, Site
 from foveate.tokens import budget
 
 
@@ -27,7 +27,8 @@ from foveate.tokens import budget
 class Downsample(Reducer):
     """Keeps `keep` (a share) of each image's pixels: both sides times its root, half a pixel rounded up, at least 1.
 
-    Acts in `foveate.reducers.prepare(reducers, image)`, in front of the processor, and nowhere in the model.
+    Acts in front of the processor, which `attach(…, processor=processor)` is given, and nowhere in the model; on an image of one's own in
+    `foveate.reducers.prepare(reducers, image)`.
     """
 
     name: ClassVar[str] = "downsample"
@@ -53,10 +54,13 @@ class Downsample(Reducer):
         return max(1, (isqrt(int(4 * meant(self.keep) * pixels**2)) + 1) // 2)
 
     def sites(self, layers: int) -> list[Site]:
-        return []
+        return [BeforeProcessor()]
 
     def reduce(self, view: View, stage: int = 0) -> Cut:
-        raise FoveateError("downsample acts on the image, not in the model: call foveate.reducers.prepare before the processor")
+        raise FoveateError(
+            "downsample acts on the image, not in the model: give attach the processor, as in attach(model, …, processor=processor), "
+            "or call foveate.reducers.prepare before the processor"
+        )
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         raise FoveateError("downsample has no number of tokens of its own: the processor makes them of the smaller image")

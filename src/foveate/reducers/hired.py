@@ -100,7 +100,7 @@ class HiRED(Reducer):
         base = min(_floor(self.alpha, N_b), most[0])
         share = self._shares(place_L5, coarse_L, crops)
         total = sum(share)
-        if total <= 0.0:  # nothing was attended to: all alike
+        if not total > 0.0:  # nothing was attended to, or nothing that is a number: all alike
             share, total = [1.0] * len(share), float(len(share))
         # 1e-9: the quotient of exact shares may fall just short of the integer that it is.
         quota = [base] + [min(floor((N_b - base) * s / total + 1e-9), m) for s, m in zip(share, most[1:], strict=True)]

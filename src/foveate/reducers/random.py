@@ -28,7 +28,7 @@ class Random(Reducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         budget(self.keep, 1)
-        integers(self, layer=0)
+        integers(self, layer=0, seed=0)
 
     def sites(self, layers: int) -> list[Site]:
         return [FromLayer(self.layer, (Noise(self.seed),)) if self.layer else BeforeLM((Noise(self.seed),))]

@@ -6,10 +6,10 @@
 
 in front of decoder layer indices 3, 7 and 16: the code's list 2, 6, 15 names the layers *after* which it acts, with their own maps.
 A recycled token is the sum of its cluster (`merge="sum"`, the paper) or the mean ("mean", the code). Clusters are density peaks:
-distances are Euclidean over the square root of the width; density is exp(-mean squared distance to the k nearest others), k the
-number of clusters; centres have the largest product of density and distance to the nearest denser token; every other token joins its
-nearest centre. That the neighbours exclude the token itself, that the densest token counts as farthest, and that tokens join the nearest
-centre are choices made here: unverified against the code.
+distances are Euclidean over the square root of the width; density is exp(-mean squared distance to the k nearest tokens), k the number
+of clusters, the token itself being the nearest (so that all are equally dense where there is one cluster); centres have the largest
+product of density and distance to the nearest denser token (the densest: to the farthest of all); every other token joins its nearest
+centre. So it is in the code; the paper leaves it to its reference.
 
 The budgets are the code's lists for 576 tokens, by name: "v1-192", "v1-128", "v1-96", "v1-64", "v2-192", "v2-128", "v2-96", "v2-64".
 Of version 2.0 only the lists are here, not its score (gravity correction, 14 heads); it recycles nothing and keeps positions, so write
@@ -20,8 +20,9 @@ Where this differs from the paper: it removes a multiple of N - rank(P) tokens, 
 code, the budget is given. Where this differs from the authors' code: a budget as large as the image drops nothing (theirs always drops
 one); a rater may equal the mean (theirs must exceed it, so that a single text token or equal ones leave no rater at all); clusters are
 deterministic (theirs adds random noise of 1e-6), ties going to the lower raster index; a recycled token stands at its centre's place, and
-behind the image's kept ones only with order="append"; each image has raters and clusters of its own, in any batch. Only text behind an
-image rates it, since in a causal model other text cannot see it; an image that no text follows is rated by the prompt's last slot.
+behind the image's kept ones, the highest peak first, only with order="append" (theirs); each image has raters and clusters of its own, in
+any batch. Only text behind an image rates it, since in a causal model other text cannot see it; an image that no text follows is rated by
+the prompt's last slot. Sums that float16 cannot hold are an error (`TokenMap.apply`): load the model in bfloat16, or take merge="mean".
 """
 
 from __future__ import annotations
@@ -139,16 +140,16 @@ class SparseVLM(Reducer):
         if tokens is None:
             raise FoveateError("sparsevlm: recycling needs the tokens' states; give View(tokens=…), or recycle=False")
         slot = torch.arange(layout.shape[1], device=kept_BN.device).expand(layout.shape)
-        home, place = torch.where(kept_BN, slot, -1), 2 * slot
+        home, place = torch.where(kept_BN, slot, -1), slot * layout.shape[1]
         weight = torch.ones(layout.shape, dtype=torch.float64, device=slot.device)
         for b, image in images(layout):
             kept, dropped = image[kept_BN[b, image]], image[~kept_BN[b, image]]
             best = torch.argsort(score_BN[b, dropped], descending=True, stable=True)[: _candidates(len(dropped))]
             slots = dropped[best.sort().values]
             if len(slots):
-                peak = peaks(tokens[b, slots].to(torch.float32), _clusters(len(dropped)))
+                centres, peak = peaks(tokens[b, slots].to(torch.float32), _clusters(len(dropped)))
                 home[b, slots] = slots[peak]
-                place[b, slots] = place[b, kept[-1]] + 1  # behind the image's kept
+                place[b, slots[centres]] = place[b, kept[-1]] + 1 + torch.arange(len(centres), device=slot.device)  # behind the kept
                 weight[b, slots] = 1 / peak.bincount()[peak].to(torch.float64)
         return into(layout, home, weight if self.merge == "mean" else None, place if self.order == "append" else None)
 
@@ -204,19 +205,17 @@ def raters(visual_LD: Tensor, text_TD: Tensor) -> Tensor:
     return relevance(visual_LD, text_TD) * len(text_TD) >= 1 - 1e-5
 
 
-def peaks(x_TD: Tensor, clusters: int) -> Tensor:
-    """(T,) int64: the density peak that each of T tokens belongs to, as an index into the tokens."""
+def peaks(x_TD: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
+    """(clusters,) int64: the density peaks, the highest first, and (T,) the one that each of T tokens belongs to, as indices into them."""
     T, D = x_TD.shape
     # Differences, not products: equal tokens are exactly 0 apart.
     distance = torch.cdist(x_TD, x_TD, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
-    if T == 1:
-        return torch.zeros(1, dtype=torch.int64, device=x_TD.device)
-    others = distance.masked_fill(torch.eye(T, dtype=torch.bool, device=x_TD.device), float("inf"))
-    density = (-others.sort(dim=1).values[:, : min(clusters, T - 1)].square().mean(1)).exp()
+    density = (-distance.sort(dim=1).values[:, :clusters].square().mean(1)).exp()
     index = torch.arange(T, device=x_TD.device)
     denser = (density > density[:, None]) | ((density == density[:, None]) & (index < index[:, None]))
     apart = torch.where(denser.any(1), distance.masked_fill(~denser, float("inf")).min(1).values, distance.max())
-    centres = torch.argsort(density * apart, descending=True, stable=True)[:clusters].sort().values
-    nearest = centres[distance[:, centres].argmin(1)]
+    centres = torch.argsort(density * apart, descending=True, stable=True)[:clusters]
+    ascending = centres.sort().values
+    nearest = ascending[distance[:, ascending].argmin(1)]
     nearest[centres] = centres
-    return nearest
+    return centres, nearest

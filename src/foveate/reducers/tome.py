@@ -15,7 +15,8 @@ is protected, and attention adds log(size) to its logits from then on.
 
 Where this differs from the authors' code: the groups are theirs, but they leave unmerged tokens of A in order of similarity (with a
 class token: ascending), then B. Between the passes that order is kept; in the end raster order is restored by the destinations'
-places, unless `order="matching"`. In the tower that order is theirs between blocks too, and raster order behind it.
+places, unless `order="matching"`. In the tower that order is theirs between blocks too, and raster order after it. Theirs protects a class
+and a distillation token; registers are protected here in the same way: all such tokens stay in front, in their order.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from foveate.signals import TowerKeys, View
 from foveate.sites import BeforeLM, Cut, InEncoder, Site
 from foveate.sizes import Sizes, products
 from foveate.tokens import SCOPES, Layout, TokenMap, budget
+
+MOST_BLOCKS = 1000  # more than any tower has
 
 
 class Matching(NamedTuple):
@@ -74,6 +77,8 @@ class ToMe(Reducer):
         super().__post_init__()
         budget(self.keep, 1)
         integers(self, r=0, layer=None, blocks=1)
+        if self.blocks > MOST_BLOCKS:
+            raise FoveateError(f"tome: blocks={self.blocks} is more than any vision tower has; give those of yours, less the last")
         choose(
             self, metric=("states", "keys"), order=("raster", "matching"), scope=SCOPES, site=("lm", "tower"), proportional=(True, False)
         )
@@ -125,8 +130,8 @@ class ToMe(Reducer):
 def bipartite(metric_ND: Tensor, r: int, *, protect_first: int = 0) -> Matching:
     """Matches `r` tokens (at most half of the unprotected ones) with a destination; leading dimensions are batches.
 
-    protect_first: leading tokens ([CLS], distillation) that neither go anywhere nor take anything in.
-    Targets are numbered: unmerged tokens of A (most similar first; ascending if some are protected), then B.
+    protect_first: leading tokens ([CLS], distillation, registers) that neither go anywhere nor take anything in.
+    Targets are numbered: the protected, unmerged tokens of A (most similar first; ascending if some are protected), then B.
     """
     N = metric_ND.shape[-2]
     places = torch.arange(N, device=metric_ND.device)
@@ -143,13 +148,13 @@ def bipartite(metric_ND: Tensor, r: int, *, protect_first: int = 0) -> Matching:
     going, staying = order[..., :r], order[..., r:]
     if protect_first:
         staying = staying.sort(-1).values
-    alone = staying.shape[-1]
-    from_a = torch.empty_like(order).scatter_(-1, staying, places[:alone].expand_as(staying))
-    from_a.scatter_(-1, going, alone + destination.gather(-1, going))
-    from_b = alone + places[: N // 2]
-    group = places.repeat(*order.shape[:-1], 1)
-    group[..., ::2], group[..., 1::2] = from_a, from_b
-    return Matching(group, torch.cat([2 * staying, places[1::2].expand(*order.shape[:-1], -1)], -1))
+    home = places.repeat(*order.shape[:-1], 1)
+    home[..., ::2] = home[..., ::2].scatter(-1, going, 2 * destination.gather(-1, going) + 1)
+    keeper = torch.cat([2 * staying, places[1::2].expand(*order.shape[:-1], -1)], -1)
+    # Of the protected every other one is in B: all of them go back in front, where the next pass looks for them.
+    keeper = keeper.gather(-1, keeper.clamp(max=protect_first).argsort(dim=-1, stable=True))
+    target = torch.empty_like(home).scatter_(-1, keeper, places[: N - r].expand_as(keeper))
+    return Matching(target.gather(-1, home), keeper)
 
 
 def mean(x_ND: Tensor, matching: Matching, weight_N: Tensor) -> tuple[Tensor, Tensor]:

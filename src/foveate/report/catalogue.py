@@ -12,7 +12,7 @@ from foveate.anatomy import TESTED
 from foveate.bridges import BRIDGES
 from foveate.reducers import METHODS, Reducer
 from foveate.signals import Attention, ClsAttention, Keys, ReceivedAttention, Signal, TowerKeys
-from foveate.sites import BeforeLM
+from foveate.sites import BeforeLM, BeforeProcessor
 
 _NEEDS: dict[type[Signal], str] = {
     ClsAttention: "the tower's [CLS] attention (without [CLS]: attention received)",
@@ -27,10 +27,9 @@ _DEPTH = 32  # decoder layers of the 7B models that the papers speak of
 def acts(method: type[Reducer]) -> str:
     """Where a method's default setting acts in a language model of 32 layers."""
     sites = method().sites(_DEPTH)
-    if not sites:
-        return "the image, before the processor"
-    layers = [str(site.layer) for site in sites if not isinstance(site, BeforeLM)]
-    before = ["before the LM"] if any(isinstance(site, BeforeLM) for site in sites) else []
+    layers = [str(site.layer) for site in sites if not isinstance(site, BeforeLM | BeforeProcessor)]
+    before = ["the image, before the processor"] if any(isinstance(site, BeforeProcessor) for site in sites) else []
+    before += ["before the LM"] if any(isinstance(site, BeforeLM) for site in sites) else []
     return ", ".join(before + ([f"from layer {', '.join(layers)}"] if layers else []))
 
 

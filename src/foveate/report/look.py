@@ -37,7 +37,7 @@ from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.run import answering, load_model, model_inputs, prompts
-from foveate.reducers import METHODS, Reducer, parse, prepare
+from foveate.reducers import METHODS, Reducer, in_model, parse, prepare
 from foveate.report import figures
 from foveate.report.demo import spell as said
 from foveate.tokens import TokenMap
@@ -314,7 +314,7 @@ def _ask(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, r
     """Greedy, with the reducers attached."""
     pictures = [prepare(reducers, picture) for picture in pictures]
     inputs = model_inputs(processor, [pictures], [prompt]).to(model.device, model.dtype)
-    with answering(model), attach(model, reducers) as run:
+    with answering(model), attach(model, in_model(reducers)) as run:
         [said] = inference.answer(model, processor.tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
     return _Asked(said.text, run, processor, inputs, pictures)
 

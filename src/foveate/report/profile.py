@@ -21,7 +21,7 @@ from foveate.counting import Counter, parameters_of, parts_of
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model, model_inputs, prompts
-from foveate.reducers import parse, prepare, spell
+from foveate.reducers import in_model, parse, prepare, spell
 from foveate.report.look import open_image
 from foveate.report.machine import peak, reset_peak, synchronize
 from foveate.report.runs import environment
@@ -106,7 +106,7 @@ class _Bench:
             self.why = ""
         except FoveateError as error:
             self.told, self.why = None, str(error)
-        with attach(self.model, self.reducers) as run, Counter(self.model) as counted, torch.no_grad():
+        with attach(self.model, in_model(self.reducers)) as run, Counter(self.model) as counted, torch.no_grad():
             out = self.model(**inputs, use_cache=True, logits_to_keep=1)
         self.counted = dict(counted.flops)
         self.tokens = run.last.visual_tokens
@@ -123,7 +123,7 @@ class _Bench:
         seconds = dict.fromkeys(("tower", "bridge"), 0.0)
         with ExitStack() as stack:
             if self.reducers:
-                stack.enter_context(attach(self.model, self.reducers))
+                stack.enter_context(attach(self.model, in_model(self.reducers)))
             for module, part in parts_of(self.model).items():
                 if part in seconds:
                     stack.enter_context(_timed(module, part, seconds, self.model.device))

@@ -36,16 +36,18 @@ Share = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str, ret
 
 
 def _reducer(value: Any) -> Any:
-    """`none`, `null` and an empty string are no reducer; anything else has to be a reducer that exists."""
+    """`none`, `null` and an empty string are no reducer; anything else has to be a reducer that exists and acts in the model."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("", NONE)):
         return NONE
     if isinstance(value, str):
-        from foveate.reducers import parse
+        from foveate.reducers import before_processor, parse
 
         try:
-            parse(value)
+            before = before_processor(parse(value))
         except FoveateError as error:
             raise ValueError(str(error)) from None
+        if before:
+            raise ValueError(f"{before[0].name} acts on the image, before the processor: in training say the stage's image_size instead")
     return value
 
 

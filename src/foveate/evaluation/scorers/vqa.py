@@ -71,7 +71,7 @@ class Vqa(Scorer):
     """Needs ten references. `variant`:
 
     official  prediction and references are normalised where the ten differ, and neither where all ten are the same
-    both      always, as lmms-eval and VLMEvalKit do
+    both      always, as lmms-eval does; VLMEvalKit's own rule is none of these: it keeps a period behind a digit ("3.", "v2.0.")
     evalai    always, with the processor of TextVQA and VizWiz
     """
 

@@ -36,7 +36,7 @@ from foveate.integrations.lmms_eval.answering import (
     spelling,
     whole,
 )
-from foveate.reducers import parse, saved_reducers, spell
+from foveate.reducers import in_model, parse, saved_reducers, spell
 
 
 class _Foveate(lmms):
@@ -96,7 +96,7 @@ class _Foveate(lmms):
 
     def _attached(self) -> AbstractContextManager[Run | None]:
         try:
-            return attach(self.model, self.reducers)
+            return attach(self.model, in_model(self.reducers))
         except FoveateError:
             if self.reducers:
                 raise
