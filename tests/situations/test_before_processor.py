@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlavaProcessor, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
+import foveate
 from foveate import FoveateError
 from foveate.cost import predict
 from foveate.evaluation.run import load_model
@@ -243,3 +244,23 @@ def test_training_has_no_place_for_it(value: str) -> None:
     with pytest.raises(ValidationError, match="downsample acts on the image, before the processor: in training say the stage's image_size"):
         TypeAdapter(ReducerString).validate_python(value)
     assert TypeAdapter(ReducerString).validate_python("vcc:layer=2,stride=2") == "vcc:layer=2,stride=2"
+
+
+@pytest.mark.parametrize("spelling", ["downsample:keep=0.25", "downsample:keep=0.5+divprune:keep=0.5"])
+def test_attach_refuses_or_prepares(spelling: str) -> None:
+    """A method that acts on the images is never skipped in silence: it wants the processor, and leaves it as it was."""
+    model, processor = load_model("asset:vlm")
+    prompt = [f"{processor.image_token}\nwhat number is printed?"]
+    picture = Image.new("RGB", (64, 64), (200, 30, 30))
+    bare = processor(text=prompt, images=[picture], return_tensors="pt")
+    with pytest.raises(FoveateError, match=r"processor=processor"):
+        foveate.attach(model, spelling)
+    with foveate.attach(model, spelling, processor=processor) as run, torch.no_grad():
+        inputs = processor(text=prompt, images=[picture], return_tensors="pt")
+        model(**inputs)
+        (keep,) = (r.keep for r in run.reducers if r.name == "downsample")
+        placeholders = [int((x["input_ids"] == model.config.image_token_id).sum()) for x in (bare, inputs)]
+        assert placeholders[1] == pytest.approx(keep * placeholders[0], rel=0.2)
+        assert run.last.visual_tokens[0] == placeholders[1] // len(run.reducers)
+    again = processor(text=prompt, images=[picture], return_tensors="pt")
+    assert torch.equal(again["pixel_values"], bare["pixel_values"])

@@ -28,7 +28,7 @@ from torch import nn
 from foveate.anatomy import read
 from foveate.engine.run import RUN, Run
 from foveate.errors import FoveateError
-from foveate.reducers import Reducer, parse, saved_reducers, spell
+from foveate.reducers import Preparing, Reducer, before_processor, parse, saved_reducers, spell
 
 _RECORD = ("none", "last", "all")
 _SAVED: Any = object()
@@ -39,6 +39,7 @@ def attach(
     reducers: str | Reducer | Sequence[Reducer] | None = _SAVED,
     *,
     maps: Sequence[Reducer] | None = None,
+    processor: Any = None,
     record: str = "last",
     shortcuts: bool = True,
 ) -> Run:
@@ -48,6 +49,7 @@ def attach(
     reducers: a reducer, a list (applied in order of their layers), a spelling such as "vcc:layer=2,stride=8", None or "none" for
         none at all; left out, what `foveate.json` beside the model's weights says.
     maps: `run.maps` of another attachment, in place of reducers: what was done there is done again, on the same batch or a longer one.
+    processor: the model's processor, where a reducer acts on the images themselves (downsample): while attached it prepares them.
     record: which forward passes with images stay readable in `run.passes`: "none", "last" or "all".
     shortcuts: False runs the whole machinery even where nothing is to be done; results are the same (tests use it).
 
@@ -73,7 +75,13 @@ def attach(
         reducers = parse(reducers)
     elif isinstance(reducers, Reducer):
         reducers = [reducers]
-    return Run(around, anatomy, list(reducers), record, shortcuts)
+    preparing = before_processor(reducers)
+    if preparing and processor is None:
+        raise FoveateError(
+            f"{spell(preparing)!r} acts on the images, in front of the processor: give attach(model, …, processor=processor), or prepare "
+            "each image by foveate.reducers.prepare and attach what foveate.reducers.in_model leaves"
+        )
+    return Run(around, anatomy, list(reducers), record, shortcuts, Preparing(processor, preparing))
 
 
 def _around(model: nn.Module, core: nn.Module) -> list[nn.Module]:

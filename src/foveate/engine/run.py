@@ -18,7 +18,7 @@ from foveate.engine.forward import ForwardPass
 from foveate.engine.record import Record, Replay
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
-from foveate.reducers import Reducer
+from foveate.reducers import Preparing, Reducer
 
 RUN = "_foveate_run"  # the attribute by which a model knows its attachment, and copies of it theirs
 
@@ -29,7 +29,15 @@ class Run:
     Outputs keep the caller's length, hidden states of every level too (`output_hidden_states`): a dropped row carries the state of its
     nearest survivor before it, a merged row its group's. Attention maps (`output_attentions`) are of the slots that ran."""
 
-    def __init__(self, around: list[nn.Module], anatomy: Anatomy, reducers: Sequence[Reducer], record: str, shortcuts: bool = True) -> None:
+    def __init__(
+        self,
+        around: list[nn.Module],
+        anatomy: Anatomy,
+        reducers: Sequence[Reducer],
+        record: str,
+        shortcuts: bool,
+        preparing: Preparing,
+    ) -> None:
         self.anatomy = anatomy
         self.config = next((module.config for module in around if hasattr(module, "config")), None)
         self.reducers = list(reducers)
@@ -42,12 +50,19 @@ class Run:
         if self._wiring.acts or record != "none":
             self._driver = Driver(around, anatomy, self._wiring, self.reducers, self._done, shortcuts)
         setattr(anatomy.core, RUN, self)
+        self._preparing = preparing
+        try:
+            preparing.install()
+        except FoveateError:
+            self.detach()
+            raise
 
     def detach(self) -> None:
         """Leaves the model as it was. Does nothing the second time."""
         if self._driver is not None:
             self._driver.remove()
             self._driver = None
+        self._preparing.remove()
         if getattr(self.anatomy.core, RUN, None) is self:
             delattr(self.anatomy.core, RUN)
             _forget_compiled()

@@ -10,7 +10,7 @@ from foveate.encoder import GROUPS, Carried, ReplayInTower
 from foveate.errors import FoveateError
 from foveate.reducers import Reducer
 from foveate.signals import Attention, Keys, Signal
-from foveate.sites import InEncoder, ThroughLayer
+from foveate.sites import BeforeProcessor, InEncoder, ThroughLayer
 from foveate.towers import TOWER_SIGNALS
 
 Step = tuple[Reducer, int]  # a reducer, and which of its sites it is at
@@ -33,6 +33,8 @@ class Wiring:
         for reducer in reducers:
             for number, site in enumerate(reducer.sites(depth)):
                 step = reducer, number
+                if isinstance(site, BeforeProcessor):
+                    continue
                 if isinstance(site, InEncoder):
                     found.tower.setdefault(site.block, []).append(step)
                     found.tower_needs.update(site.needs)
