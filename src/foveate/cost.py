@@ -326,7 +326,7 @@ def _ledger(
     before = trained.tower or trained.bridge
     flows = before or trained.lm or trained.lora_rank > 0
     weights, products = (3 if trained.lm else 2 if flows else 1), (3 if flows else 1)
-    lora = lora_per_layer(config, trained.lora_rank, trained.lora_targets)
+    lora = lora_per_layer(config, trained.lora_rank, trained.lora_targets) if trained.lora_rank else [0] * len(stack.linear)
     linear = [2 * sum(rows) * (weights * macs + 3 * extra) for rows, macs, extra in zip(total, stack.linear, lora, strict=True)]
     attention = [products * sum(4 * n * n * width for n in rows) for rows, width in zip(total, stack.attention_width, strict=True)]
     if head_tokens is None:
@@ -334,8 +334,9 @@ def _ledger(
     head = weights * 2 * head_tokens * stack.head
     scores, saved = decided
     flops = {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": head, "scores": scores}
+    counted = [(encode(config, call), share) for call, share in calls]
     for part in ("tower", "bridge"):
-        flops[part] = round(sum(encode(config, call).flops[part] * share for call, share in calls))
+        flops[part] = round(sum(one.flops[part] * share for one, share in counted))
     flops["tower"] = (flops["tower"] - saved) * (3 if trained.tower else 1)
     flops["bridge"] *= 3 if trained.bridge else 2 if trained.tower else 1
     return Ledger(
