@@ -64,7 +64,7 @@ def column_wrong(patch: Patch) -> None:
 def states_shifted(patch: Patch) -> None:
     """Behind the last layer every state stands one row too far."""
     expand = TokenMap.expand
-    patch.setattr(TokenMap, "expand", lambda self, y: expand(self, y).roll(1, 1))
+    patch.setattr(TokenMap, "expand", lambda self, *args: expand(self, *args).roll(1, 1))
 
 
 def counted_wrong(patch: Patch) -> None:
