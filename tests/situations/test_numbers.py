@@ -67,6 +67,8 @@ def test_a_run_whose_numbers_are_none_stops(root: Path, monkeypatch: pytest.Monk
     assert not files.is_complete(output / "0-one" / "model")
     newest = files.newest(output / "0-one")
     assert (None if newest is None else newest.name) == (None if step == 1 else f"checkpoint-{min(step, 3) - 1}")
+    if (what, step) not in (("loss", 3), ("weights", 2)):
+        return
     whole = root / "whole"
     if not whole.exists():
         main(recipe(root, "whole", stages(1), stage(0, micro_batch=2, save_steps=1)))

@@ -4,9 +4,8 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,29 +34,31 @@ def enter(output: Path) -> None:
         assert (output / lock.OWNER).is_file()
 
 
-def hold(output: Path) -> subprocess.Popen[str]:
-    """Another process that holds the folder until it is killed."""
-    script = (
-        f"import time\nfrom pathlib import Path\nfrom foveate.train.lock import acquire\nheld = acquire(Path({str(output)!r}))\n"
-        "print('held', flush=True)\ntime.sleep(600)"
-    )
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
-    assert child.stdout.readline() == "held\n"
+def hold(output: Path, last: Callable[[], None]) -> int:
+    """Another process that holds the folder and then does `last`, which never returns; its number."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            held = lock.acquire(output)
+            os.write(write, b"x" if held.is_locked else b"")
+            last()
+        finally:
+            os._exit(1)
+    assert os.read(read, 1) == b"x"
     return child
 
 
 def test_a_second_run_is_refused_while_the_first_lives_and_not_afterwards(root: Path) -> None:
     output = root / "held"
-    child = hold(output)
+    child = hold(output, lambda: time.sleep(600))
     try:
         for _ in range(2):
-            with pytest.raises(FoveateError, match=f"{output} is in use: process {child.pid} on {socket.gethostname()} trains there since"):
+            with pytest.raises(FoveateError, match=f"{output} is in use: process {child} on {socket.gethostname()} trains there since"):
                 main(recipe(root, "held"))
         assert not (output / "recipe.json").exists()
     finally:
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     assert (output / lock.OWNER).is_file()  # it had no time to tidy up
     enter(output)
     assert not (output / lock.OWNER).exists()
@@ -93,13 +94,14 @@ def test_a_torn_note_of_the_owner_is_none(tmp_path: Path, torn: str) -> None:
 
 def test_workers_that_outlive_their_process_are_waited_for(tmp_path: Path) -> None:
     """Forked data workers hold the lock as well, and notice the death of their process only after a while."""
-    script = (
-        "import os, time\nfrom pathlib import Path\nfrom foveate.train.lock import acquire\n"
-        f"held = acquire(Path({str(tmp_path)!r}))\n"
-        "if os.fork() == 0:\n    time.sleep(1.5)\n    os._exit(0)\n"
-        "os.kill(os.getpid(), 9)\n"
-    )
-    subprocess.run([sys.executable, "-c", script], check=False)
+
+    def leave_a_worker() -> None:
+        if os.fork() == 0:
+            time.sleep(1)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    os.waitpid(hold(tmp_path, leave_a_worker), 0)
     begin = time.monotonic()
     enter(tmp_path)
     assert time.monotonic() - begin < lock.ORPHANS
@@ -167,6 +169,6 @@ def test_a_folder_of_something_else(root: Path) -> None:
 def test_runs_and_stages_are_checkpoints_to_start_from(root: Path) -> None:
     start = main(recipe(root, "start", stages(1))).parent
     ends = []
-    for number, folder in enumerate((start, start / "final", start / "0-one", start / "0-one" / "model")):
+    for number, folder in enumerate((start, start / "final", start / "0-one")):
         ends.append(main(recipe(root, f"from-{number}", checkpoint(folder))).parent)
     assert all(same(ends[0], end) for end in ends[1:])

@@ -7,6 +7,7 @@ local folder or on the hub, but never their weights.
 from __future__ import annotations
 
 import json as jsonlib
+import os
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -228,7 +229,7 @@ def count_steps(stage: Stage) -> int | None:
     """Optimiser steps of a stage; None where it lasts epochs and its data is not here."""
     data, samples = stage.data, stage.data.limit
     where = Path(data.conversations or data.dataset or "").expanduser()
-    if stage.steps is None and where.exists():
+    if stage.steps is None and os.path.exists(where):
         samples = len(open_rows(where, data.split, data.config, data.limit))
     if stage.steps is None and samples is None:
         return None

@@ -166,7 +166,7 @@ def check_optimizer(stage: Stage, arguments: TrainingArguments) -> None:
     """Makes one step with the stage's optimiser: some names belong to packages that are not here, or to other devices."""
     tiny = nn.Sequential(nn.Linear(4, 4)).to(arguments.device)
     try:
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, tiny)  # type: ignore[arg-type]
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, tiny)
         whole = is_optimizer_factory(kind) or any(key in options for key in ("params", "model", "optimizer_dict"))
         optimizer = kind()(tiny, **options) if is_optimizer_factory(kind) else kind(options.pop("params", tiny.parameters()), **options)
         for parameter in tiny.parameters():

@@ -22,9 +22,10 @@ class StandIn:
 
     def __init__(self, model: nn.Module, processor: Any) -> None:
         anatomy = read(model)
-        self.core: Any = anatomy.core
+        core: Any = anatomy.core
+        self.core = core
         made = processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
-        names = inspect.signature(self.core.get_image_features).parameters
+        names = inspect.signature(core.get_image_features).parameters
         self.given = {name: value for name, value in made.items() if name in names}
         self.sees = True
         anatomy.core.register_forward_pre_hook(self._look, with_kwargs=True)
@@ -39,5 +40,5 @@ class StandIn:
         embeddings = kwargs["inputs_embeds"]
         found = self.core.get_image_features(**{name: value.to(embeddings.device) for name, value in self.given.items()})
         features = tree_leaves(getattr(found, "pooler_output", found))
-        zero = sum((x * 0.0).sum() for x in features if isinstance(x, torch.Tensor))
+        zero = torch.stack([(x * 0.0).sum() for x in features if isinstance(x, torch.Tensor)]).sum()
         return args, {**kwargs, "inputs_embeds": embeddings + zero.to(embeddings.device, embeddings.dtype)}

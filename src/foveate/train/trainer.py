@@ -380,9 +380,9 @@ class FoveateTrainer(Trainer):
         rows = range(rank, -(-len(samples) // world) * world, world)
         micro = self.args.per_device_train_batch_size
         batches = [[row % len(samples) for row in rows[start : start + micro]] for start in range(0, len(rows), micro)]
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             samples,  # type: ignore[arg-type]
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             collate_fn=loading,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),
