@@ -1,10 +1,12 @@
-"""Kill -9 a staged training run with a growing bridge, again and again, and compare the final weights bit by bit with those of a run that
-was left alone. Run by hand for all kinds of kills, or from tests/train/test_kill.py for a few:
+"""Kill -9 a staged training run with a growing bridge, again and again, and compare every tensor and every line of the log bit by bit with
+those of a run that was left alone. Run by hand for all kinds of kills, or from tests/train/test_kill.py for a few:
 
-    python tests/kill_resume.py [--rounds 2] [--quick] [--keep FOLDER]
+    python tests/kill_resume.py [--rounds 2] [--quick] [--random 20 --seed 0] [--keep FOLDER]
 
 Kinds: in the middle of steps of stages 1, 2 and 3; while a checkpoint of each stage is written (its folder is there, its mark is not);
-while the finished model of a stage is written; while the final model is copied.
+while the finished model of a stage is written; while the final model is copied. With `--random`, at moments that a seeded die chooses,
+every other round on a parquet data set; before each new start the data files are touched, and often the command is started twice at once,
+of which one has to be refused.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 
 STAGES = ("0-pretrain", "1-grow", "2-all")
+STEPS = 18  # of all stages
 LIMIT = 900.0  # seconds that one process may take
 
 
@@ -36,7 +39,8 @@ def run_child(recipe: Path) -> None:
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, __file__, "--child", str(recipe)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(recipe.with_suffix(".err"), "ab"), start_new_session=True)
+    with recipe.with_suffix(".err").open("ab") as said:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
@@ -94,9 +98,119 @@ def finish(recipe: Path) -> None:
         raise SystemExit(f"the run failed:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
 
 
-def check(rounds: int, quick: bool, folder: Path) -> None:
+def start_both(recipe: Path) -> subprocess.Popen[bytes]:
+    """The same command twice at once: the one that goes on, after the other was refused."""
+    children = [start(recipe), start(recipe)]
+    begin = time.monotonic()
+    while all(child.poll() is None for child in children):
+        if time.monotonic() - begin > LIMIT:
+            raise SystemExit("neither of two runs in one folder was refused")
+        time.sleep(0.01)
+    first, second = sorted(children, key=lambda child: child.poll() is None)
+    if first.returncode == 0:  # there was little left to do: the other came too early or too late
+        second.wait(timeout=LIMIT)
+        return first
+    if "is in use: process" not in recipe.with_suffix(".err").read_text():
+        raise SystemExit(f"two runs in one folder:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
+    return second
+
+
+def random_round(recipe: Path, output: Path, dice: random.Random, touched: list[Path]) -> str:
+    """Kills a run one to three times, each a moment after as many steps as a die says; returns what happened."""
+    story = []
+    for _ in range(dice.randint(1, 3)):
+        two, steps, delay = dice.random() < 0.5, dice.randint(0, STEPS), dice.uniform(0, 0.3)
+        child = start_both(recipe) if two else start(recipe)
+        begin = time.monotonic()
+        while child.poll() is None and sum(logged(output, stage) for stage in STAGES) < steps:
+            if time.monotonic() - begin > LIMIT:
+                raise SystemExit("the moment to kill at did not come")
+            time.sleep(0.002)
+        time.sleep(delay)
+        if child.poll():
+            raise SystemExit(f"the run failed:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
+        over = child.poll() is not None
+        stop(child)
+        done = "+".join(str(logged(output, stage)) for stage in STAGES)
+        story.append(f"{'two starts, ' if two else ''}{'was over before' if over else f'killed at step {done}'}")
+        for path in touched:
+            os.utime(path)
+    return "; ".join(story)
+
+
+def compare(whole: Path, killed: Path) -> str:
+    """What was compared and found equal. SystemExit naming the first difference."""
     import torch
     from safetensors.torch import load_file
+
+    files = [sorted(path.relative_to(run) for path in run.rglob("*.safetensors")) for run in (whole, killed)]
+    if files[0] != files[1]:
+        raise SystemExit(f"{killed.name}: other files: {files}")
+    count = 0
+    for name in files[0]:
+        a, b = load_file(whole / name), load_file(killed / name)
+        different = [key for key in a if not torch.equal(a[key], b[key])]
+        if a.keys() != b.keys() or different:
+            raise SystemExit(f"{killed.name}: weights of {name} differ: {different[:5]}")
+        count += len(a)
+    logs = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_s")}
+            for line in (run / "log.jsonl").read_text().splitlines()
+        ]
+        for run in (whole, killed)
+    ]
+    if logs[0] != logs[1]:
+        raise SystemExit(f"{killed.name}: logs differ")
+    left = [str(path) for stage in STAGES for path in (killed / stage).iterdir() if path.name != "model"]
+    if left:
+        raise SystemExit(f"{killed.name}: left behind: {left}")
+    return f"{count} tensors and {len(logs[0])} log lines are the same to the last bit"
+
+
+def save_parquet(folder: Path) -> Path:
+    """The samples of `folder`/data.json with their pictures in them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = json.loads((folder / "data.json").read_text())
+    for row in rows:
+        names = row.pop("image", [])
+        names = names if isinstance(names, list) else [names]
+        row["images"] = [{"bytes": (folder / "images" / name).read_bytes(), "path": name} for name in names]
+    path = folder / "data.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def check_at_random(rounds: int, seed: int, folder: Path) -> None:
+    from tiny_training import RECIPE, save_backbones, save_data
+
+    save_backbones(folder, dropout=0.1)
+    save_data(folder)
+    parquet = save_parquet(folder)
+    samples = "conversations: {root}/data.json, images: {root}/images"
+    held_back = "    validation: {{" + samples + ", limit: 5, every: 2}}\n    reducers:\n"
+    texts = [RECIPE.replace("    reducers:\n", held_back), RECIPE.replace(samples, f"dataset: {parquet}")]
+    names = ("json", "parquet")
+
+    def recipe(name: str, kind: int) -> Path:
+        path = folder / f"{name}.yaml"
+        path.write_text(texts[kind].format(root=folder, output=name))
+        return path
+
+    for kind, name in enumerate(names):
+        finish(recipe(name, kind))
+    dice = random.Random(seed)
+    for number in range(rounds):
+        kind = number % 2
+        path, output = recipe(f"random{number}", kind), folder / f"random{number}"
+        story = random_round(path, output, dice, [folder / "data.json", parquet])
+        finish(path)
+        print(f"round {number + 1} of {rounds}, {names[kind]}: {story}: {compare(folder / names[kind], output)}", flush=True)
+
+
+def check(rounds: int, quick: bool, folder: Path) -> None:
     from tiny_training import RECIPE, save_backbones, save_data
 
     save_backbones(folder, dropout=0.1)
@@ -119,23 +233,7 @@ def check(rounds: int, quick: bool, folder: Path) -> None:
                 flush=True,
             )
         finish(recipe)
-        a, b = (load_file(folder / n / "final/model.safetensors") for n in ("whole", f"killed{number}"))
-        different = [key for key in a if not torch.equal(a[key], b[key])]
-        if a.keys() != b.keys() or different:
-            raise SystemExit(f"round {number}: weights differ: {different[:5]}")
-        logs = [
-            [
-                {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_s")}
-                for line in (folder / n / "log.jsonl").read_text().splitlines()
-            ]
-            for n in ("whole", f"killed{number}")
-        ]
-        if logs[0] != logs[1]:
-            raise SystemExit(f"round {number}: logs differ")
-        left = [str(path) for stage in STAGES for path in (output / stage).iterdir() if path.name != "model"]
-        if left:
-            raise SystemExit(f"round {number}: left behind: {left}")
-        print(f"round {number}: {len(a)} tensors and {len(logs[0])} log lines are the same to the last bit", flush=True)
+        print(f"round {number}: {compare(folder / 'whole', output)}", flush=True)
 
 
 if __name__ == "__main__":
@@ -143,13 +241,17 @@ if __name__ == "__main__":
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=2, help="runs that are killed")
     parser.add_argument("--quick", action="store_true", help="four kills a round instead of ten")
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="instead, N runs that are killed at random moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     given = parser.parse_args()
     if given.child:
         run_child(given.child)
-    elif given.keep:
-        given.keep.mkdir(parents=True, exist_ok=True)
-        check(given.rounds, given.quick, given.keep.resolve())
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            check(given.rounds, given.quick, Path(temporary))
+        sys.exit()
+    with tempfile.TemporaryDirectory() as temporary:
+        place: Path = given.keep or Path(temporary)
+        place.mkdir(parents=True, exist_ok=True)
+        if given.random:
+            check_at_random(given.random, given.seed, place.resolve())
+        else:
+            check(given.rounds, given.quick, place.resolve())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from glob import glob
@@ -243,7 +244,7 @@ def _load(where: str | Path, config: str | None, hub: bool) -> dict[str, Any]:
 
 
 def _why(path: Path, where: str | Path, error: Exception) -> str:
-    if not path.exists():
+    if not os.path.exists(path):
         return f"{where} cannot be loaded: there is no file or folder {path.absolute()}, and the hub says: {_reason(error)}"
     for file in [path] if path.is_file() else sorted(path.rglob("*.parquet")):
         with file.open("rb") as opened:

@@ -1,6 +1,7 @@
 """Assembling a model and its processor from pretrained backbones."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def refuse_file(name: str | Path, what: str) -> None:
             f"package gguf): AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(FOLDER), "
             "and give the folder; or give the original that it was packed from"
         )
-    if path.is_file():
+    if os.path.isfile(path):
         raise FoveateError(f"the {what} {str(name)!r} is one file; give the folder with its config.json, weights and processor")
 
 

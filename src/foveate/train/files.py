@@ -22,7 +22,7 @@ from foveate.errors import FoveateError
 MARK = "complete"
 KEPT = 2  # checkpoints of the stage under way
 # May differ when a run goes on. The samples themselves are compared apart, whatever is done with bad ones.
-HARMLESS = {"report_to", "output", "save_steps", "log_steps", "workers", "micro_batch", "on_bad_sample", "on_bad_image"}
+HARMLESS = {"report_to", "output", "save_steps", "log_steps", "workers", "micro_batch", "on_bad_sample", "on_bad_image", "validation"}
 
 
 def write(path: Path, text: str) -> None:
@@ -110,24 +110,53 @@ def publish(source: Path, target: Path) -> None:
 
 
 def claim(output: Path, now: dict[str, Any]) -> None:
-    """Bind an output folder to the recipe (and facts of the data) of a run, unless it is bound already."""
-    if not (output / "recipe.json").is_file():
-        output.mkdir(parents=True, exist_ok=True)
-        write(output / "recipe.json", json.dumps(now, indent=1) + "\n")
+    """Bind an output folder to the recipe (and facts of the data) of a run; one that is bound, to a recipe with more stages (`compare`).
 
-
-def compare(output: Path, now: dict[str, Any]) -> None:
-    """FoveateError if the folder belongs to a run with another recipe (or other facts, where `now` has them), naming what differs."""
-    path = output / "recipe.json"
-    if not path.is_file():
+    What was the final model is not final any more then."""
+    before = bound(output)
+    if before is not None and len(before["recipe"]["stages"]) == len(now["recipe"]["stages"]):
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changes = differences({key: before.get(key) for key in now}, json.loads(json.dumps(now)))
+    (output / "final" / MARK).unlink(missing_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
+    write(output / "recipe.json", json.dumps(now, indent=1) + "\n")
+
+
+def bound(output: Path) -> Any:
+    """What an output folder is bound to; None if to nothing. FoveateError if that cannot be read."""
+    path = output / "recipe.json"
+    try:
+        if not path.is_file():
+            return None
+        before = json.loads(path.read_text(encoding="utf-8"))
+        len(before["recipe"]["stages"])
+    except OSError as error:
+        raise FoveateError(f"output {output} cannot be used: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise FoveateError(f"{path} is not the recipe of a run; set another `output`, or remove the folder to start anew") from None
+    return before
+
+
+def compare(output: Path, now: dict[str, Any]) -> bool:
+    """FoveateError if the folder belongs to a run with another recipe (or other facts, where `now` has them), naming what differs.
+
+    More stages behind those of that run are no difference: it goes on with them. Whether there are, or no such run at all, is returned."""
+    before = bound(output)
+    if before is None:
+        return True
+    now = json.loads(json.dumps(now))
+    known = before["recipe"]["stages"]
+    more = len(now["recipe"]["stages"]) > len(known)
+    if more:
+        now["recipe"]["stages"] = now["recipe"]["stages"][: len(known)]
+        if "facts" in now:
+            now["facts"] = {stage["name"]: now["facts"].get(stage["name"]) for stage in known}
+    changes = differences({key: before.get(key) for key in now}, now)
     if changes:
         raise FoveateError(
             f"{output} holds a run that was started with another recipe:\n  " + "\n  ".join(changes) + "\n"
             "Go back to its values to go on with it, or set another `output` (or remove the folder) to start anew"
         )
+    return more
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

@@ -7,7 +7,8 @@ local folder or on the hub, but never their weights.
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -15,13 +16,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-from foveate.bridges import Bridge, build_bridge
 from foveate.cost import (
     CONVENTION,
     Trained,
@@ -39,8 +38,9 @@ from foveate.errors import FoveateError
 from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
 from foveate.reducers import parse
-from foveate.train.recipe import Model, Stage, load_recipe
+from foveate.train.recipe import Stage, load_recipe
 from foveate.train.schedule import Part, stage_steps
+from foveate.train.stages import cautions, check, model_folder, naming, walk
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
 KNOWN: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
@@ -112,14 +112,12 @@ class Plan:
 def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens: int = 0) -> Plan:
     """The plan of a recipe. `text_tokens`: of text in each sample, beside its one image; the default counts visual tokens alone."""
     recipe = load_recipe(recipe_path, overrides)
-    config = start(recipe.model, recipe.stages[0])
     stages = []
-    for stage in recipe.stages:
-        try:
-            config = advance(config, stage)
-            stages.append(plan_stage(config, stage, text_tokens))
-        except FoveateError as error:
-            raise FoveateError(f"stage {stage.name}: {error}") from None
+    for stage, config in walk(recipe, read_config):
+        trained = check(stage, config)
+        with naming(stage):
+            planned = plan_stage(needed_blocks(config), stage, trained, text_tokens)
+        stages.append(replace(planned, notes=[*planned.notes, *cautions(stage, config)]))
     costs = [stage.cost for stage in stages]
     if known := [cost for cost in costs if cost is not None]:
         whole = len(known) == len(costs)
@@ -130,29 +128,12 @@ def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens:
     return Plan(recipe.name, text_tokens, CONVENTION, stages)
 
 
-def start(model: Model, first: Stage) -> Any:
-    """The configuration that the first stage finds; a new bridge is built with that stage's scales at once."""
-    if model.checkpoint is not None:
-        found = read_config(model.checkpoint, "checkpoint")
-        return needed_blocks(found) if isinstance(found, FoveateConfig) else found
-    vision, text = read_config(model.vision or "", "vision"), read_config(model.text or "", "text")
-    return needed_blocks(
-        FoveateConfig(
-            vision_config=getattr(vision, "vision_config", vision),
-            text_config=text,
-            bridge={**(model.bridge or {}), **({"scales": first.bridge.scales} if first.bridge else {})},
-            vision_feature_layer=model.vision_feature_layer,
-            image_size=first.image_size,
-        )
-    )
-
-
-def needed_blocks(config: FoveateConfig) -> FoveateConfig:
+def needed_blocks(config: Any) -> Any:
     """`config` without the blocks of the tower above the deepest feature level: no visual token depends on them."""
+    if not isinstance(config, FoveateConfig):
+        return config
     blocks = config.vision_config.num_hidden_layers
     levels = [level if level >= 0 else blocks + 1 + level for level in config.vision_feature_layer]
-    if not all(0 <= level <= blocks for level in levels):
-        raise FoveateError(f"vision_feature_layer {config.vision_feature_layer}: the tower has hidden states 0 to {blocks}")
     config = deepcopy(config)
     config.vision_feature_layer, config.vision_config.num_hidden_layers = levels, max(1, *levels)
     return config
@@ -163,10 +144,7 @@ def read_config(name: str, key: str) -> Any:
     if name in KNOWN:
         kind, numbers = KNOWN[name]
         return kind(**numbers)
-    if name.startswith("asset:"):
-        from foveate.world import resolve
-
-        name = resolve(name)
+    name = model_folder(name)
     refuse_file(name, {"text": "language model", "vision": "vision tower"}.get(key, key))
     try:
         return AutoConfig.from_pretrained(name)
@@ -177,31 +155,9 @@ def read_config(name: str, key: str) -> Any:
         ) from None
 
 
-def advance(config: Any, stage: Stage) -> Any:
-    """The configuration in `stage`: its image size, and its bridge, scaled from the one before."""
-    if not isinstance(config, FoveateConfig):
-        if stage.bridge is not None:
-            raise FoveateError(f"`bridge` needs a Foveate model, but the checkpoint is a {config.model_type} model")
-        return config
-    size = stage.image_size or config.image_size
-    bridge = build(config.bridge)
-    if stage.bridge is not None and [tuple(scale) for scale in config.bridge.get("scales", [])] != stage.bridge.scales:
-        rows, _ = config.patch_grid(size, size)
-        bridge = bridge.scaled(scales=stage.bridge.scales, grid=rows, sources=stage.bridge.sources)
-    config = deepcopy(config)
-    config.bridge, config.image_size = bridge.config(), size
-    return config
-
-
-def build(bridge: dict[str, Any]) -> Bridge:
-    with torch.device("meta"):
-        return build_bridge(bridge)
-
-
-def plan_stage(config: Any, stage: Stage, text_tokens: int) -> StagePlan:
+def plan_stage(config: Any, stage: Stage, trained: Trained, text_tokens: int) -> StagePlan:
     (size, _), grid = image_shape(config)
     per_image, layers = image_tokens(config), config.get_text_config().num_hidden_layers
-    trained = stage.train.updated
     parts = [part_plan(config, *slot, text_tokens=text_tokens, trained=trained) for slot in slots(stage.parts)]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(config, size, trained)
@@ -273,7 +229,7 @@ def count_steps(stage: Stage) -> int | None:
     """Optimiser steps of a stage; None where it lasts epochs and its data is not here."""
     data, samples = stage.data, stage.data.limit
     where = Path(data.conversations or data.dataset or "").expanduser()
-    if stage.steps is None and where.exists():
+    if stage.steps is None and os.path.exists(where):
         samples = len(open_rows(where, data.split, data.config, data.limit))
     if stage.steps is None and samples is None:
         return None
@@ -305,11 +261,14 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
         f"{found.name}: stages", "stage", "image", "patches", "visual tokens", "by scale", "steps", "share of training FLOPs"
     )
     trained = grid_table("Trainable parameters", "stage", *found.stages[0].trainable, "all")
+    costs = [sum(stage.training_flops.values()) for stage in found.stages]
+    flops = Unit.of(costs, FLOPS)
+    kv = Unit.of([part.visual_kv_bytes for stage in found.stages for part in stage.parts], BYTES)
     schedule = grid_table(
-        f"Visual tokens in the language model; TFLOPs and MiB of KV cache per sample of one image and {text}",
+        f"Visual tokens in the language model; {flops.name} and {kv.name} of KV cache per sample of one image and {text}",
         *("stage", "share", "reducers", "tokens by layer", "#Tokens", "CR", "forward", "training", "KV"),
     )
-    split = grid_table("TFLOPs of a training step by part of the model", "stage", *found.stages[0].training_flops, "all")
+    split = grid_table(f"{flops.name} of a training step by part of the model", "stage", *found.stages[0].training_flops, "all")
     for stage in found.stages:
         stages.add_row(
             stage.name,
@@ -321,16 +280,16 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
             "?" if stage.share is None else f"{stage.share:.1%}",
         )
         trained.add_row(stage.name, *(f"{count:,}" for count in (*stage.trainable.values(), sum(stage.trainable.values()))))
-        split.add_row(stage.name, *(tera(x) for x in (*stage.training_flops.values(), sum(stage.training_flops.values()))))
+        split.add_row(stage.name, *(flops(x) for x in (*stage.training_flops.values(), sum(stage.training_flops.values()))))
         for part in stage.parts:
             schedule.add_row(
                 *(stage.name, str(part.share), part.reducers, runs(part.visual_tokens), f"{part.tokens:,}", f"{part.compression:.1%}"),
-                *(tera(sum(part.forward_flops.values())), tera(sum(part.training_flops.values())), mebi(part.visual_kv_bytes)),
+                *(flops(sum(part.forward_flops.values())), flops(sum(part.training_flops.values())), kv(part.visual_kv_bytes)),
             )
         if len(stage.parts) > 1:
             schedule.add_row(
                 *(stage.name, "mean", "", "", f"{float(stage.mean_tokens):,.0f}", f"{stage.compression:.1%}"),
-                *(tera(sum(stage.forward_flops.values())), tera(sum(stage.training_flops.values())), mebi(stage.visual_kv_bytes)),
+                *(flops(sum(stage.forward_flops.values())), flops(sum(stage.training_flops.values())), kv(stage.visual_kv_bytes)),
                 style="bold",
             )
     for table in (stages, trained, schedule, split):
@@ -350,12 +309,25 @@ def grid_table(title: str, *columns: str) -> Table:
     return table
 
 
-def tera(flops: Fraction | int) -> str:
-    return f"{float(flops) / 1e12:,.3f}"
+@dataclass(frozen=True)
+class Unit:
+    """A unit in which the numbers of a column are written: the largest of them has at least one digit before the point."""
+
+    name: str
+    size: float
+    digits: int
+
+    @classmethod
+    def of(cls, numbers: Iterable[Fraction | int], units: Sequence[Unit]) -> Unit:
+        largest = max(numbers, default=0)
+        return next((unit for unit in units if largest >= unit.size), units[-1])
+
+    def __call__(self, number: Fraction | int) -> str:
+        return f"{float(number) / self.size:,.{self.digits}f}"
 
 
-def mebi(size: Fraction | int) -> str:
-    return f"{float(size) / 2**20:.1f}"
+FLOPS = (Unit("TFLOPs", 1e12, 3), Unit("GFLOPs", 1e9, 3), Unit("MFLOPs", 1e6, 3), Unit("kFLOPs", 1e3, 3))
+BYTES = (Unit("MiB", 2**20, 1), Unit("KiB", 2**10, 1))
 
 
 def runs(counts: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag, ValidationError, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from foveate.cost import Trained as Updated
 from foveate.data.chat import read_template
@@ -71,11 +71,20 @@ def _template(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def _trainable_dtype(value: Any) -> Any:
+    if value == "float16":
+        raise ValueError(
+            "weights in float16 cannot be trained: the optimiser's steps and squares fall below its smallest number, losses become NaN. "
+            "Use dtype: float32, with precision: fp16 where the device has no bfloat16, or dtype: bfloat16"
+        )
+    return value
+
+
 ReducerString = Annotated[str, BeforeValidator(_reducer)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False)
 
 
 class Data(Strict):
@@ -105,18 +114,25 @@ class Data(Strict):
         return self
 
 
+class Validation(Data):
+    """Samples that are not trained on, whose loss is logged every `every` steps and at the end of the stage."""
+
+    every: int = Field(gt=0)
+
+
 class Lora(Strict):
     rank: int = Field(gt=0)
     alpha: float = Field(default=16, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    # Left out, every linear map of the decoder layers, which in most families are these seven (`foveate.train.stages.lora_targets`).
+    targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1)
 
 
 class LoraOf(Strict):
     lora: Lora
 
 
-WHOLE, ADAPTED = "<bool>", "<lora>"  # pydantic puts them into the locations of errors
+WHOLE, ADAPTED, ONE, BY_PART = TAGS = "<bool>", "<lora>", "<rate>", "<rates>"  # pydantic puts them into the locations of errors
 
 
 def _lm_kind(value: Any) -> str:
@@ -132,9 +148,14 @@ class Trained(Strict):
 
     @model_validator(mode="after")
     def _something(self) -> Trained:
-        if not (self.bridge or self.tower or self.lm):
+        if not self.parts:
             raise ValueError("nothing is trained: set at least one of bridge, tower, lm")
         return self
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that are trained; LoRA adapters belong to `lm`."""
+        return [part for part in ("bridge", "tower", "lm") if getattr(self, part)]
 
     @property
     def updated(self) -> Updated:
@@ -161,6 +182,24 @@ class Slot(Strict):
         return Part(self.share, tuple(self.cycle) if self.cycle is not None else (self.reducer,))
 
 
+class Rates(Strict):
+    """A learning rate for each trained part."""
+
+    bridge: float | None = Field(default=None, gt=0)
+    tower: float | None = Field(default=None, gt=0)
+    lm: float | None = Field(default=None, gt=0)
+
+
+def _rate_kind(value: Any) -> str:
+    return BY_PART if isinstance(value, (dict, Rates)) else ONE
+
+
+LearningRate = Annotated[
+    Annotated[float, Field(gt=0), Tag(ONE)] | Annotated[Rates, Tag(BY_PART)],
+    Discriminator(_rate_kind),
+]
+
+
 class BridgeScales(Strict):
     scales: list[tuple[int, int]] = Field(min_length=1)  # (window, queries per window), coarse to fine
     sources: list[int] | None = None  # for each new scale, which scale of the stage before seeds it
@@ -176,22 +215,30 @@ class Stage(Strict):
     steps: int | None = Field(default=None, gt=0)
     batch_size: int = Field(gt=0)
     micro_batch: int | None = Field(default=None, gt=0)  # default: batch_size divided by the number of processes
-    learning_rate: float = Field(gt=0)
+    learning_rate: LearningRate
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
     optimizer: Annotated[str, BeforeValidator(_optimizer)] = "adamw_torch"
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    precision: Literal["fp32", "bf16", "bf16-copy"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-copy", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     max_length: int = Field(default=2048, gt=0)
     save_steps: int = Field(default=500, gt=0)
     group_by_length: bool = False
     reducers: list[Slot] = []
+    validation: Validation | None = None
 
     @model_validator(mode="after")
     def _adds_up(self) -> Stage:
+        if isinstance(self.learning_rate, Rates):
+            rated = [part for part in Rates.model_fields if getattr(self.learning_rate, part) is not None]
+            if set(rated) != set(self.train.parts):
+                raise ValueError(
+                    f"`learning_rate` by part has {', '.join(rated) or 'no part'}, but the stage trains {', '.join(self.train.parts)}: "
+                    "give one rate to each of them"
+                )
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
@@ -211,6 +258,13 @@ class Stage(Strict):
     def parts(self) -> list[Part]:
         return [slot.part for slot in self.reducers]
 
+    @property
+    def rates(self) -> dict[str, float] | None:
+        """The learning rate of each trained part, None where all have one."""
+        if not isinstance(self.learning_rate, Rates):
+            return None
+        return {part: getattr(self.learning_rate, part) for part in self.train.parts}
+
 
 class Model(Strict):
     """Either `vision` + `text` + `bridge` (assembled anew), or `checkpoint` (a Foveate model, or another vision-language model).
@@ -224,7 +278,7 @@ class Model(Strict):
     add_image_token: bool = False
     checkpoint: str | None = None
     chat_template: Annotated[str | None, BeforeValidator(_template)] = None  # a file, or the template itself; default: the tokenizer's
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_trainable_dtype)] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
     @model_validator(mode="after")
@@ -235,8 +289,8 @@ class Model(Strict):
         if self.checkpoint is None and len(built) < 3:
             missing = [key for key in ("vision", "text", "bridge") if key not in built]
             raise ValueError(f"`{'`, `'.join(missing)}` missing: a model is `vision` + `text` + `bridge`, or a `checkpoint`")
-        if self.bridge is not None and "kind" not in self.bridge:
-            raise ValueError("`bridge` needs a `kind`")
+        if self.bridge is not None and not isinstance(self.bridge.get("kind"), str):
+            raise ValueError("`bridge` needs a `kind`, the name of one")
         return self
 
 
@@ -273,9 +327,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise FoveateError(f"recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     try:
         document = YAML().load(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark is not None else 1
-        raise FoveateError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (YAMLError, ValueError, TypeError, AttributeError, RecursionError, NotImplementedError) as error:
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        reason = error.problem if isinstance(error, MarkedYAMLError) else str(error).strip().splitlines()[0]
+        raise FoveateError(f"{path}:{mark.line + 1 if mark is not None else 1}: not valid YAML: {reason}") from None
     if not isinstance(document, dict):
         raise FoveateError(f"{path}:1: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
     changed = [_override(document, override) for override in overrides]
@@ -293,7 +348,7 @@ def _override(document: Any, override: str) -> tuple[str, ...]:
         raise FoveateError(f"override {override!r}: expected key.sub=value, for example stages.0.steps=5")
     try:
         value = YAML(typ="safe").load(text)
-    except MarkedYAMLError:
+    except (YAMLError, ValueError):
         value = text
     place = document
     for depth, step in enumerate(keys):
@@ -312,6 +367,8 @@ def _override(document: Any, override: str) -> tuple[str, ...]:
                 if not isinstance(place.get(step), (dict, list)):
                     place[step] = {}
                 place = place[step]
+        else:
+            raise FoveateError(f"override {override!r}: {'.'.join(keys[:depth])} is {place!r}, there is nothing in it")
     return keys
 
 
@@ -323,7 +380,9 @@ def _plain(node: Any) -> Any:
         return [_plain(value) for value in node]
     if isinstance(node, bool) or node is None:
         return node
-    for plain in (int, float, str):
+    if isinstance(node, str):  # a character that JSON escapes as two, as one again
+        return str(node).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    for plain in (int, float):
         if isinstance(node, plain):
             return plain(node)
     return node
@@ -335,7 +394,7 @@ def _explain(path: Path, document: Any, changed: list[tuple[str, ...]], detail: 
     node, line = document, 1
     missing = detail["type"] == "missing"
     for key in detail["loc"]:
-        if key in (WHOLE, ADAPTED):
+        if key in TAGS:
             continue
         if isinstance(node, dict) and key in node:
             line = node.lc.key(key)[0] + 1 if hasattr(node, "lc") and key in node.lc.data else line
@@ -372,7 +431,7 @@ def _reason(detail: dict[str, Any], keys: list[str]) -> str:
 def _known_keys(keys: list[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     inside: dict[str, type[BaseModel]] = {"model": Model, "stages": Stage, "data": Data, "train": Trained, "lm": LoraOf, "lora": Lora}
-    inside |= {"reducers": Slot, "bridge": BridgeScales}
+    inside |= {"reducers": Slot, "bridge": BridgeScales, "learning_rate": Rates, "validation": Validation}
     for key in keys:
         model = inside.get(key, model)
     return list(model.model_fields)

@@ -6,11 +6,13 @@ run and an uninterrupted one go through the same files and are the same run, to 
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,20 +22,23 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.utils import logging as transformers_logging
 
 import foveate.model  # noqa: F401  registers the Auto classes
 from foveate.anatomy import read
-from foveate.bridges import build_bridge
+from foveate.cost import Trained as Updated
 from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Cut, Fit, image_tokens, told
-from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
+from foveate.data.conversations import MARKER, Conversation, Conversations, cache_file, find_bad, refuse_or_skip
 from foveate.data.library import LibraryCollator, image_length
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.model.assembly import from_backbones, refuse_file, savable
 from foveate.model.configuration import FoveateConfig
@@ -41,10 +46,13 @@ from foveate.model.processing import FoveateProcessor, default_template
 from foveate.reducers import parse, save_reducers
 from foveate.train import files
 from foveate.train.loading import Loading
+from foveate.train.lock import locked
 from foveate.train.order import Order, division, seed_of
-from foveate.train.recipe import LoraOf, Recipe, Stage, Trained, load_recipe
+from foveate.train.recipe import Data, LoraOf, Recipe, Stage, Trained, load_recipe
 from foveate.train.schedule import NONE, stage_steps
-from foveate.train.trainer import Costs, FoveateTrainer, StageInfo, Totals
+from foveate.train.stages import build, cautions, check, first_bridge, model_folder, part_modules, trained_parts, walk, wants_scaling
+from foveate.train.stand_in import StandIn
+from foveate.train.trainer import Costs, FoveateTrainer, Held, StageInfo, Totals
 from foveate.world import resolve
 
 log = logging.getLogger(__name__)
@@ -63,36 +71,48 @@ def train(recipe: Recipe) -> Path:
     transformers_logging.disable_progress_bar()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     final, plain = recipe.output / "final", json.loads(recipe.model_dump_json())
-    files.compare(recipe.output, {"recipe": plain})
-    if files.is_complete(final):
+    new = files.compare(recipe.output, {"recipe": plain})
+    if files.is_complete(final) and not new:
         return final
+    with locked(recipe.output, state):
+        try:
+            run_stages(recipe, plain, state)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                raise
+            raise FoveateError(f"{recipe.output}: {error.strerror}. What was complete stays: make room and give the same command") from None
+    return final
+
+
+def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> None:
     check_reporting(recipe)
-    counts = check_bridges(recipe)
+    stages = list(walk(recipe, load_config))
+    for stage, config in stages:
+        check(stage, config)
+    counts = [tokens_per_image(recipe, config) for _, config in stages]
+    check_machine(recipe, stages[0][1], state)
     renderer = open_renderer(recipe)
     if renderer.end and state.is_main_process:
         log.warning("the chat template writes no token behind an answer: %s is put there, so that the model learns to stop", renderer.end)
-    for stage in recipe.stages:
-        division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
-    data = [open_data(recipe, stage, Fit(renderer, n, stage.max_length), state) for stage, n in zip(recipe.stages, counts, strict=True)]
-    facts = {stage.name: {"data": d.source.fingerprint, "samples": len(d)} for stage, d in zip(recipe.stages, data, strict=True)}
+    data = [open_data(recipe, stage, renderer, count, state) for stage, count in zip(recipe.stages, counts, strict=True)]
+    facts = {stage.name: facts_of(found) for stage, found in zip(recipe.stages, data, strict=True)}
     files.compare(recipe.output, {"recipe": plain, "facts": facts})
     state.wait_for_everyone()
     if state.is_main_process:
         files.claim(recipe.output, {"recipe": plain, "facts": facts})
+        for stage, config in stages:
+            for note in cautions(stage, config):
+                log.warning("stage %s: %s", stage.name, note)
 
-    previous: Path | None = None
-    for index in range(len(recipe.stages)):
-        finished = stage_folder(recipe, index) / "model"
-        if not files.is_complete(finished):
-            run_stage(recipe, index, data[index], previous, state)
-        if state.is_main_process:
-            files.drop_checkpoints(stage_folder(recipe, index))
-        previous = finished
-    assert previous is not None
+    folders = [stage_folder(recipe, index) / "model" for index in range(len(recipe.stages))]
+    done = max((index for index, folder in enumerate(folders) if files.is_complete(folder)), default=-1)
+    for index in range(done + 1, len(folders)):
+        run_stage(recipe, index, data[index], folders[index - 1] if index else None, state, first=index == done + 1)
     if state.is_main_process:
-        files.publish(previous, final)
+        for folder in folders:
+            files.drop_checkpoints(folder.parent)
+        files.publish(folders[-1], recipe.output / "final")
     state.wait_for_everyone()
-    return final
 
 
 def stage_folder(recipe: Recipe, index: int) -> Path:
@@ -113,39 +133,63 @@ def check_bridges(recipe: Recipe) -> list[int]:
     """Visual tokens per image of every stage, by building its bridge without weights.
 
     FoveateError that names the stage if the bridge does not fit its grid of patches."""
-    spec = recipe.model
-    if spec.checkpoint is not None:
-        config = load_config(spec.checkpoint, "checkpoint")
-        if not isinstance(config, FoveateConfig):
-            for stage in recipe.stages:
-                refuse_resizing(stage, config)
-            return [image_length(open_processor(spec.checkpoint, spec.chat_template))] * len(recipe.stages)
-    else:
-        assert spec.vision is not None
-        assert spec.text is not None
-        vision, text = load_config(spec.vision, "vision tower"), load_config(spec.text, "language model")
-        first = recipe.stages[0]
-        config = FoveateConfig(
-            vision_config=getattr(vision, "vision_config", vision),
-            text_config=text,
-            bridge=first_bridge(recipe),
-            vision_feature_layer=spec.vision_feature_layer,
-            image_size=first.image_size,
+    return [tokens_per_image(recipe, config) for _, config in walk(recipe, load_config)]
+
+
+def tokens_per_image(recipe: Recipe, config: Any) -> int:
+    if isinstance(config, FoveateConfig):
+        return build(config.bridge).tokens(config.grid)
+    return image_length(open_processor(recipe.model.checkpoint or "", recipe.model.chat_template))
+
+
+def check_machine(recipe: Recipe, config: Any, state: PartialState) -> None:
+    """What this machine, its device and its packages have to give: batches that divide, precision, attention, optimisers."""
+    for index, stage in enumerate(recipe.stages):
+        micro, accumulation = division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
+        try:
+            arguments = training_arguments(recipe, index, 1, micro, accumulation)
+            if stage.precision == "fp16" and not torch.cuda.is_available():
+                raise ValueError("needs a GPU, which scales its losses; use fp32 or bf16 here")
+        except (ValueError, ImportError, RuntimeError) as error:
+            raise FoveateError(f"stage {stage.name}: precision {stage.precision} cannot be trained here: {first_line(error)}") from None
+        check_optimizer(stage, arguments)
+    try:
+        with torch.device("meta"):
+            AutoModelForImageTextToText.from_config(
+                deepcopy(config), attn_implementation=recipe.model.attn_implementation, dtype=getattr(torch, recipe.model.dtype)
+            )
+    except (ValueError, ImportError) as error:
+        raise FoveateError(f"model.attn_implementation {recipe.model.attn_implementation} cannot be used: {first_line(error)}") from None
+
+
+def check_optimizer(stage: Stage, arguments: TrainingArguments) -> None:
+    """Makes one step with the stage's optimiser: some names belong to packages that are not here, or to other devices."""
+    tiny = nn.Sequential(nn.Linear(4, 4)).to(arguments.device)
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, tiny)
+        whole = is_optimizer_factory(kind) or any(key in options for key in ("params", "model", "optimizer_dict"))
+        optimizer = kind()(tiny, **options) if is_optimizer_factory(kind) else kind(options.pop("params", tiny.parameters()), **options)
+        for parameter in tiny.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    except Exception as error:  # each of these packages has errors of its own
+        raise FoveateError(f"stage {stage.name}: optimizer {stage.optimizer} cannot be used here: {first_line(error)}") from None
+    if whole and stage.rates is not None:
+        raise FoveateError(
+            f"stage {stage.name}: optimizer {stage.optimizer} divides the weights by itself and takes one learning_rate for all"
         )
-    counts = []
-    with torch.device("meta"):
-        bridge = build_bridge(config.bridge)
-        for index, stage in enumerate(recipe.stages):
-            size = stage.image_size or config.image_size
-            try:
-                if wants_scaling(stage, bridge.config(), built=index == 0 and spec.checkpoint is None):
-                    assert stage.bridge is not None
-                    bridge = bridge.scaled(scales=stage.bridge.scales, grid=config.patch_grid(size, size)[0], sources=stage.bridge.sources)
-                counts.append(bridge.tokens(config.patch_grid(size, size)))
-            except FoveateError as error:
-                raise FoveateError(f"stage {stage.name}: {error}") from None
-            config.image_size = size
-    return counts
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def facts_of(data: StageData) -> dict[str, Any]:
+    """What must not change about the data while a run goes on."""
+    found: dict[str, Any] = {"data": data.train.source.fingerprint, "samples": len(data.train)}
+    if data.validation is not None:
+        found["validation"] = {"data": data.validation.source.fingerprint, "samples": len(data.validation)}
+    return found
 
 
 def open_renderer(recipe: Recipe) -> Renderer:
@@ -169,7 +213,7 @@ def open_renderer(recipe: Recipe) -> Renderer:
 def open_processor(name: str, template: str | None = None) -> Any:
     """The processor of a model, with another chat template where one is given."""
     try:
-        processor = AutoProcessor.from_pretrained(resolve(name))
+        processor = AutoProcessor.from_pretrained(model_folder(name))
         if template is not None:
             own = isinstance(processor, FoveateProcessor)
             processor.chat_template = default_template(processor.tokenizer, processor.image_token, template) if own else template
@@ -178,40 +222,33 @@ def open_processor(name: str, template: str | None = None) -> Any:
         raise FoveateError(f"the processor of {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
 
 
-def load_config(name: str, what: str) -> Any:
+def load_config(name: str, key: str) -> Any:
+    what = {"vision": "vision tower", "text": "language model", "checkpoint": "checkpoint"}[key]
     refuse_file(name, what)
     try:
-        return AutoConfig.from_pretrained(resolve(name))
+        return AutoConfig.from_pretrained(model_folder(name))
     except (OSError, ValueError) as error:
-        raise FoveateError(f"the {what} {name!r} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise FoveateError(f"the {what} {name!r} could not be loaded: {first_line(error)}") from None
 
 
-def first_bridge(recipe: Recipe) -> dict[str, Any]:
-    """A new bridge is built with the scales of the first stage at once; there is nothing to inflate yet."""
-    bridge = dict(recipe.model.bridge or {})
-    first = recipe.stages[0]
-    if first.bridge is not None:
-        bridge["scales"] = first.bridge.scales
-    return bridge
+@dataclass(frozen=True)
+class StageData:
+    train: Conversations
+    validation: Conversations | None
 
 
-def wants_scaling(stage: Stage, bridge: dict[str, Any], built: bool) -> bool:
-    return stage.bridge is not None and not built and [tuple(s) for s in bridge.get("scales", [])] != stage.bridge.scales
+def open_data(recipe: Recipe, stage: Stage, renderer: Renderer, per_image: int, state: PartialState) -> StageData:
+    """What a stage trains on, and what it holds back."""
+
+    def opened(spec: Data, name: str) -> Conversations:
+        return open_samples(recipe, spec, name, Fit(renderer, per_image, stage.max_length), state)
+
+    held = None if stage.validation is None else opened(stage.validation, f"{stage.name}-validation")
+    return StageData(opened(stage.data, stage.name), held)
 
 
-def refuse_resizing(stage: Stage, config: Any) -> None:
-    if stage.bridge is not None:
-        raise FoveateError(f"stage {stage.name}: a {config.model_type} model has no bridge that can be scaled; leave `bridge` out")
-    native = getattr(getattr(config, "vision_config", None), "image_size", None)
-    if stage.image_size is not None and stage.image_size != native:
-        raise FoveateError(
-            f"stage {stage.name}: a {config.model_type} model takes images of {native} pixels, not image_size {stage.image_size}"
-        )
-
-
-def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> Conversations:
-    """The stage's samples, each of them and each image checked; the processes share the work."""
-    spec = stage.data
+def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: PartialState) -> Conversations:
+    """Samples, each of them and each image checked; the processes share the work."""
     data = Conversations.open(spec.conversations, spec.images, spec.dataset, spec.split, spec.limit, spec.config)
     rows = range(len(data.source))[state.process_index :: state.num_processes]
     columns = (TextColumn("checking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -221,8 +258,8 @@ def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> C
     bad = sorted(gather_object(bad), key=lambda sample: sample.index)
     cut: list[Cut] = gather_object(fits.cut)
     if state.is_main_process and cut:
-        log.warning("stage %s: %s", stage.name, told(cut, data.source.name, len(data.source), stage.max_length))
-    report = recipe.output / f"bad-samples-{stage.name}.txt"
+        log.warning("stage %s: %s", name, told(cut, data.source.name, len(data.source), fits.max_length))
+    report = recipe.output / f"bad-samples-{name}.txt"
     refuse_or_skip(data, bad, spec.on_bad_sample, report if state.is_main_process else None)
     return data
 
@@ -232,12 +269,13 @@ def open_data(recipe: Recipe, stage: Stage, fits: Fit, state: PartialState) -> C
 
 @dataclass
 class Opened:
-    """A model ready to be trained on a stage. `tuner` is PEFT's, where LoRA was injected; `use_cache` what its config said, which the
-    Trainer overwrites."""
+    """A model ready to be trained on a stage. `tuner` is PEFT's, where LoRA was injected; `trained` what is trained, for the cost model;
+    `use_cache` what its config said, which the Trainer overwrites."""
 
     model: Any
     processor: Any
     tuner: Any
+    trained: Updated
     use_cache: bool | None
 
 
@@ -254,7 +292,7 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         model, processor = from_backbones(
             resolve(spec.vision),
             resolve(spec.text),
-            first_bridge(recipe),
+            first_bridge(spec, stage),
             vision_feature_layer=spec.vision_feature_layer,
             image_size=stage.image_size,
             add_image_token=spec.add_image_token,
@@ -264,26 +302,27 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         if spec.chat_template is not None:
             processor.chat_template = default_template(processor.tokenizer, processor.image_token, spec.chat_template)
     else:
-        source = str(previous or resolve(spec.checkpoint or ""))
+        source = str(previous or model_folder(spec.checkpoint or ""))
         try:
             model = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
             )
-        except (OSError, ValueError) as error:
-            raise FoveateError(f"the model {source} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        except (OSError, ValueError, ImportError) as error:
+            raise FoveateError(f"the model {source} could not be loaded: {first_line(error)}") from None
         processor = open_processor(source, spec.chat_template)
     save_end(model, processor)
     if isinstance(model.config, FoveateConfig):
         size = stage.image_size or model.config.image_size
-        if wants_scaling(stage, model.config.bridge, built):
+        if wants_scaling(stage, model.config.bridge):
             assert stage.bridge is not None
             model.scale_bridge(stage.bridge.scales, size, stage.bridge.sources)
         model.set_image_size(size)
         processor.set_bridge(model.config.bridge, size)
         # so that a step without any image does to the bridge what it does in several processes (gradients of zero, not none at all)
         model.config.always_run_vision = True
-    tuner = choose_trained(model, stage.train)
-    return Opened(model, processor, tuner, getattr(model.config, "use_cache", None))
+    trained = trained_parts(stage, model)
+    tuner = choose_trained(model, stage.train, trained.lora_targets)
+    return Opened(model, processor, tuner, trained, getattr(model.config, "use_cache", None))
 
 
 def save_end(model: Any, processor: Any) -> None:
@@ -307,23 +346,10 @@ def save_end(model: Any, processor: Any) -> None:
         processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(renderer.end_id)
 
 
-def part_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(tower, bridge) of a vision-language model; everything else is the language model. FoveateError if one is not found."""
-    core = read(model).core
-    found = []
-    for what, names in {
-        "vision tower": ("vision_tower", "vision_model", "visual"),
-        "bridge": ("bridge", "multi_modal_projector", "connector", "mm_projector"),
-    }.items():
-        module = next((getattr(core, name) for name in names if isinstance(getattr(core, name, None), nn.Module)), None)
-        if module is None:
-            raise FoveateError(f"{type(model).__name__} has no {what}: none of {', '.join(names)} is there")
-        found.append(module)
-    return found[0], found[1]
+def choose_trained(model: Any, trained: Trained, targets: Sequence[str]) -> Any:
+    """Freeze what is not trained and inject LoRA into the linear maps of the decoder layers that are called `targets`.
 
-
-def choose_trained(model: Any, trained: Trained) -> Any:
-    """Freeze what is not trained and inject LoRA into the decoder layers. Returns PEFT's tuner, or None."""
+    Returns PEFT's tuner, or None."""
     tower, bridge = part_modules(model)
     lora = trained.lm.lora if isinstance(trained.lm, LoraOf) else None
     model.requires_grad_(trained.lm is True)
@@ -339,12 +365,8 @@ def choose_trained(model: Any, trained: Trained) -> Any:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    layers = read(model).layers
-    inside = {id(module) for module in layers.modules()}
-    names = [name for name, module in model.named_modules() if id(module) in inside and name.rpartition(".")[2] in lora.targets]
-    if not names:
-        linear = sorted({name.rpartition(".")[2] for name, module in layers.named_modules() if isinstance(module, nn.Linear)})
-        raise FoveateError(f"LoRA targets {', '.join(lora.targets)} are not in the decoder layers, which have {', '.join(linear)}")
+    inside = {id(module) for module in read(model).layers.modules() if isinstance(module, nn.Linear)}
+    names = [name for name, module in model.named_modules() if id(module) in inside and name.rpartition(".")[2] in targets]
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names, bias="none")
     tuner = LoraModel(model, {"default": config}, "default")
@@ -354,10 +376,33 @@ def choose_trained(model: Any, trained: Trained) -> Any:
     return tuner
 
 
+def rehearse(recipe: Recipe, index: int, opened: Opened, state: PartialState) -> None:
+    """One forward pass of one image with every reducer of the stages from `index` on: what no configuration tells fails here, and not at
+    the step that needs it."""
+    spelled = {spelled: stage for stage in recipe.stages[index:] for part in stage.parts for spelled in part.cycle if spelled != NONE}
+    if not spelled:
+        return
+    model, training = opened.model.to(state.device), opened.model.training
+    sample = Conversation(
+        0, "rehearsal", [("user", f"{MARKER}\nWhat is this?"), ("assistant", "Grey.")], [Image.new("RGB", (64, 64), "grey")]
+    )
+    batch = {
+        name: value.to(state.device) for name, value in make_collator(opened.processor, sys.maxsize)([sample]).items() if name != "images"
+    }
+    with torch.random.fork_rng(), torch.no_grad():
+        for reducers, stage in spelled.items():
+            try:
+                with attach(model.eval(), parse(reducers), record="none"):
+                    model(**batch)
+            except (FoveateError, ValueError, RuntimeError) as error:
+                raise FoveateError(f"stage {stage.name}: {reducers} cannot run on this model: {first_line(error)}") from error
+    model.train(training)
+
+
 # ---- one stage -----------------------------------------------------------------------------------------------------------------------
 
 
-def run_stage(recipe: Recipe, index: int, data: Conversations, previous: Path | None, state: PartialState) -> None:
+def run_stage(recipe: Recipe, index: int, data: StageData, previous: Path | None, state: PartialState, first: bool) -> None:
     stage, folder = recipe.stages[index], stage_folder(recipe, index)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -366,6 +411,8 @@ def run_stage(recipe: Recipe, index: int, data: Conversations, previous: Path | 
     checkpoint = files.newest(folder)
     opened = open_model(recipe, index, previous)
     trainer = make_trainer(recipe, index, data, opened, state)
+    if first and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # what is sharded may have no room on one device
+        rehearse(recipe, index, opened, state)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
     if stage.precision == "bf16-copy" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -379,23 +426,22 @@ def run_stage(recipe: Recipe, index: int, data: Conversations, previous: Path | 
         trainer.totals = Totals(**json.loads((previous / "totals.json").read_text(encoding="utf-8")))
     trainer.run(checkpoint)
     if state.is_main_process:
-        report_notes(recipe, stage, data.source.name, trainer.stage.steps * stage.batch_size)
+        report_notes(recipe, stage, data.train.source.name, trainer.stage.steps * stage.batch_size)
     finish(recipe, index, previous, opened, trainer, folder)
     state.wait_for_everyone()
 
 
-def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened, state: PartialState) -> FoveateTrainer:
-    stage = recipe.stages[index]
-    steps = stage_steps(len(data), stage.batch_size, epochs=stage.epochs, steps=stage.steps)
-    micro, accumulation = division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
-    anatomy = read(opened.model)
-    cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
+def training_arguments(
+    recipe: Recipe, index: int, steps: int, micro: int, accumulation: int, find_unused: bool = False
+) -> TrainingArguments:
+    """A stage as the Trainer takes it."""
+    stage, cuda = recipe.stages[index], torch.cuda.is_available()
+    return TrainingArguments(
         output_dir=str(stage_folder(recipe, index)),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
         max_steps=steps,
-        learning_rate=stage.learning_rate,
+        learning_rate=stage.learning_rate if stage.rates is None else max(stage.rates.values()),
         lr_scheduler_type="constant_with_warmup" if stage.lr_schedule == "constant" and stage.warmup else stage.lr_schedule,
         warmup_steps=math.ceil(stage.warmup * steps),
         weight_decay=stage.weight_decay,
@@ -404,11 +450,11 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
         adam_beta2=stage.adam_betas[1],
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bf16",
+        fp16=stage.precision == "fp16",
         use_cpu=not cuda,
         activation_checkpointing=stage.gradient_checkpointing,
         average_tokens_across_devices=True,
-        # a Foveate model uses every trained parameter in every batch; others leave the projector out where a batch has no image
-        ddp_find_unused_parameters=False if isinstance(opened.model.config, FoveateConfig) else None,
+        ddp_find_unused_parameters=find_unused,
         seed=seed_of(recipe.seed, stage.name, "training"),
         save_strategy="no",
         logging_strategy="no",
@@ -421,21 +467,38 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
         remove_unused_columns=False,
         log_level="error",
     )
-    passes = steps * stage.batch_size / len(data)
+
+
+def make_collator(processor: Any, max_length: int, remember: bool = False) -> Any:
+    """What makes batches for a Foveate model, or for one of the library."""
+    if isinstance(processor, FoveateProcessor):
+        return Collator(processor, max_length, remember)
+    return LibraryCollator(processor, max_length)
+
+
+def make_trainer(recipe: Recipe, index: int, data: StageData, opened: Opened, state: PartialState) -> FoveateTrainer:
+    stage, samples = recipe.stages[index], data.train
+    steps = stage_steps(len(samples), stage.batch_size, epochs=stage.epochs, steps=stage.steps)
+    micro, accumulation = division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
+    anatomy = read(opened.model)
+    # A Foveate model uses every trained parameter in every batch; others have blocks of the tower whose output they leave aside.
+    foreign = not isinstance(opened.model.config, FoveateConfig)
+    arguments = training_arguments(recipe, index, steps, micro, accumulation, find_unused=foreign)
     per_image = image_tokens(opened.processor)
-    collator: Any
-    if isinstance(opened.processor, FoveateProcessor):
-        collator = Collator(opened.processor, stage.max_length, remember=passes > 1)
-    else:
-        collator = LibraryCollator(opened.processor, stage.max_length)
     skipped, lost = notes(recipe, stage)
-    sizes = data.source.sizes()[data.index] if stage.group_by_length else None
+    held = None
+    if stage.validation is not None and data.validation is not None:
+        loading = Loading(data.validation, make_collator(opened.processor, stage.max_length, True), stage.validation.on_bad_sample, skipped)
+        held = Held(loading, stage.validation.every)
+    passes = steps * stage.batch_size / len(samples)
+    collator = make_collator(opened.processor, stage.max_length, remember=passes > 1)
+    sizes = samples.source.sizes()[samples.index] if stage.group_by_length else None
     return FoveateTrainer(
         model=opened.model,
         args=arguments,
-        train_dataset=range(len(data)),
-        data_collator=Loading(data, collator, stage.data.on_bad_sample, skipped, None if per_image else lost),
-        order=Order(len(data), stage.batch_size, recipe.seed, stage.name, sizes),
+        train_dataset=range(len(samples)),
+        data_collator=Loading(samples, collator, stage.data.on_bad_sample, skipped, None if per_image else lost),
+        order=Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes),
         stage=StageInfo(
             index=index,
             count=len(recipe.stages),
@@ -451,7 +514,10 @@ def make_trainer(recipe: Recipe, index: int, data: Conversations, opened: Opened
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(opened.model.config, stage.train.updated) if per_image else None,
+        costs=Costs(opened.model.config, opened.trained) if per_image else None,
+        rates=stage.rates,
+        validation=held,
+        stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,
     )
 
 
@@ -483,6 +549,11 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
     model = opened.model
     if opened.tuner is not None:
         model = opened.tuner.merge_and_unload()
+    bad = next((name for name, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
+    if bad is not None:
+        raise FoveateError(
+            f"stage {trainer.stage.name}: after its last step {bad} holds numbers that are not finite. Nothing was saved of it"
+        )
     model.requires_grad_(True)
     if isinstance(model.config, FoveateConfig):
         model.config.always_run_vision = False

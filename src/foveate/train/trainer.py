@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -22,16 +24,23 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from foveate.data.collate import IGNORED
+from foveate.data.conversations import SHOWN, row_id
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 from foveate.train import files
+from foveate.train.loading import Loading
 from foveate.train.order import Order, ProcessBatches
 from foveate.train.schedule import NONE, Part, reducer_at
+from foveate.train.stages import part_modules
+from foveate.train.stand_in import StandIn
+
+log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
-NUMBERS = ("loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
+NUMBERS = ("loss", "validation_loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
 QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
@@ -41,7 +50,7 @@ class Totals:
 
     images: int = 0
     seconds: float = 0.0
-    flops: float = 0.0
+    flops: float | None = 0.0  # None from the first batch on whose FLOPs cannot be counted
     supervised: int = 0
 
 
@@ -72,6 +81,14 @@ class StageInfo:
     bf16_copy: bool = False
 
 
+@dataclass(frozen=True)
+class Held:
+    """What loads the samples that are held back from training, and every how many steps their loss is logged."""
+
+    loading: Loading
+    every: int
+
+
 class BFloat16Copy:
     """Calls a module on a bfloat16 copy of its floating-point parameters; gradients arrive at the parameters themselves in their own
     precision. Where autocast casts operation by operation and keeps activations in float32, this casts once a step."""
@@ -85,7 +102,8 @@ class BFloat16Copy:
 
 
 class Costs:
-    """FLOPs of a training step by `foveate.cost`; real tokens are counted, padding is not."""
+    """FLOPs of a training step by `foveate.cost`; real tokens are counted, padding is not. NaN where they cannot be counted: that is no
+    reason to stop a run."""
 
     def __init__(self, config: Any, trained: Any) -> None:
         self.config, self.trained = config, trained
@@ -96,8 +114,13 @@ class Costs:
         if key not in self._known:
             from foveate.cost import predict
 
-            ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)
-            self._known[key] = float(ledger.total_flops)
+            try:
+                ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)
+                self._known[key] = float(ledger.total_flops)
+            except Exception as error:  # whatever a configuration of another make brings about
+                if not any(math.isnan(flops) for flops in self._known.values()):
+                    log.warning("FLOPs are not logged, they cannot be counted for this model: %s", error or type(error).__name__)
+                self._known[key] = math.nan
         return self._known[key]
 
 
@@ -126,12 +149,15 @@ class ReducerSwitch(TrainerCallback):
 class Flow(TrainerCallback):
     """When to log and when to save. The Trainer's own saves once more at the very end and keeps its intervals in the checkpoint."""
 
-    def __init__(self, log_steps: int, save_steps: int, steps: int) -> None:
-        self.log_steps, self.save_steps, self.steps = log_steps, save_steps, steps
+    def __init__(self, log_steps: int, save_steps: int, steps: int, held: Held | None) -> None:
+        self.log_steps, self.save_steps, self.steps, self.held = log_steps, save_steps, steps, held
+
+    def validates(self, step: int) -> bool:
+        return self.held is not None and (step % self.held.every == 0 or step == self.steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step
-        control.should_log = step == 1 or step % self.log_steps == 0 or step == self.steps
+        control.should_log = step == 1 or step % self.log_steps == 0 or step == self.steps or self.validates(step)
         control.should_save = step % self.save_steps == 0 and step < self.steps
 
 
@@ -208,6 +234,9 @@ class FoveateTrainer(Trainer):
         log_steps: int,
         save_steps: int,
         costs: Costs | None,
+        rates: dict[str, float] | None = None,
+        validation: Held | None = None,
+        stand_in: StandIn | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -217,7 +246,12 @@ class FoveateTrainer(Trainer):
         self.switch = ReducerSwitch(self.model, stage.parts, stage.steps)
         self.progress = ProgressLine(stage, order.batch_size, self.switch)
         self.add_callback(self.switch)
-        self.add_callback(Flow(log_steps, save_steps, stage.steps))
+        self.rates, self.validation, self.stand_in = rates, validation, stand_in
+        self.visual = part_modules(self.model)
+        seen = {parameter for module in self.visual for parameter in module.parameters()}
+        self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())
+        self.flow = Flow(log_steps, save_steps, stage.steps, validation)
+        self.add_callback(self.flow)
         self._mean = None if stage.per_image else np.zeros(2)  # visual tokens and images so far
         self.stage.per_image = stage.per_image or 1
         self._reset()
@@ -238,6 +272,31 @@ class FoveateTrainer(Trainer):
             generator=torch.Generator(),  # the loader draws a seed for its workers; not from the stream that dropout draws from
         )
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """With a group of weights for each part of the model that has a learning rate of its own."""
+        optimizer = super().create_optimizer(model)
+        if self.rates is None:
+            return optimizer
+        part_of = {
+            parameter: part for part, module in zip(("tower", "bridge"), self.visual, strict=True) for parameter in module.parameters()
+        }
+        groups = []
+        for group in optimizer.param_groups:
+            for part, rate in self.rates.items():
+                own = [parameter for parameter in group["params"] if part_of.get(parameter, "lm") == part]
+                groups.append({**group, "params": own, "lr": rate, "part": part})
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        return optimizer
+
+    _rates_now: dict[str, float] = {}  # those of the optimiser step that was made last
+
+    def _get_learning_rate(self) -> float:
+        """The Trainer asks for it behind an optimiser step, before the rates change."""
+        if self.rates is not None:
+            self._rates_now = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+        rate: float = super()._get_learning_rate()
+        return rate
+
     # ---- one step
 
     def _reset(self) -> None:
@@ -245,30 +304,45 @@ class FoveateTrainer(Trainer):
         self._loss: Tensor | None = None
         self._images = self._supervised = 0
         self._flops = 0.0
-        self._steps = 0
         self._clock = time.monotonic()
+
+    def _count(self, visual: float, images: float) -> None:
+        """Takes more images into the mean number of visual tokens."""
+        assert self._mean is not None
+        self._mean += np.array([visual, images])
+        self.stage.per_image = max(1, round(self._mean[0] / max(self._mean[1], 1)))
+
+    _micro = (-1, 0)  # the optimiser step under way, and micro-batches of it that were begun
+    _step_images = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         # Some processors make several crops of an image, or stack its patches: they say how many images there are.
         images = int(inputs.pop("images")) if "images" in inputs else len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        step, begun = self._micro
+        if step != self.state.global_step:
+            step, begun, self._step_images = self.state.global_step, 0, 0
+        self._micro = step, begun + 1
+        self._step_images += images
         self._images += images
         if self._mean is not None and images:
-            self._mean += np.array([int((inputs["input_ids"] == self.stage.image_token_id).sum()), images])
-            self.stage.per_image = max(1, round(self._mean[0] / self._mean[1]))
+            self._count(int((inputs["input_ids"] == self.stage.image_token_id).sum()), images)
         self._supervised += int((inputs["labels"] >= 0).sum())
         if self.costs is not None:
-            try:
-                self._flops += self._cost(self.costs, inputs)
-            except FoveateError as error:  # only a number of the log is missing
-                self.costs = None
-                if self.is_world_process_zero():
-                    print(f"the log goes without FLOPs: {error}", file=sys.stderr, flush=True)
+            self._flops += self._cost(self.costs, inputs)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.stand_in is not None and self.trains_text and self.accelerator.sync_gradients:
+            seen = self.accelerator.reduce(torch.tensor(self._step_images, device=self.args.device), reduction="sum")
+            if not int(seen):  # one process would have no gradients of these parts in this step, and leave them as they are
+                for module in self.visual:
+                    module.zero_grad(set_to_none=True)
+        if not loss.isfinite():
+            batch = np.split(self.order.batch(step), self.args.world_size)[self.args.process_index]
+            self._diverged(f"the loss is {loss.item()}", np.split(batch, self.args.gradient_accumulation_steps)[begun])
         self._loss = loss.double() if self._loss is None else self._loss + loss
         return loss
 
     def _cost(self, costs: Costs, inputs: dict[str, Any]) -> float:
-        """FLOPs of a step on these inputs. FoveateError where they cannot be told."""
+        """FLOPs of a step on these inputs."""
         lengths = inputs["attention_mask"].sum(1).tolist()
         visual = (inputs["input_ids"] == self.stage.image_token_id).sum(1).tolist()
         reducer, each = self.switch.current, self.stage.per_image
@@ -277,9 +351,60 @@ class FoveateTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
         loss = super().compute_loss(called, inputs, *args, **kwargs)
-        if isinstance(loss, Tensor) and not loss.requires_grad:  # only a projector is trained, and these samples have no image
+        if "pixel_values" not in inputs and self.stand_in is None and not self.trains_text:  # gradients of zero, not none at all
             loss = loss + sum((0.0 * parameter).sum() for parameter in model.parameters() if parameter.requires_grad)
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Before each optimiser step."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and norm is not None and not math.isfinite(float(norm)):  # a scaler leaves out such steps itself
+            self._diverged("the gradients are not finite", self.order.batch(self.state.global_step))
+        return norm
+
+    def _diverged(self, what: str, items: np.ndarray) -> NoReturn:
+        data = self.data_collator.data
+        rows = [int(data.index[item]) for item in items[:SHOWN]]
+        samples = ", ".join(row_id(data.source.row(row), row) for row in rows) + (", ..." if len(items) > SHOWN else "")
+        raise FoveateError(
+            f"stage {self.stage.name}, step {self.state.global_step + 1}: {what} (samples {samples}). The run stops here; its last "
+            "complete checkpoint stays. Look at these samples, lower learning_rate, or set max_grad_norm; another `output` starts anew"
+        )
+
+    def validate(self) -> float:
+        """Mean loss over the supervised tokens of the validation samples, in evaluation mode, under the reducer of the moment."""
+        assert self.validation is not None
+        loading, world, rank = self.validation.loading, self.args.world_size, self.args.process_index
+        samples = range(len(loading.data))
+        # Every process has as many batches: the last may begin again, at a sample that does not count.
+        rows = range(rank, -(-len(samples) // world) * world, world)
+        micro = self.args.per_device_train_batch_size
+        batches = [[row % len(samples) for row in rows[start : start + micro]] for start in range(0, len(rows), micro)]
+        loader: DataLoader[Any] = DataLoader(
+            samples,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=loading,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),
+        )
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        model: Any = self.model_wrapped if sharded else self.model
+        called = BFloat16Copy(model) if self.stage.bf16_copy else model
+        sums = torch.zeros(2, dtype=torch.float64)
+        model.eval()
+        with torch.no_grad():
+            for number, batch in enumerate(loader, start=1):
+                if number == len(batches) and rows[-1] >= len(samples):
+                    batch["labels"][-1] = IGNORED
+                batch.pop("images", None)
+                count = int((batch["labels"][:, 1:] != IGNORED).sum())
+                loss = called(**self._prepare_inputs(batch))["loss"]
+                if count:
+                    sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
+        model.train()
+        if world > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
+        return float(sums[0] / sums[1])
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer's own estimate walks over all modules in every step and knows nothing of fewer tokens
@@ -301,7 +426,7 @@ class FoveateTrainer(Trainer):
         self.since.steps = self.state.global_step - self._logged
         self.totals.images += int(images)
         self.totals.supervised += int(supervised)
-        self.totals.flops += flops
+        self.totals.flops = None if self.totals.flops is None or math.isnan(flops) else self.totals.flops + flops
         self.totals.seconds += seconds
         self._reset()
 
@@ -309,13 +434,14 @@ class FoveateTrainer(Trainer):
         if "loss" in logs:
             self._gather()
             row = self._row(logs)
+            if self.flow.validates(self.state.global_step):
+                row["validation_loss"] = self.validate()
+                self._clock = time.monotonic()  # the seconds of the log are those of training
             self.progress.loss = row["loss"]
             if self.is_world_process_zero():
                 self.log_file.append(row)
             self._logged, self.since = self.state.global_step, Since()
-            numbers: dict[str, float] = {
-                key: row[key] for key in ("loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds") if key in row
-            }
+            numbers: dict[str, float] = {key: row[key] for key in NUMBERS if key in row}
             per_layer = row["visual_tokens_per_layer"]
             logs = {**logs, **numbers, "visual_tokens_per_layer": sum(per_layer) / len(per_layer)}
         super().log(logs, start_time)
@@ -325,7 +451,7 @@ class FoveateTrainer(Trainer):
             "stage": self.stage.name,
             "step": self.state.global_step,
             "loss": self.since.loss / max(self.since.steps, 1),
-            "learning_rate": logs["learning_rate"],
+            "learning_rate": logs["learning_rate"] if self.rates is None else self._rates_now,
         }
         if isinstance(logs.get("grad_norm"), float):
             row["grad_norm"] = logs["grad_norm"]
@@ -336,7 +462,7 @@ class FoveateTrainer(Trainer):
             "tokens_per_image": self.stage.per_image,
             "visual_tokens_per_layer": visual_tokens(parse(self.switch.current), self.stage.per_image, self.stage.layers),
         }
-        if self.costs is not None:
+        if self.costs is not None and self.totals.flops is not None:
             row["flops"] = self.totals.flops
         return row | {"seconds": round(self.totals.seconds, 3), "reducer": self.switch.current}
 
@@ -355,6 +481,12 @@ class FoveateTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         kept = {name: value.detach().cpu().contiguous() for name, value in whole.items() if name in wanted}
+        bad = next((name for name, _ in model.named_parameters() if name in kept and not kept[name].isfinite().all()), None)
+        if bad is not None:
+            raise FoveateError(
+                f"stage {self.stage.name}, step {self.state.global_step}: {bad} holds numbers that are not finite. No checkpoint was made; "
+                "the one before stays; lower learning_rate, or set max_grad_norm"
+            )
         save_file(kept, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -367,7 +499,8 @@ class FoveateTrainer(Trainer):
         self._gather()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
-            state = {"totals": asdict(self.totals), "since": asdict(self.since), "logged": self._logged}
+            mean = None if self._mean is None else self._mean.tolist()
+            state = {"totals": asdict(self.totals), "since": asdict(self.since), "logged": self._logged, "mean": mean}
             (folder / PROGRESS).write_text(json.dumps(state), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -383,6 +516,8 @@ class FoveateTrainer(Trainer):
         if checkpoint is not None:
             state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
             self.totals, self.since, self._logged = Totals(**state["totals"]), Since(**state["since"]), state["logged"]
+            if self._mean is not None and state.get("mean"):
+                self._count(*state["mean"])
         try:
             self._reset()
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,0 +1,257 @@
+"""The stages of a recipe one after the other, as configurations: what each begins with, and whether the model has all that it asks for.
+
+Nothing here needs weights. `foveate train` looks at every stage before the first step, and `foveate plan` looks at the same.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import foveate.model  # noqa: F401  registers the Auto classes
+from foveate.anatomy import read
+from foveate.bridges import Bridge, build_bridge, complete_config
+from foveate.cost import Trained
+from foveate.encoding import Encoded
+from foveate.engine.attach import attach
+from foveate.errors import FoveateError, NotApplicable
+from foveate.model.configuration import FoveateConfig
+from foveate.reducers import Reducer, parse
+from foveate.reducers.base import acting
+from foveate.shapes import encode, skeleton
+from foveate.sites import InEncoder
+from foveate.towers import TOWER_SIGNALS
+from foveate.train.recipe import Lora, LoraOf, Model, Recipe, Stage
+from foveate.world import resolve
+
+MOST = 2**24
+Read = Callable[[str, str], Any]  # (name, "vision" | "text" | "checkpoint") -> the configuration of that model
+
+
+def walk(recipe: Recipe, load: Read) -> Iterator[tuple[Stage, Any]]:
+    """Each stage with the configuration that its model has in it. FoveateError naming the stage whose bridge or image size does not fit."""
+    config = start(recipe.model, recipe.stages[0], load)
+    for stage in recipe.stages:
+        with naming(stage):
+            config = advance(config, stage)
+        yield stage, config
+
+
+class naming:
+    """Puts the stage's name in front of errors."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, FoveateError):
+            raise FoveateError(f"stage {self.stage.name}: {error}") from None
+
+
+def start(model: Model, first: Stage, load: Read) -> Any:
+    """The configuration that the first stage finds; a new bridge is built with that stage's scales at once."""
+    if model.checkpoint is not None:
+        return load(model.checkpoint, "checkpoint")
+    vision, text = load(model.vision or "", "vision"), load(model.text or "", "text")
+    config = FoveateConfig(
+        vision_config=getattr(vision, "vision_config", vision),
+        text_config=text,
+        bridge=first_bridge(model, first),
+        vision_feature_layer=model.vision_feature_layer,
+        image_size=first.image_size,
+    )
+    blocks = getattr(config.vision_config, "num_hidden_layers", None)
+    if blocks is not None and not all(-blocks - 1 <= level <= blocks for level in config.vision_feature_layer):
+        raise FoveateError(f"vision_feature_layer {config.vision_feature_layer}: the tower has hidden states 0 to {blocks}")
+    return config
+
+
+def first_bridge(model: Model, first: Stage) -> dict[str, Any]:
+    """A new bridge has the scales of the first stage from the beginning; there is nothing to inflate yet."""
+    return {**(model.bridge or {}), **({"scales": first.bridge.scales} if first.bridge is not None else {})}
+
+
+def wants_scaling(stage: Stage, bridge: dict[str, Any]) -> bool:
+    return stage.bridge is not None and [tuple(scale) for scale in bridge.get("scales", [])] != stage.bridge.scales
+
+
+def advance(config: Any, stage: Stage) -> Any:
+    """The configuration in `stage`: its image size, and its bridge, scaled from the one before."""
+    if not isinstance(config, FoveateConfig):
+        refuse_resizing(stage, config)
+        return config
+    size = stage.image_size or config.image_size
+    grid = config.patch_grid(size, size)
+    bridge = build(config.bridge)
+    if wants_scaling(stage, config.bridge):
+        assert stage.bridge is not None
+        bridge = bridge.scaled(scales=stage.bridge.scales, grid=grid[0], sources=stage.bridge.sources)
+    if (tokens := bridge.tokens(grid)) > MOST:
+        raise FoveateError(f"the bridge makes {tokens:,} visual tokens of an image; no language model takes more than {MOST:,}")
+    config = deepcopy(config)
+    config.bridge, config.image_size = bridge.config(), size
+    return config
+
+
+def build(bridge: dict[str, Any]) -> Bridge:
+    with torch.device("meta"):
+        return build_bridge(bridge)
+
+
+def refuse_resizing(stage: Stage, config: Any) -> None:
+    """A model of the library is trained as it is."""
+    if stage.bridge is not None:
+        raise FoveateError(f"`bridge` needs a Foveate model, but the checkpoint is a {config.model_type} model; leave it out")
+    native = getattr(getattr(config, "vision_config", None), "image_size", None)
+    if stage.image_size is not None and native not in (stage.image_size, [stage.image_size] * 2, (stage.image_size,) * 2):
+        raise FoveateError(f"a {config.model_type} model takes images of {native} pixels, not image_size {stage.image_size}")
+
+
+def model_folder(name: str) -> str:
+    """`asset:NAME`, and the output or stage folder of a run, as the folder of the model in it; hub names and others as they are.
+
+    FoveateError for a run or stage that has not ended, and for a checkpoint, which holds only what was trained."""
+    path = Path(found := resolve(name))
+    if not os.path.isdir(path) or (path / "config.json").is_file():
+        return found
+    if (path / "progress.json").is_file():
+        raise FoveateError(f"{path} is a checkpoint of a stage under way, with the trained weights alone; name the stage's `model` folder")
+    for inner in ("final", "model"):
+        if (path / inner / "complete").is_file():
+            return str(path / inner)
+    if (path / "recipe.json").is_file():
+        raise FoveateError(f"{path} is a run that has not ended: it has no `final` model yet. Finish it, or name the `model` of a stage")
+    return found
+
+
+# ---- what a stage asks for -----------------------------------------------------------------------------------------------------------
+
+
+def check(stage: Stage, config: Any) -> Trained:
+    """Looks for everything that can be known of a stage without weights; returns what it trains, LoRA targets by name.
+
+    FoveateError for LoRA targets that are not there, an image size that the tower does not take, reducers that the model cannot serve,
+    and samples longer than the positions that a language model has learned."""
+    with naming(stage):
+        part_modules(skeleton(config))
+        trained = trained_parts(stage, skeleton(config))
+        check_positions(stage, config)
+        check_image_size(config)
+        for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
+            check_reducers(parse(spelled), config)
+    return trained
+
+
+def part_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """(tower, bridge) of a vision-language model; everything else is the language model. FoveateError if one is not found."""
+    core = read(model).core
+    found = []
+    for what, names in {
+        "vision tower": ("vision_tower", "vision_model", "visual"),
+        "bridge": ("bridge", "multi_modal_projector", "connector", "mm_projector"),
+    }.items():
+        module = next((getattr(core, name) for name in names if isinstance(getattr(core, name, None), nn.Module)), None)
+        if module is None:
+            raise FoveateError(f"{type(model).__name__} has no {what}: none of {', '.join(names)} is there")
+        found.append(module)
+    return found[0], found[1]
+
+
+def trained_parts(stage: Stage, model: nn.Module) -> Trained:
+    """What the stage trains as the cost model takes it, with the names of the maps that get adapters."""
+    trained = stage.train.updated
+    if isinstance(stage.train.lm, LoraOf):
+        return replace(trained, lora_targets=lora_targets(model, stage.train.lm.lora))
+    return trained
+
+
+def lora_targets(model: nn.Module, lora: Lora) -> tuple[str, ...]:
+    """Names of linear maps in the decoder layers: those of the recipe, each of which has to be there; without any, all of them."""
+    anatomy = read(model)
+    there = sorted({name.rpartition(".")[2] for name, module in anatomy.layers.named_modules() if isinstance(module, nn.Linear)})
+    if "targets" not in lora.model_fields_set:
+        return tuple(lora.targets) if set(lora.targets) <= set(there) else tuple(there)
+    missing = [name for name in lora.targets if name not in there]
+    if missing:
+        # the head and the embeddings are maps of the language model too, but none of a layer
+        outside = {name.rpartition(".")[2] for name, module in model.named_modules() if not isinstance(module, nn.ModuleList)}
+        hint = "; what lies outside of them is trained by train.lm: true" if outside & set(missing) else ""
+        raise FoveateError(f"LoRA targets {', '.join(missing)} are not in the decoder layers, which have {', '.join(there)}{hint}")
+    return tuple(lora.targets)
+
+
+def positions(config: Any) -> tuple[int | None, bool]:
+    """How many positions the language model was made for (None: no such limit), and whether each of them is a learned row of a table."""
+    anatomy = read(skeleton(config))
+    made_for = getattr(anatomy.text_config, "max_position_embeddings", None)
+    tables = [m for name, m in anatomy.decoder.named_modules() if isinstance(m, nn.Embedding) and "pos" in name]
+    return made_for, any(made_for is not None and table.num_embeddings >= made_for for table in tables)
+
+
+def check_positions(stage: Stage, config: Any) -> None:
+    made_for, learned = positions(config)
+    if learned and made_for is not None and stage.max_length > made_for:
+        raise FoveateError(
+            f"max_length {stage.max_length} is more than the {made_for} positions that the language model has learned; set max_length to "
+            f"{made_for} or less (longer samples then lose their end)"
+        )
+
+
+def cautions(stage: Stage, config: Any) -> list[str]:
+    """What is possible and perhaps not meant."""
+    made_for, learned = positions(config)
+    if made_for is None or learned or stage.max_length <= made_for:
+        return []
+    return [
+        f"max_length {stage.max_length} is more than the {made_for} positions that the language model was made for; what lies behind is "
+        f"trained as new positions. max_length: {made_for} cuts samples there"
+    ]
+
+
+def check_image_size(config: Any) -> None:
+    """Of the tower, in front of a bridge that takes any grid. A tower that cannot be run without values is believed."""
+    if not isinstance(config, FoveateConfig) or config.image_size == config.native_size:
+        return
+    config = deepcopy(config)
+    config.bridge = complete_config({"kind": "mlp"}, **{name: config.bridge[name] for name in ("levels", "vision_width", "text_width")})
+    native = deepcopy(config)
+    native.image_size = config.native_size
+    try:
+        encode(native, pictures(native))
+    except FoveateError:
+        return
+    encode(config, pictures(config))
+
+
+def pictures(config: FoveateConfig) -> Encoded:
+    """A call that encodes one image."""
+    shape = 1, getattr(config.vision_config, "num_channels", 3), config.image_size, config.image_size
+    return Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)})
+
+
+def check_reducers(reducers: list[Reducer], config: Any) -> None:
+    """Layers that are not there, methods that do not go together, and signals that the tower does not give."""
+    for reducer in reducers:
+        if type(reducer).prepare is not Reducer.prepare:
+            raise FoveateError(f"{reducer} makes images smaller before they are read, which a schedule cannot do; set image_size instead")
+    model = skeleton(config)
+    attach(model, reducers, record="none").detach()
+    sites = [site for site, _, _ in acting(reducers, len(read(model).layers))]
+    needs = [signal for site in sites for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
+    if not isinstance(config, FoveateConfig) or not (needs or any(isinstance(site, InEncoder) for site in sites)):
+        return
+    try:
+        encode(config, pictures(config), needs)
+    except NotApplicable:
+        raise
+    except FoveateError:  # its code wants values: the trial on the model itself will tell
+        return
