@@ -28,7 +28,7 @@ from torch import nn
 from foveate.anatomy import read
 from foveate.engine.run import RUN, Run
 from foveate.errors import FoveateError
-from foveate.reducers import Preparing, Reducer, before_processor, parse, saved_reducers, spell
+from foveate.reducers import Preparing, Reducer, before_processor, load_reducers, parse, spell
 
 _RECORD = ("none", "last", "all")
 _SAVED: Any = object()
@@ -68,7 +68,7 @@ def attach(
     around = _around(model, anatomy.core)
     if reducers is _SAVED:
         name = next((getattr(module.config, "name_or_path", "") for module in around if hasattr(module, "config")), "")
-        reducers = saved_reducers(str(name))
+        reducers = load_reducers(str(name))
     if reducers is None:
         reducers = []
     elif isinstance(reducers, str):
