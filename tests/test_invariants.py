@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import foveate
 from foveate import FoveateError
 from foveate.anatomy import read
-from foveate.engine.run import Run
+from foveate.engine.forward import ForwardPass
 from foveate.reducers import Random, parse
 from foveate.signals import ClsAttention, View
 from tests.tiny import IMAGE, MODELS, PATCHES, ROWS, Batch, llava
@@ -174,7 +174,7 @@ def test_invariant_5_detaching_leaves_the_model_as_it_was(make: Any, where: str,
         with foveate.attach(model, reducer), monkeypatch.context() as patch, torch.no_grad():
             model(**inputs)
             if where == "method":
-                patch.setattr(Run, "_view", fails)
+                patch.setattr(ForwardPass, "_view", fails)
             else:
                 patch.setattr(parts[where], "forward", fails)
             model(**inputs)

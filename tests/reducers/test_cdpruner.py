@@ -169,5 +169,7 @@ def test_views_that_lack_something() -> None:
     batch = make([[1, (2, 2)]])
     with pytest.raises(FoveateError, match="cdpruner looks at the tokens' states"):
         CDPruner(2).reduce(View(batch.layout))
-    with pytest.raises(FoveateError, match=r"hand in signals=\{Relevance"):
+    with pytest.raises(FoveateError, match="where the question ends is not known"):
         CDPruner(2).reduce(View(batch.layout, batch.tokens))
+    with pytest.raises(FoveateError, match=r"hand in signals=\{Relevance"):
+        Relevance().compute(View(batch.layout))

@@ -206,5 +206,5 @@ def test_impossible_options_are_errors(options: dict[str, object], message: str)
 
 def test_a_view_that_does_not_say_who_asks_is_an_error() -> None:
     layout = Layout.sequence(torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(FoveateError, match="which slot is the prompt's last"):
+    with pytest.raises(FoveateError, match="where the question ends is not known"):
         FastV().reduce(View(layout, signals={Attention(1): AttentionRows.of(torch.rand(1, 1, 4, 4))}))

@@ -233,5 +233,5 @@ def test_impossible_counts_are_errors(counts: list[int]) -> None:
 
 def test_a_view_that_does_not_say_who_asks_is_an_error() -> None:
     layout = Layout.sequence(torch.ones(1, 4, dtype=torch.bool))
-    with pytest.raises(FoveateError, match="which slot is the prompt's last"):
+    with pytest.raises(FoveateError, match="where the question ends is not known"):
         Schedule().reduce(View(layout, signals={Attention(1): AttentionRows.of(torch.rand(1, 1, 4, 4))}))
