@@ -10,6 +10,7 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
+from foveate.contract import View
 from foveate.engine.chunk import Chunk
 from foveate.reducers import (
     AIM,
@@ -27,7 +28,6 @@ from foveate.reducers import (
     parse,
     spell,
 )
-from foveate.signals import View
 from foveate.tokens import Layout, TokenMap
 from tests.reducers.ragged import edges
 from tests.tiny import IMAGE, LAYERS, MODELS, PATCHES, ROWS, Batch, llava, prompt
@@ -416,7 +416,7 @@ def test_the_pass_says_what_went_through_each_layer() -> None:
 
 
 def test_the_ledger_is_what_was_predicted() -> None:
-    from foveate.cost import predict
+    from foveate.accounting import predict
 
     model = llava()
     for reducer in ("none", *REDUCERS):

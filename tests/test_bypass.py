@@ -11,10 +11,9 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
+from foveate.contract import Attention, Bypass, Cut, Decision, Noise, Site, ThroughLayer, View
 from foveate.reducers import VCC, FastV, Random, Reducer, parse, visual_tokens
 from foveate.reducers.base import Reducer as Base
-from foveate.signals import Attention, Noise, View
-from foveate.sites import Bypass, Cut, Decision, Site, ThroughLayer
 from foveate.tokens import TokenMap, budget, top
 from tests.test_attach import every_model, everything, joined, state_of
 from tests.tiny import IMAGE, LAYERS, PATCHES, ROWS, Batch, llava, prompt

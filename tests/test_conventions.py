@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, Qwen2Config
 
-from foveate import conventions as by
-from foveate import cost
-from foveate.cost import predict, schedule_tokens
+from foveate import accounting as cost
+from foveate.accounting import conventions as by
+from foveate.accounting import predict
+from foveate.accounting.conventions import schedule_tokens
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 
@@ -392,9 +393,9 @@ def test_the_conventions_are_the_honest_vector_seen_in_part(visual: list[int], t
     total = [n + text for n in visual]
     for kv_heads in (6, 2):
         config = Qwen2Config(**size, num_key_value_heads=kv_heads)
-        flops = cost.Ledger.observed(config, visual, total, images=0).flops
+        flops = cost.observed(config, visual, total, images=0).flops
         assert by.aim(visual, text, width=48, mlp=80, kv_width=8 * kv_heads) == flops["lm_linear"] + flops["lm_attention"]
-    full = cost.Ledger.observed(Qwen2Config(**size, num_key_value_heads=6), visual, visual, images=0).flops
+    full = cost.observed(Qwen2Config(**size, num_key_value_heads=6), visual, visual, images=0).flops
     assert 2 * by.pyramiddrop(visual, width=48, mlp=80) == full["lm_linear"] + full["lm_attention"]
     assert by.profiler(visual, width=48, mlp=80) == full["lm_linear"]
 

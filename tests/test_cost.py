@@ -20,12 +20,13 @@ from transformers import (
 )
 
 import foveate
-from foveate import cost
-from foveate.cost import Ledger, Trained, compression_ratio, predict, schedule_tokens, visual_tokens
-from foveate.counting import Counter
+from foveate import accounting as cost
+from foveate.accounting import Trained, observed, predict
+from foveate.accounting.conventions import compression_ratio, schedule_tokens
+from foveate.accounting.counter import Counter
+from foveate.contract import ImageSize, Workload
 from foveate.errors import FoveateError
-from foveate.reducers import parse
-from foveate.sizes import ImageSize, Sizes
+from foveate.reducers import parse, visual_tokens
 from tests import tiny
 
 VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
@@ -284,10 +285,10 @@ def test_reducers_compose_to_falling_counts(per_image: int, pools: list[tuple[in
 
 def test_observed_equals_predicted_and_takes_rows_apart() -> None:
     predicted = predict(LMS[0], per_image=16, text_tokens=5, reducers=parse(spelled(1, 4)))
-    assert Ledger.observed(LMS[0], [16, 4, 4], [21, 9, 9]) == predicted
-    step = Ledger.observed(LMS[0], [16, 4, 4], [21, 9, 9], mode="train")
+    assert observed(LMS[0], [16, 4, 4], [21, 9, 9]) == predicted
+    step = observed(LMS[0], [16, 4, 4], [21, 9, 9], mode="train")
     assert step == predict(LMS[0], per_image=16, text_tokens=5, reducers=parse(spelled(1, 4)), mode="train")
-    both = Ledger.observed(LMS[0], [[16, 0], [4, 0], [4, 0]], [[21, 7], [9, 7], [9, 7]])
+    both = observed(LMS[0], [[16, 0], [4, 0], [4, 0]], [[21, 7], [9, 7], [9, 7]])
     text = predict(LMS[0], text_tokens=7)
     assert both.total_flops == predicted.total_flops + text.total_flops
     assert both.kv_bytes == tuple(a + b for a, b in zip(predicted.kv_bytes, text.kv_bytes, strict=True))
@@ -303,14 +304,14 @@ def test_predicted_equals_what_an_attached_model_did(spelling: str) -> None:
     with torch.no_grad(), foveate.attach(model, spelling, shortcuts=False) as run:
         measured = counted(lambda: model(input_ids=ids, pixel_values=torch.randn(images, 3, 32, 32)))
         layouts = run.last.layouts
-    observed = Ledger.observed(
+    seen = observed(
         model.config,
         [layout.visual.sum(1).tolist() for layout in layouts],
         [layout.valid.sum(1).tolist() for layout in layouts],
         images=images,
         head_tokens=ids.shape[1],
     )
-    assert observed == predicted
+    assert seen == predicted
     assert predicted.total_flops == measured
 
 
@@ -349,7 +350,7 @@ def test_errors_name_the_thing() -> None:
     with pytest.raises(FoveateError, match=r"add up to 5/6"):
         schedule_tokens([(Fraction(1, 2), TWO), (Fraction(1, 3), FULL)])
     with pytest.raises(FoveateError, match=r"counts of 2 layers.*has 3"):
-        Ledger.observed(LMS[0], [1, 1], [1, 1])
+        observed(LMS[0], [1, 1], [1, 1])
     with pytest.raises(FoveateError, match=r"q_prj are not in.*q_proj"):
         cost.lora_per_layer(LMS[0], 4, ["q_prj"])
     with pytest.raises(FoveateError, match="size 10 is smaller than one patch of 14"):
@@ -387,15 +388,15 @@ SEVEN_B = {"width": 4096, "heads": 32, "query_width": 4096, "tower_width": 64}
 )
 def test_scores_of_one_image_in_a_7b_model(reducer: str, macs: int) -> None:
     (method,) = parse(reducer)
-    sizes = Sizes((ImageSize.whole(576),), (576,), text=64, keys=640, **SEVEN_B)
+    sizes = Workload((ImageSize.whole(576),), (576,), text=64, keys=640, **SEVEN_B)
     assert method.score_flops(sizes) == 2 * macs
 
 
 def test_scores_compete_within_their_scope() -> None:
     tiles = ImageSize(crops=(100, 60, 40), frames=(200,))
-    at_once = Sizes((tiles, tiles), (200, 200), width=8)
+    at_once = Workload((tiles, tiles), (200, 200), width=8)
     assert [at_once.groups(scope) for scope in ("crop", "frame", "image", "sample")] == [[100, 60, 40] * 2, [200] * 2, [200] * 2, [400]]
-    halved = Sizes((tiles,), (100,), width=8)
+    halved = Workload((tiles,), (100,), width=8)
     assert halved.groups("crop") == [50, 30, 20]
     assert parse("divprune:keep=0.5,scope=crop")[0].score_flops(halved) == 2 * 8 * (50**2 + 30**2 + 20**2)
 

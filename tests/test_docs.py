@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import foveate
+from foveate.accounting import predict
 from foveate.anatomy import TESTED
-from foveate.cost import predict
 from foveate.evaluation.scorers import METRICS
 from foveate.evaluation.tasks import load_task
 from foveate.reducers import METHODS, Reducer

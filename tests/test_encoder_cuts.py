@@ -14,11 +14,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import foveate
 from foveate import FoveateError
+from foveate.contract import Cut, InEncoder, Noise, Site, View
 from foveate.errors import NotApplicable, Reason
 from foveate.reducers import VCC, FasterVLM, Random, Reducer, ToMe, parse, spell, visual_tokens
 from foveate.reducers.base import Reducer as Base
-from foveate.signals import Noise, View
-from foveate.sites import Cut, InEncoder, Site
 from foveate.tokens import Kind, TokenMap, budget, top
 from tests.reducers.test_tome import Token, one_pass
 from tests.test_attach import everything, state_of

@@ -11,9 +11,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import foveate
 from foveate import FoveateError
 from foveate.anatomy import read
+from foveate.contract import ClsAttention, View
 from foveate.engine.forward import ForwardPass
 from foveate.reducers import Random, parse
-from foveate.signals import ClsAttention, View
 from tests.tiny import IMAGE, MODELS, PATCHES, ROWS, Batch, llava
 
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())

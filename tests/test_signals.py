@@ -10,12 +10,24 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
-from foveate.places import over_boxes, places
+from foveate.contract import (
+    Attention,
+    AttentionRows,
+    BeforeLM,
+    ClsAttention,
+    Cut,
+    FromLayer,
+    Keys,
+    ReceivedAttention,
+    Signal,
+    Site,
+    TowerKeys,
+    View,
+)
+from foveate.probes.places import over_boxes, places
+from foveate.probes.tower import carry
 from foveate.reducers.base import Reducer
-from foveate.signals import Attention, AttentionRows, ClsAttention, Keys, ReceivedAttention, Signal, TowerKeys, View
-from foveate.sites import BeforeLM, Cut, FromLayer, Site
 from foveate.tokens import Kind, TokenMap, top
-from foveate.towers import carry
 from tests.tiny import IMAGE, MODELS, PATCHES, ROWS, Batch, assembled, llava
 
 

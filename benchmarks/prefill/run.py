@@ -40,13 +40,12 @@ from show import draw, table
 
 import foveate
 from foveate import FoveateError
+from foveate.accounting import observed
 from foveate.anatomy import read
-from foveate.cost import Ledger
+from foveate.contract import ClsAttention, ReceivedAttention, TowerKeys
 from foveate.evaluation.cells import write_json
+from foveate.machine import environment, exact_peaks, peak, reset_peak, synchronize
 from foveate.reducers import METHODS, in_model, parse
-from foveate.report.machine import exact_peaks, peak, reset_peak, synchronize
-from foveate.report.runs import environment
-from foveate.signals import ClsAttention, ReceivedAttention, TowerKeys
 
 HERE = Path(__file__).parent
 KEEP = (0.5, 0.25, 0.11, 0.05)
@@ -210,7 +209,7 @@ class Bench:
         self.tower.mark = False
         if variant.text is not None:
             length = [[BEFORE + variant.text + AFTER]] * self.layers
-            ledger = Ledger.observed(self.cost, [[variant.text]] * self.layers, length, images=0, dtype_bytes=self.bytes)
+            ledger = observed(self.cost, [[variant.text]] * self.layers, length, images=0, dtype_bytes=self.bytes)
         else:
             if run is None:  # bare: the same prompt once more, to be counted
                 _, run, _ = self.once(Variant("", "none"), 0)

@@ -13,10 +13,11 @@ import argparse
 import json
 from pathlib import Path
 
-from foveate.data.scenes import write_world
 from foveate.demo import ARMS, run_arm
+from foveate.machine import environment
 from foveate.report.pretraining import record, write_comparison
-from foveate.report.runs import Arm, environment
+from foveate.report.runs import Arm
+from foveate.world.scenes import write_world
 
 HERE = Path(__file__).parent
 

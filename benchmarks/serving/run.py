@@ -42,9 +42,8 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 import foveate
 from foveate import FoveateError
 from foveate.evaluation.cells import write_json
+from foveate.machine import environment, exact_peaks, peak, reset_peak, synchronize
 from foveate.reducers import parse, visual_tokens
-from foveate.report.machine import exact_peaks, peak, reset_peak, synchronize
-from foveate.report.runs import environment
 
 HERE = Path(__file__).parent
 sys.path.insert(1, str(HERE.parent / "prefill"))  # the models are those of the benchmark of prefill

@@ -29,9 +29,9 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, Qwen2Config
 
-from foveate.cost import Trained, predict
+from foveate.accounting import Trained, predict
+from foveate.machine import environment
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
-from foveate.report.runs import environment
 
 HERE = Path(__file__).parent
 IMAGE_TOKEN, TEXT = 5, 23

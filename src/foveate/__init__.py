@@ -4,9 +4,42 @@ Importing it also makes its own models known to transformers' Auto classes.
 """
 
 import foveate.model  # noqa: F401  # registers them
+from foveate.contract import (
+    BeforeLM,
+    BeforeProcessor,
+    Bypass,
+    Cut,
+    FromLayer,
+    InEncoder,
+    Question,
+    Signal,
+    ThroughLayer,
+    View,
+)
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, NotApplicable
+from foveate.reducers.base import Reducer
+from foveate.tokens import Kind, Layout, TokenMap
 
 __version__ = "0.1.0"
-__all__ = ["FoveateError", "Run", "attach"]
+__all__ = [
+    "BeforeLM",
+    "BeforeProcessor",
+    "Bypass",
+    "Cut",
+    "FoveateError",
+    "FromLayer",
+    "InEncoder",
+    "Kind",
+    "Layout",
+    "NotApplicable",
+    "Question",
+    "Reducer",
+    "Run",
+    "Signal",
+    "ThroughLayer",
+    "TokenMap",
+    "View",
+    "attach",
+]

@@ -52,7 +52,7 @@ def scenes(
     size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 128,
 ) -> None:
     """Render the embedded world: scenes with captions, questions and answers in the LLaVA format."""
-    from foveate.data.scenes import write_world
+    from foveate.world.scenes import write_world
 
     write_world(out, train=train, test=test, seed=seed, size=size)
 
@@ -122,7 +122,7 @@ def look(
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("look.png"),
 ) -> None:
     """Draw which patches of an image the reducers keep or merge, with the model's answers."""
-    from foveate.report.look import main as run
+    from foveate.inspect.look import main as run
 
     print(run(words, ask, reduce, keep, layer or [], per_layer, out))
 
@@ -162,7 +162,7 @@ def profile(
     json: Annotated[bool, typer.Option(help="Print JSON.")] = False,
 ) -> None:
     """What a prompt costs on this machine, predicted beside measured: FLOPs, tokens, KV cache, time to the first token, memory."""
-    from foveate.report.profile import main as run
+    from foveate.inspect.profile import main as run
 
     run(model, reduce or [], image or ["scene:7"], ask, new_tokens=new_tokens, repeats=repeats, device=device, json=json)
 
@@ -182,7 +182,7 @@ def export(
 @app.command("list")
 def list_methods() -> None:
     """The reducers and bridges with their papers and what they need, and the architectures that are tested."""
-    from foveate.report.catalogue import print_catalogue
+    from foveate.inspect.catalogue import print_catalogue
 
     print_catalogue()
 

@@ -12,13 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from foveate.data.scenes import write_world
 from foveate.errors import FoveateError
 from foveate.evaluation.run import Result, evaluate
 from foveate.report.demo import print_summary, write_report
 from foveate.report.runs import Arm
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
+from foveate.world.scenes import write_world
 
 ARMS = {
     "all tokens": ("all-tokens", "Every patch is a token in every step: 256 an image, in pre-training and in fine-tuning."),

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import foveate
-from foveate.cost import predict
-from foveate.counting import Counter
+from foveate.accounting import predict
+from foveate.accounting.counter import Counter
 from foveate.errors import FoveateError, NotApplicable
 from foveate.reducers import parse
 from tests.conformance.checks import Loaded, load

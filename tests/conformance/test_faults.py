@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveate.contract import AttentionRows
 from foveate.engine.chunk import Chunk
 from foveate.engine.questions import Asked
 from foveate.engine.record import Record
 from foveate.errors import NotApplicable, Reason
+from foveate.probes.tower import TowerProbes
 from foveate.reducers.divprune import DivPrune
 from foveate.reducers.random import Random
-from foveate.signals import AttentionRows
 from foveate.tokens import TokenMap
-from foveate.towers import TowerProbes
 from tests.conformance import test_cost
 from tests.conformance.checks import CHECKS
 from tests.conformance.expected import differs, differs_scores

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.anatomy import read
+from foveate.contract import Attention, ClsAttention, Cut, FromLayer, ReceivedAttention, Site, View
 from foveate.errors import NotApplicable
+from foveate.probes.tower import TowerProbes, blocks, extras_of
 from foveate.reducers import Reducer
-from foveate.signals import Attention, ClsAttention, ReceivedAttention, View
-from foveate.sites import Cut, FromLayer, Site
 from foveate.tokens import TokenMap
-from foveate.towers import TowerProbes, blocks, extras_of
 from tests.conformance.checks import load
 from tests.conformance.family import families
 from tests.conformance.test_conformance import REPRESENTATIVE

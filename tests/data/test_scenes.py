@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.data.pictures import IGNORE, KINDS, RASTER, SIZES, digit_pool, labels, render, scene
-from foveate.data.questions import FAMILIES, caption, conversation, parse_box
-from foveate.data.scenes import world_scene, write_world
 from foveate.errors import FoveateError
+from foveate.world.pictures import IGNORE, KINDS, RASTER, SIZES, digit_pool, labels, render, scene
+from foveate.world.questions import FAMILIES, caption, conversation, parse_box
+from foveate.world.scenes import world_scene, write_world
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")

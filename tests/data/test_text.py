@@ -5,9 +5,9 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from foveate.data.pictures import scene
-from foveate.data.questions import caption, conversation
-from foveate.data.text import SPECIAL, build_tokenizer, document, prompt, turn
+from foveate.world.pictures import scene
+from foveate.world.questions import caption, conversation
+from foveate.world.text import SPECIAL, build_tokenizer, document, prompt, turn
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from foveate.accounting import Ledger, predict
 from foveate.cli import main
-from foveate.cost import Ledger, predict
 from foveate.data.pixels import open_image as load_image
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
@@ -463,7 +463,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run of the shipped model on a world on disk."""
-    from foveate.data.scenes import write_world
+    from foveate.world.scenes import write_world
 
     folder = tmp_path_factory.mktemp("finished")
     write_world(folder / "world", train=0, test=2, seed=3, size=64, progress=False, processes=1)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.data.scenes import write_world
 from foveate.errors import FoveateError
 from foveate.evaluation.tasks import Sample, Task, load_task, open_image
+from foveate.world.scenes import write_world
 
 
 def load(spec: str) -> Task:

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from foveate.data.pictures import render, scene
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model
 from foveate.integrations.lmms_eval import answering
 from foveate.integrations.lmms_eval.answering import Answer, Messages
 from foveate.reducers import METHODS, parse
+from foveate.world.pictures import render, scene
 
 PATCHES, LAYERS = 64, 6  # of the shipped model
 GREEDY = answering.generation({}, 12)

@@ -18,10 +18,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import GenerationConfig
 
-from foveate.data.scenes import write_world
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import Result, evaluate, load_model
+from foveate.world.scenes import write_world
 
 pytestmark = pytest.mark.skipif(
     find_spec("lmms_eval") is None, reason="lmms-eval is not installed in this environment; `make interop` builds one that has it"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.signals import View
+from foveate.contract import View
 from foveate.tokens import Layout, TokenMap
 
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, View
 from foveate.reducers import aim
 from foveate.reducers.aim import AIM, walk
-from foveate.signals import Attention, AttentionRows, View
-from foveate.sites import BeforeLM, FromLayer
 from foveate.tokens import Layout, TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, edges, keeps, kept, make
 from tests.reducers.test_tome import oracle as merging

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import BeforeLM, FromLayer, View
 from foveate.reducers.avgpool2d import AvgPool2d
 from foveate.reducers.divprune import DivPrune
-from foveate.signals import View
-from foveate.sites import BeforeLM, FromLayer
 from foveate.tokens import Layout, TokenMap
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, edges, make
 

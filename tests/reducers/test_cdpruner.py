@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import View
 from foveate.reducers.cdpruner import CDPruner, Relevance, greedy_map, min_max
-from foveate.signals import View
 from foveate.tokens import TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, keeps, kept, make
 

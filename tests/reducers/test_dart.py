@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import FromLayer, Keys, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.dart import DART
-from foveate.signals import Keys, View
-from foveate.sites import FromLayer
 from foveate.tokens import Layout, TokenMap, budget, top
 from tests.reducers.test_fastv import alone, images, keeps, survivors
 from tests.test_tokens import layouts

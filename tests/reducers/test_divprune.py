@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import View
 from foveate.reducers.divprune import DivPrune, spread
-from foveate.signals import View
 from foveate.tokens import TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, keeps, kept, make
 

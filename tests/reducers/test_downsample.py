@@ -7,9 +7,8 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 
 from foveate import FoveateError
+from foveate.contract import BeforeProcessor, View
 from foveate.reducers import Downsample, parse, prepare, spell
-from foveate.signals import View
-from foveate.sites import BeforeProcessor
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import ClsAttention, Cut, Signal, View
 from foveate.reducers.fastervlm import FasterVLM
-from foveate.signals import ClsAttention, Signal, View
-from foveate.sites import Cut
 from foveate.tokens import Layout, TokenMap, budget
 
 quick = settings(max_examples=40, deadline=None)

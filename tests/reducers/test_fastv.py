@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import Attention, AttentionRows, FromLayer, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.fastv import FastV
-from foveate.signals import Attention, AttentionRows, View
-from foveate.sites import FromLayer
 from foveate.tokens import Layout, TokenMap, budget, top
 from tests.test_tokens import layouts
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate import FoveateError
+from foveate.contract import ReceivedAttention, View
 from foveate.reducers.fopru import FoPru
-from foveate.signals import ReceivedAttention, View
 from foveate.tokens import Layout, budget
 from tests.reducers.test_fastervlm import (
     IMAGES,

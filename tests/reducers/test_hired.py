@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import ClsAttention, View
 from foveate.reducers.hired import HiRED
-from foveate.signals import ClsAttention, View
 from foveate.tokens import Layout, budget
 from tests.reducers.test_fastervlm import (
     IMAGES,

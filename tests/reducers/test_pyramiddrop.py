@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import Attention, AttentionRows, FromLayer, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.pyramiddrop import PyramidDrop
-from foveate.signals import Attention, AttentionRows, View
-from foveate.sites import FromLayer
 from foveate.tokens import Layout, TokenMap
 from tests.reducers.test_fastv import alone, grades, images, ranked, survivors
 from tests.test_tokens import layouts

@@ -10,14 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate import FoveateError
+from foveate.contract import Attention, AttentionRows, BeforeLM, ClsAttention, FromLayer, Noise, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.fastervlm import FasterVLM
 from foveate.reducers.fastv import FastV
 from foveate.reducers.pyramiddrop import PyramidDrop
 from foveate.reducers.schedule import Schedule
 from foveate.reducers.uniform import Uniform
-from foveate.signals import Attention, AttentionRows, ClsAttention, Noise, View
-from foveate.sites import BeforeLM, FromLayer
 from foveate.tokens import Layout, budget
 from tests.reducers.test_fastv import alone, grades, images, ranked, survivors, view
 from tests.test_tokens import layouts

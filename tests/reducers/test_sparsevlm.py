@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import Attention, AttentionRows, FromLayer, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.sparsevlm import LISTS, SparseVLM, peaks, raters, relevance
-from foveate.signals import Attention, AttentionRows, View
-from foveate.sites import FromLayer
 from foveate.tokens import Layout, TokenMap, budget, top
 from tests.reducers.test_fastv import alone, grades, images, keeps, ranked, survivors, view
 from tests.test_tokens import layouts

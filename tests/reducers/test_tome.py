@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import TowerKeys, View
 from foveate.reducers.tome import ToMe, bipartite, copies, mean, merge_until
-from foveate.signals import TowerKeys, View
 from foveate.tokens import TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, edges, keeps, make
 

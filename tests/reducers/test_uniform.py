@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate import FoveateError
+from foveate.contract import BeforeLM, FromLayer, View
 from foveate.reducers.uniform import Uniform, subgrid
-from foveate.signals import View
-from foveate.sites import BeforeLM, FromLayer
 from foveate.tokens import Layout, TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, keeps, kept, make
 

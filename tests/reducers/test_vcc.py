@@ -8,8 +8,8 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
+from foveate.contract import View
 from foveate.reducers import VCC
-from foveate.signals import View
 from foveate.tokens import Layout, TokenMap
 from tests.tiny import LAYERS, PATCHES, ROWS, Batch, llava
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
+from foveate.contract import ClsAttention, TowerKeys, View
 from foveate.reducers.fastervlm import FasterVLM
 from foveate.reducers.visionzip import VisionZip
-from foveate.signals import ClsAttention, TowerKeys, View
 from foveate.tokens import Layout, TokenMap, budget
 from tests.reducers.test_fastervlm import IMAGES, batch, batches, best, check_alone, check_sane, members, mosaic, quick, scores, view_of
 

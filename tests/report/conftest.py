@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from foveate.data.scenes import write_world
 from foveate.evaluation.metrics import FAMILIES, score_family
 from foveate.evaluation.run import Result, Row, read_questions
 from foveate.report.runs import Arm
+from foveate.world.scenes import write_world
 
 LAYERS = 6
 Stage = tuple[str, list[tuple[str, list[float]]], float, float]  # name, (reducer, tokens per layer) in turn, seconds and FLOPs a step

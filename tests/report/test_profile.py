@@ -10,8 +10,8 @@ from rich.console import Console
 from foveate.cli import main
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model
-from foveate.report.look import open_image
-from foveate.report.profile import TIMES, Profile, print_profiles, profile
+from foveate.inspect.look import open_image
+from foveate.inspect.profile import TIMES, Profile, print_profiles, profile
 
 REDUCERS = ["random:keep=0.25", "fastv:keep=0.5,layer=3"]
 

@@ -7,8 +7,6 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from foveate.data.scenes import write_world
-from foveate.data.text import build_tokenizer
 from foveate.evaluation.run import evaluate
 from foveate.reducers import VCC, parse
 from foveate.report.demo import write_report
@@ -16,6 +14,8 @@ from foveate.report.pretraining import aggregate, record
 from foveate.report.runs import Arm, read_bridges, read_log
 from foveate.train.recipe import Recipe
 from foveate.train.run import train
+from foveate.world.scenes import write_world
+from foveate.world.text import build_tokenizer
 
 FEW, MANY = [[8, 4], [4, 1]], [[8, 4], [4, 4], [2, 1]]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlamaConfig
 
+from foveate.accounting import predict
 from foveate.cli import main
-from foveate.cost import predict
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.tasks import Sample, Task, load_task

@@ -17,16 +17,16 @@ from foveate import inference
 from foveate.data.chat import Renderer
 from foveate.data.collate import Collator
 from foveate.data.conversations import Conversation
-from foveate.data.pictures import render, scene
-from foveate.data.questions import conversation
 from foveate.errors import FoveateError
 from foveate.evaluation.run import answer, model_inputs, prompts
 from foveate.inference.answering import without_thought
+from foveate.inspect.look import _ask
 from foveate.integrations.lmms_eval import answering as harness
 from foveate.model import from_backbones
-from foveate.report.look import _ask
 from foveate.train.run import main, save_end
 from foveate.world import resolve
+from foveate.world.pictures import render, scene
+from foveate.world.questions import conversation
 from tests.model.tiny_backbones import COS, llama_config, save_clip, save_lm
 from tests.situations import templates
 from tests.situations.templates import ENDS, processor

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import Aimv2VisionConfig, AutoModel, AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, OPTConfig, Phi3Config, PhiConfig
 
+from foveate.accounting.dry_run import skeleton
 from foveate.errors import FoveateError
 from foveate.model import FoveateConfig
-from foveate.shapes import skeleton
 from foveate.train import run, stages
 from foveate.train.plan import main as show_plan
 from foveate.train.plan import plan

@@ -15,12 +15,12 @@ from transformers import CLIPImageProcessorPil, LlavaProcessor, Qwen2VLImageProc
 
 import foveate
 from foveate import FoveateError
-from foveate.cost import predict
+from foveate.accounting import predict
+from foveate.contract import BeforeProcessor, FromLayer
 from foveate.evaluation.run import load_model
+from foveate.inspect.catalogue import acts, needs
 from foveate.reducers import METHODS, Downsample, Preparing, before_processor, in_model, parse, prepare
 from foveate.reducers.base import acting
-from foveate.report.catalogue import acts, needs
-from foveate.sites import BeforeProcessor, FromLayer
 from tests.conformance.family import tokenizer
 from tests.tiny import llava as tiny_llava
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from foveate.contract import Attention, AttentionRows, View
 from foveate.reducers import SparseVLM
 from foveate.reducers.sparsevlm import peaks
-from foveate.signals import Attention, AttentionRows, View
 from foveate.tokens import Layout, TokenMap
 
 

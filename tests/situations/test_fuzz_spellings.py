@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from foveate import FoveateError
+from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, Keys, Signal, TowerKeys, View
 from foveate.reducers import METHODS, Reducer, before_processor, in_model, parse, spell, visual_tokens
-from foveate.signals import Attention, AttentionRows, Keys, Signal, TowerKeys, View
-from foveate.sites import BeforeLM, FromLayer
 
 GRID, TEXT, WIDTH = (4, 4), 4, 8
 PATCHES, SLOTS = 16, 20

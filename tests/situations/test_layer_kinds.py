@@ -17,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 import foveate
 from foveate.anatomy import attends, read
 from foveate.errors import NotApplicable
-from foveate.towers import blocks
+from foveate.probes.tower import blocks
 from tests.conformance.family import families
 from tests.tiny import Batch, llava, prompt
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.encoding import Item
+from foveate.probes.encoding import Item
 from tests.situations.models import GREEDY, MODELS, inputs, qwen
 from tests.tiny import IMAGE, PATCHES, llava
 

@@ -177,7 +177,7 @@ def test_every_method_is_saved_and_found(tmp_path: Path) -> None:
 
 
 def test_eval_takes_the_saved_ones_of_a_hub_model(hub: Path, trained: Path, tmp_path: Path) -> None:
-    from foveate.data.scenes import write_world
+    from foveate.world.scenes import write_world
 
     write_world(tmp_path / "world", train=1, test=2, seed=0, size=32)
     cached(hub, "someone/small", trained, "vcc:layer=1,stride=2")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate import cost
+from foveate import accounting as cost
 from foveate.errors import FoveateError
 from foveate.train import files
 from foveate.train.recipe import load_recipe

@@ -24,10 +24,10 @@ from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, LlamaConfi
 
 import foveate
 from foveate.anatomy import attends, read
+from foveate.contract import AttentionRows, ClsAttention
 from foveate.errors import NotApplicable
-from foveate.signals import AttentionRows, ClsAttention
+from foveate.probes.tower import blocks, extras_of, values_of
 from foveate.tokens import Kind
-from foveate.towers import blocks, extras_of, values_of
 from tests.conformance.family import families
 
 TEXT: dict[str, Any] = {

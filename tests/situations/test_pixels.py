@@ -21,8 +21,8 @@ from foveate.data.conversations import Conversations, find_bad
 from foveate.data.pixels import Held, PictureError, check_image, open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.tasks import load_task
+from foveate.inspect import look
 from foveate.integrations.lmms_eval import answering
-from foveate.report import look
 
 datasets.disable_progress_bars()
 

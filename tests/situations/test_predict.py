@@ -20,9 +20,10 @@ from transformers import (
     Qwen2VLConfig,
 )
 
-from foveate import cost, shapes
-from foveate.cost import Ledger, Trained, predict
-from foveate.counting import Counter, parameters_of
+from foveate import accounting as cost
+from foveate.accounting import Trained, observed, predict
+from foveate.accounting import dry_run as shapes
+from foveate.accounting.counter import Counter, parameters_of
 from foveate.errors import FoveateError
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
 from foveate.reducers import parse
@@ -97,7 +98,7 @@ def test_without_inputs_as_with_those_of_one_image(name: str, tmp_path: Path) ->
     assert cost.image_tokens(model.config) == prompt.images[0].tokens
     assert cost.parameters(model.config) == parameters_of(model)
     layers = len(want.visual_tokens)
-    seen = Ledger.observed(model.config, [prompt.images[0].tokens] * layers, [prompt.tokens] * layers)
+    seen = observed(model.config, [prompt.images[0].tokens] * layers, [prompt.tokens] * layers)
     assert seen == predict(model.config, text_tokens=prompt.text)
 
 

@@ -20,12 +20,12 @@ from transformers.models.llama4.configuration_llama4 import Llama4VisionConfig
 from transformers.models.llama4.modeling_llama4 import Llama4VisionModel
 
 import foveate
+from foveate.contract import ClsAttention, ReceivedAttention, TowerKeys
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
+from foveate.probes.tower import TowerProbes, blocks, extras_of
 from foveate.reducers import ToMe
 from foveate.reducers.tome import bipartite
-from foveate.signals import ClsAttention, ReceivedAttention, TowerKeys
 from foveate.tokens import Kind
-from foveate.towers import TowerProbes, blocks, extras_of
 from tests.reducers.test_tome import Token, one_pass
 from tests.tiny import IMAGE, PATCHES, ROWS, Batch
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from foveate.data.scenes import write_world
 from foveate.errors import FoveateError
 from foveate.evaluation import run as evaluation
 from foveate.evaluation.bench import bench
 from foveate.evaluation.run import Answers, Result, evaluate, print_result
 from foveate.evaluation.table import markdown, print_table
-from foveate.report.look import look
-from foveate.report.profile import print_profiles, profile
+from foveate.inspect.look import look
+from foveate.inspect.profile import print_profiles, profile
+from foveate.world.scenes import write_world
 from tests.conformance.family import picture
 from tests.situations.test_export import assembled
 

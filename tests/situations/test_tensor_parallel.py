@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 import foveate
 from foveate.anatomy import read, tensor_parallel_group
-from foveate.signals import AttentionRows
+from foveate.contract import AttentionRows
 from tests.tiny import Batch, llava, prompt
 
 RANKS = 2

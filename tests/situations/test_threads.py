@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import foveate
-from foveate.probes import WatchedConfig
+from foveate.probes.layer import WatchedConfig
 from tests.situations.models import GREEDY, MODELS, inputs
 from tests.tiny import IMAGE, PATCHES, llava
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
-from foveate.cost import Trained, predict, trainable
+from foveate.accounting import Trained, predict, trainable
 from foveate.errors import FoveateError
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
 from foveate.train.plan import StagePlan, main, plan, print_plan

@@ -8,11 +8,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
-from foveate.data.pictures import render, scene
-from foveate.data.scenes import write_world
 from foveate.errors import FoveateError
 from foveate.evaluation.run import evaluate
 from foveate.world import asset, backbones, resolve
+from foveate.world.pictures import render, scene
+from foveate.world.scenes import write_world
 
 SHIPPED = ("tower", "lm", "vlm")
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import SLOT_METHODS, Anatomy
-from foveate.encoding import MODALITIES, Item, features_of, names_of, unseen
+from foveate.contract import Signal
 from foveate.errors import FoveateError
-from foveate.signals import Signal
+from foveate.probes.encoding import MODALITIES, Item, features_of, names_of, unseen
+from foveate.probes.watched import Watched
 from foveate.tokens import Kind, Layout
-from foveate.watched import Watched
 
 _REMEMBERED = 256  # items encoded by hand, the last call's always
 

@@ -6,8 +6,8 @@
 
 What happens in one forward pass (prefill, training step or decoding step), a `ForwardPass`:
 
-1. what the model encodes, and which slots it puts that into, is noted (`foveate.encoding`, `arrivals`); cuts inside the tower are made,
-   and carried out in front of the first decoder layer (`foveate.encoder`);
+1. what the model encodes, and which slots it puts that into, is noted (`foveate.probes.encoding`, `arrivals`); cuts inside the tower are
+   made, and carried out in front of the first decoder layer (`tower_cuts`);
 2. in front of the decoder a `Chunk` is made of the part of the sequence that arrives, and where each question ends is told (`questions`);
 3. in front of every layer at which a reducer acts (`wiring`), the hidden states are cut; that layer and those after it get masks, positions
    and side inputs cut by the same map (`chunk`);

@@ -137,7 +137,7 @@ class _Remembering:
 
 def plain_class(cache: Any) -> Any:
     """The library's own class of a cache."""
-    kind = type(cache)
+    kind: Any = type(cache)
     return kind.plain if issubclass(kind, _Remembering) else kind
 
 
@@ -148,7 +148,7 @@ def _remembering(kind: type) -> type:
 
 def _remembered(kind: type) -> Any:
     """An empty cache of that class which remembers; its state follows."""
-    remembering = _remembering(kind)
+    remembering: Any = _remembering(kind)
     return remembering.__new__(remembering)
 
 

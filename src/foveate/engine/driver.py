@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.anatomy import SLOT_METHODS, Anatomy
-from foveate.encoder import Encoder
-from foveate.encoding import MODALITIES, Encodings, Item
 from foveate.engine.arrivals import Ahead
 from foveate.engine.cache import recall
 from foveate.engine.forward import ForwardPass, padded_mask
+from foveate.engine.tower_cuts import Encoder
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
-from foveate.hooks import Hook
-from foveate.live import Live
-from foveate.probes import LayerProbe
+from foveate.probes.encoding import MODALITIES, Encodings, Item
+from foveate.probes.hooks import Hook
+from foveate.probes.layer import LayerProbe
+from foveate.probes.live import Live
+from foveate.probes.watched import Watched
 from foveate.reducers import Reducer
-from foveate.watched import Watched
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -75,8 +75,8 @@ class Driver:
     def _install(self) -> None:
         anatomy, wiring, layers = self.anatomy, self.wiring, self.anatomy.layers
         core, decoder = anatomy.core, anatomy.decoder
-        for layer in sorted(wiring.watched):
-            self._probes[layer] = LayerProbe(layers[layer])
+        for index in sorted(wiring.watched):
+            self._probes[index] = LayerProbe(layers[index])
         if wiring.tower:
             for modality in MODALITIES:
                 tower = anatomy.tower_of(modality)
@@ -111,7 +111,8 @@ class Driver:
             hook.remove()
         if self._encodings is not None:
             self._encodings.remove()
-        for part in (*self._probes.values(), *self._encoders.values(), *reversed(self._watched)):
+        parts: list[LayerProbe | Encoder | Watched] = [*self._probes.values(), *self._encoders.values(), *reversed(self._watched)]
+        for part in parts:
             part.remove()
         self._hooks, self._encodings, self._watched, self._live = [], None, [], _Calls()
 

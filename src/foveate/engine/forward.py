@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import Anatomy
-from foveate.counting import scoring
-from foveate.encoder import Groups, TowerPass
+from foveate.contract import Attention, Bypass, Cut, Decision, Groups, Keys, Signal, View
 from foveate.engine.arrivals import Arrivals
 from foveate.engine.cache import CacheTable, recall, remember
 from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
@@ -19,12 +18,12 @@ from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
 from foveate.engine.record import Record, Replay
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
-from foveate.probes import LayerProbe
+from foveate.probes.layer import LayerProbe
+from foveate.probes.marker import scoring
+from foveate.probes.tower import TOWER_SIGNALS
+from foveate.probes.tower_pass import TowerPass
 from foveate.reducers import Reducer, spell
-from foveate.signals import Attention, Keys, Signal, View
-from foveate.sites import Bypass, Cut, Decision
 from foveate.tokens import TokenMap
-from foveate.towers import TOWER_SIGNALS
 
 
 class ForwardPass:

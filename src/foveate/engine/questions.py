@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.signals import Question
+from foveate.contract import Question
 from foveate.tokens import Layout, TokenMap
 
 NO_LABELS = (
@@ -85,7 +85,7 @@ class Asked:
         slot = torch.arange(M, device=layout.valid.device).expand(B, M) if whole is None else whole.representative
         at = slot.clamp(min=0)
         asking, starts, visual = self.asking.gather(1, at), self.starts.gather(1, at), layout.visual
-        found = []
+        found: list[Question] = []
         left = visual
         while not found or bool(left.any()):
             # Of each row the first question that is left, the others in turn.

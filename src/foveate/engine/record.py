@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from foveate.cost import Ledger, Prompt
-from foveate.encoder import TowerPass
-from foveate.encoding import Encoded
+from foveate.accounting import Ledger, Prompt
+from foveate.accounting.predict import observed
+from foveate.contract import Bypass, Cut, Decision, FromLayer, ImageSize, Site, ThroughLayer, View
 from foveate.errors import FoveateError
+from foveate.probes.encoding import Encoded
+from foveate.probes.tower_pass import TowerPass
 from foveate.reducers import Reducer
-from foveate.signals import View
-from foveate.sites import Bypass, Cut, Decision, FromLayer, Site, ThroughLayer
-from foveate.sizes import ImageSize
 from foveate.tokens import Layout, TokenMap
 
 
@@ -67,7 +66,7 @@ class Record:
             for call, share in seen:  # counting a call takes a while, and many items may share one
                 calls[id(call)] = call, share + calls.get(id(call), (call, Fraction(0)))[1]
             options = {"encoded": list(calls.values()), **options}
-        return Ledger.observed(config, visual, total, images=self.images, reducers=self.reducers, prompts=self.prompts, **options)
+        return observed(config, visual, total, images=self.images, reducers=self.reducers, prompts=self.prompts, **options)
 
     @property
     def prompts(self) -> list[Prompt]:

@@ -9,15 +9,15 @@ from typing import Self
 
 from torch import nn
 
-from foveate import hooks
+from foveate.accounting import Ledger
 from foveate.anatomy import Anatomy
-from foveate.cost import Ledger
-from foveate.encoder import ReplayInTower
 from foveate.engine.driver import Driver
 from foveate.engine.forward import ForwardPass
 from foveate.engine.record import Record, Replay
+from foveate.engine.tower_cuts import ReplayInTower
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
+from foveate.probes import hooks
 from foveate.reducers import Preparing, Reducer
 
 RUN = "_foveate_run"  # the attribute by which a model knows its attachment, and copies of it theirs

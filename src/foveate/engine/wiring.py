@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from foveate.anatomy import Anatomy
-from foveate.encoder import GROUPS, Carried, ReplayInTower
+from foveate.contract import GROUPS, Attention, BeforeProcessor, InEncoder, Keys, Signal, ThroughLayer
+from foveate.engine.tower_cuts import Carried, ReplayInTower
 from foveate.errors import FoveateError
+from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer
-from foveate.signals import Attention, Keys, Signal
-from foveate.sites import BeforeProcessor, InEncoder, ThroughLayer
-from foveate.towers import TOWER_SIGNALS
 
 Step = tuple[Reducer, int]  # a reducer, and which of its sites it is at
 

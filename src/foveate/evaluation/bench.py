@@ -24,7 +24,8 @@ from PIL import Image
 from rich.console import Console
 from transformers.utils import cached_file
 
-from foveate.cost import Ledger
+from foveate.accounting import Ledger
+from foveate.accounting.predict import observed
 from foveate.data.pixels import open_image
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
@@ -34,8 +35,8 @@ from foveate.evaluation.run import answer, answering, load_model, progress_bar, 
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import Sample, Task, load_task
 from foveate.inference import Broken
+from foveate.machine import environment
 from foveate.reducers import Reducer, in_model, parse, prepare, spell
-from foveate.report.runs import environment
 from foveate.world import resolve
 
 BASELINES = ("random", "uniform", "downsample")
@@ -383,6 +384,6 @@ def _seen(run: Run, lengths: list[int], dtype_bytes: int) -> tuple[list[int], Le
     try:
         if run.passes:
             return visual, run.last.ledger(run.config, dtype_bytes=dtype_bytes)
-        return visual, Ledger.observed(run.config, [[0] * len(lengths)] * depth, [lengths] * depth, images=0, dtype_bytes=dtype_bytes)
+        return visual, observed(run.config, [[0] * len(lengths)] * depth, [lengths] * depth, images=0, dtype_bytes=dtype_bytes)
     except FoveateError:
         return visual, None

@@ -45,20 +45,9 @@ from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
-from foveate.data.conversations import (
-    IMAGES,
-    MARKER,
-    check_row,
-    check_text,
-    listed,
-    other_media,
-    pictures_of,
-    turns_of,
-)
-from foveate.data.pictures import render
+from foveate.data.conversations import IMAGES, MARKER, check_row, check_text, listed, other_media, pictures_of, turns_of
 from foveate.data.pixels import Held, Picture, PictureError, open_image
 from foveate.data.rows import Rows, open_rows
-from foveate.data.scenes import conversation, world_scene
 from foveate.errors import FoveateError, nearest, readable
 from foveate.evaluation.metrics import FAMILIES
 from foveate.evaluation.run import progress_bar, read_questions
@@ -66,6 +55,8 @@ from foveate.evaluation.scorers import METRICS, find, make
 from foveate.evaluation.scorers.base import Scorer
 from foveate.evaluation.scorers.choice import LETTERS
 from foveate.evaluation.scorers.scenes import Scenes
+from foveate.world.pictures import render
+from foveate.world.scenes import conversation, world_scene
 
 EMBEDDED = "scenes"
 COUNT, SEED, SIZE = 600, 100, 128  # the scenes that the shipped model was tested on

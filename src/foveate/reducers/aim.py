@@ -27,13 +27,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.contract import Attention, AttentionRows, BeforeLM, Cut, FromLayer, Question, Site, View, Workload
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import asked, attention_before, choose, integers, states
 from foveate.reducers.tome import merge_flops, merge_groups
-from foveate.signals import Attention, AttentionRows, Question, View
-from foveate.sites import BeforeLM, Cut, FromLayer, Site
-from foveate.sizes import Sizes
 from foveate.tokens import SCOPES, TokenMap, budget, top
 
 MOST = 1000  # steps and walks
@@ -119,7 +117,7 @@ class AIM(Reducer):
             return budget(self.keep, arriving)
         return min(arriving, budget(self.share(stage), budget(self.keep, original))) if stage < self.steps else 0
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """In the language model that of one prompt alone: a batch may be too large to hold its attention maps between the steps."""
         if stage == 0:
             return sum(merge_flops(n, budget(self.keep, n), sizes.width) for n in sizes.groups(self.scope))

@@ -13,11 +13,10 @@ from typing import ClassVar, Self
 
 import torch
 
+from foveate.contract import BeforeLM, Cut, FromLayer, Site, View
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import integers, into, nearest_stride
-from foveate.signals import View
-from foveate.sites import BeforeLM, Cut, FromLayer, Site
 from foveate.tokens import PLACE, TokenMap
 
 GRID = [PLACE.index("image"), PLACE.index("crop"), PLACE.index("frame")]

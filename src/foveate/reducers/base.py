@@ -13,10 +13,8 @@ from typing import Any, ClassVar, Self
 
 from PIL.Image import Image
 
+from foveate.contract import BeforeProcessor, Decision, Site, ThroughLayer, View, Workload
 from foveate.errors import FoveateError, nearest
-from foveate.signals import View
-from foveate.sites import BeforeProcessor, Decision, Site, ThroughLayer
-from foveate.sizes import Sizes
 
 SAVED_NAME = "foveate.json"
 
@@ -70,7 +68,7 @@ class Reducer(ABC):
         """Visual tokens of one image in each decoder layer."""
         return visual_tokens([self], per_image, num_layers)
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """What its own matrix products at one site take for one prompt; what the signals of the vision tower take is not in it."""
         return 0
 

@@ -22,12 +22,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from foveate.contract import BeforeLM, Cut, Signal, Site, View, Workload, products
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import asked, choose, groups, states
-from foveate.signals import Signal, View
-from foveate.sites import BeforeLM, Cut, Site
-from foveate.sizes import Sizes, products
 from foveate.tokens import SCOPES, TokenMap, budget
 
 NOISE = 1e-6  # share of a token's first gain below which what is left of it is rounding
@@ -93,7 +91,7 @@ class CDPruner(Reducer):
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return budget(self.keep, arriving)
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         reduced = [(n, left) for n in sizes.groups(self.scope) if (left := budget(self.keep, n)) < n]
         picking = sum(left * (left - 1) * n for n, left in reduced)  # the k-th pick multiplies n columns with the k - 1 before it
         return products(((n, n) for n, _ in reduced), sizes.width) + picking

@@ -9,9 +9,9 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from foveate.contract import AttentionRows, Question, View
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.signals import AttentionRows, Question, View
 from foveate.tokens import Layout, TokenMap
 
 OF = ("original", "arriving")

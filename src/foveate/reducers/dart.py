@@ -30,12 +30,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.contract import Cut, FromLayer, Keys, Site, View, Workload, products
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, choose, images, integers, leaving, meant, questions
-from foveate.signals import Keys, View
-from foveate.sites import Cut, FromLayer, Site
-from foveate.sizes import Sizes, products
 from foveate.tokens import TokenMap, budget
 
 
@@ -94,7 +92,7 @@ class DART(Reducer):
             total = t * pivots + self.visual_pivots
         return min(arriving, total)
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """Where at least `text_pivots` text tokens follow each image."""
         pairs = []
         for image, arriving in zip(sizes.images, sizes.arriving, strict=True):

@@ -19,11 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from foveate.contract import BeforeLM, Cut, Site, View, Workload, products
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, groups, into, states
-from foveate.signals import View
-from foveate.sites import BeforeLM, Cut, Site
-from foveate.sizes import Sizes, products
 from foveate.tokens import SCOPES, budget
 
 
@@ -63,7 +61,7 @@ class DivPrune(Reducer):
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return budget(self.keep, arriving)
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return products(((n, n) for n in sizes.groups(self.scope) if budget(self.keep, n) < n), sizes.width)
 
 

@@ -15,11 +15,10 @@ from typing import ClassVar
 
 from PIL.Image import Image, Resampling
 
+from foveate.contract import BeforeProcessor, Cut, Site, View
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import meant
-from foveate.signals import View
-from foveate.sites import BeforeProcessor, Cut, Site
 from foveate.tokens import budget
 
 

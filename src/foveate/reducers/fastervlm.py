@@ -15,10 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from foveate.contract import BeforeLM, ClsAttention, Cut, Site, View
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, integers
-from foveate.signals import ClsAttention, View
-from foveate.sites import BeforeLM, Cut, Site
 from foveate.tokens import TokenMap, budget, top
 
 

@@ -23,12 +23,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.contract import BLOCK, Attention, AttentionRows, Cut, FromLayer, Question, Site, View, Workload
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, asked, choose, leaving
-from foveate.signals import BLOCK, Attention, AttentionRows, Question, View
-from foveate.sites import Cut, FromLayer, Site
-from foveate.sizes import Sizes
 from foveate.tokens import TokenMap, budget, top
 
 
@@ -68,7 +66,7 @@ class FastV(Reducer):
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return min(arriving, budget(self.keep, original if self.of == "original" else arriving))
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return sizes.rows(1 if self.rows == "last" else sizes.slots)
 
 

@@ -22,11 +22,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.contract import BeforeLM, Cut, ReceivedAttention, Site, View
 from foveate.errors import NotApplicable, Reason
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, integers
-from foveate.signals import ReceivedAttention, View
-from foveate.sites import BeforeLM, Cut, Site
 from foveate.tokens import Layout, TokenMap, budget, top
 
 

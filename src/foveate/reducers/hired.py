@@ -30,11 +30,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.contract import BeforeLM, ClsAttention, Cut, Site, View
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, integers
-from foveate.signals import ClsAttention, View
-from foveate.sites import BeforeLM, Cut, Site
 from foveate.tokens import TokenMap, budget, top
 
 

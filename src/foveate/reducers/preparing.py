@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from PIL.Image import Image, new
 
+from foveate.contract import BeforeProcessor
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.sites import BeforeProcessor
 
 _DEEP = 1024  # decoder layers: more than any model has, so that no method lacks layers for its stages
 

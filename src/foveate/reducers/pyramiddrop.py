@@ -20,12 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from foveate.contract import Attention, Cut, FromLayer, Site, View, Workload
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, asked, attention_before, choose, integers, leaving, meant, numbers, spelled
-from foveate.signals import Attention, View
-from foveate.sites import Cut, FromLayer, Site
-from foveate.sizes import Sizes
 from foveate.tokens import TokenMap, budget, top
 
 
@@ -83,5 +81,5 @@ class PyramidDrop(Reducer):
             share **= stage + 1
         return min(arriving, max(1, int(share * (original if self.of == "original" else arriving))))
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return sizes.rows(1)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from foveate.contract import BeforeLM, Cut, FromLayer, Noise, Site, View
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import integers
-from foveate.signals import Noise, View
-from foveate.sites import BeforeLM, Cut, FromLayer, Site
 from foveate.tokens import TokenMap, budget, top
 
 

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar, Self
 
+from foveate.contract import Attention, BeforeLM, ClsAttention, Cut, FromLayer, Noise, Signal, Site, View, Workload
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import asked, choose, integers, leaving
 from foveate.reducers.uniform import Uniform
-from foveate.signals import Attention, ClsAttention, Noise, Signal, View
-from foveate.sites import BeforeLM, Cut, FromLayer, Site
-from foveate.sizes import Sizes
 from foveate.tokens import TokenMap, budget, top
 
 SIGNALS = ("attention", "cls", "random", "uniform")
@@ -93,7 +91,7 @@ class Schedule(Reducer):
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return min(arriving, budget(self.cuts[stage][1], original))
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return sizes.rows(1) if self.signal == "attention" else 0
 
 

@@ -35,12 +35,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from foveate.contract import Attention, AttentionRows, Cut, FromLayer, Site, View, Workload, products
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, choose, images, into, leaving, numbers, questions, spelled
-from foveate.signals import Attention, AttentionRows, View
-from foveate.sites import Cut, FromLayer, Site
-from foveate.sizes import Sizes, products
 from foveate.tokens import TokenMap, budget, top
 
 LISTS = {
@@ -118,7 +116,7 @@ class SparseVLM(Reducer):
         kept = self._kept(arriving, original, stage)
         return kept + (_clusters(arriving - kept) if self.recycle else 0)
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """At most: as if all text came behind every image and rated it. How much does is known only after looking."""
         return products(((image.tokens, sizes.text) for image in sizes.images), sizes.width) + len(sizes.images) * sizes.rows(sizes.text)
 

@@ -28,12 +28,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from foveate.contract import BeforeLM, Cut, InEncoder, Site, TowerKeys, View, Workload, products
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, groups, integers, into, states
-from foveate.signals import TowerKeys, View
-from foveate.sites import BeforeLM, Cut, InEncoder, Site
-from foveate.sizes import Sizes, products
 from foveate.tokens import SCOPES, Layout, TokenMap, budget
 
 MOST_BLOCKS = 1000  # more than any tower has
@@ -100,7 +98,7 @@ class ToMe(Reducer):
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         return arriving - self._merged(arriving, original, stage) if self.site == "tower" else budget(self.keep, arriving)
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         if self.site == "tower":
             merges = self._merged(sizes.arriving[0], sizes.images[0].tokens, stage) > 0
             return products([(-(-sizes.slots // 2), sizes.slots // 2)] if merges else [], sizes.tower_width)

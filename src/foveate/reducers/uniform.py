@@ -13,10 +13,9 @@ from typing import ClassVar
 
 import torch
 
+from foveate.contract import BeforeLM, Cut, FromLayer, Site, View
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, choose, integers, leaving
-from foveate.signals import View
-from foveate.sites import BeforeLM, Cut, FromLayer, Site
 from foveate.tokens import TokenMap, budget
 
 

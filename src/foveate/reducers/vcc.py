@@ -16,10 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
+from foveate.contract import Cut, FromLayer, Site, View
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import integers, nearest_stride
-from foveate.signals import View
-from foveate.sites import Cut, FromLayer, Site
 from foveate.tokens import TokenMap
 
 

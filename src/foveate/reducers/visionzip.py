@@ -24,12 +24,10 @@ from typing import ClassVar, Self
 
 import torch
 
+from foveate.contract import BeforeLM, ClsAttention, Cut, Site, TowerKeys, View, Workload, products
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, groups, integers, into
-from foveate.signals import ClsAttention, TowerKeys, View
-from foveate.sites import BeforeLM, Cut, Site
-from foveate.sizes import Sizes, products
 from foveate.tokens import budget, top
 
 
@@ -107,7 +105,7 @@ class VisionZip(Reducer):
         D = budget(self.dominant, arriving)
         return D + min(self._contextual(arriving), arriving - D)
 
-    def score_flops(self, sizes: Sizes, stage: int = 0) -> int:
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         merged = ((n - budget(self.dominant, n), self._contextual(n)) for n in sizes.groups(self.scope))
         return products(((n - C, C) for n, C in merged if n > C), sizes.tower_width)
 

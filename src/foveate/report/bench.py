@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import foveate
-from foveate.cost import CONVENTION, PARTS
+from foveate.accounting import CONVENTION, PARTS
 from foveate.data.conversations import MARKER
 from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
@@ -25,12 +25,12 @@ from foveate.evaluation.bench import BARE, model_hash
 from foveate.evaluation.cells import Answer, Bench, Cell, load_bench
 from foveate.evaluation.run import load_model
 from foveate.evaluation.tasks import Sample, Task, load_task
+from foveate.inspect.look import look
 from foveate.reducers import BASELINES
 from foveate.report.compared import RANDOM, Family, Line, budgets, families, findings, interval, lines, middle, signed
 from foveate.report.demo import duration, si
 from foveate.report.demo import spell as said
 from foveate.report.frontier import Mark, Panel, looks, page_svg, save_plots
-from foveate.report.look import look
 from foveate.report.page import data_uri, write_page
 from foveate.report.predicted import Prediction, asked, predictions
 

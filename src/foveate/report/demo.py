@@ -18,9 +18,10 @@ from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.metrics import RULER, parse_box
 from foveate.evaluation.run import Result, Row
+from foveate.machine import environment
 from foveate.report import figures
 from foveate.report.page import data_uri, write_page
-from foveate.report.runs import Arm, StageBridge, StageLog, environment, read_bridges, read_log, split_stages
+from foveate.report.runs import Arm, StageBridge, StageLog, read_bridges, read_log, split_stages
 
 Grid = tuple[int, int]
 Cell = tuple[str, str]

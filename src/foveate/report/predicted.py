@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.cost import predict
+from foveate.accounting import predict
 from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.bench import batches, picture

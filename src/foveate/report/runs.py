@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,22 +155,3 @@ def split_stages(stages: list[StageLog]) -> tuple[list[StageLog], StageLog]:
     if len(stages) < 2:
         raise FoveateError(f"a comparison needs a run with pre-training and fine-tuning, got one stage: {stages[0].name!r}")
     return stages[:-1], stages[-1]
-
-
-def environment() -> str:
-    """One line on what the numbers were made with."""
-    import torch
-    import transformers
-
-    return (
-        f"{_processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads; {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

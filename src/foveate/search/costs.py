@@ -8,7 +8,7 @@ from fractions import Fraction
 from math import ceil
 from typing import Any
 
-from foveate.cost import Ledger
+from foveate.accounting.predict import observed
 from foveate.errors import FoveateError
 
 Counts = tuple[int, ...]  # visual tokens of one image in each decoder layer, which do not rise
@@ -32,8 +32,8 @@ def tokens_share(prompt: Prompt) -> Cost:
 
 
 def flops_share(config: Any, prompt: Prompt) -> Cost:
-    """FLOPs of the decoder layers in the prefill, text included (conventions: `foveate.cost`), over those of the bare model. FoveateError
-    where the model's cost cannot be predicted."""
+    """FLOPs of the decoder layers in the prefill, text included (conventions: `foveate.accounting`), over those of the bare model.
+    FoveateError where the model's cost cannot be predicted."""
     text = prompt.text
     if text is None:
         raise FoveateError(
@@ -42,7 +42,7 @@ def flops_share(config: Any, prompt: Prompt) -> Cost:
 
     def flops(counts: Counts) -> int:
         visual = [prompt.images * count for count in counts]
-        return sum(Ledger.observed(config, visual, [count + text for count in visual], images=0).layer_flops)
+        return sum(observed(config, visual, [count + text for count in visual], images=0).layer_flops)
 
     everything = flops((prompt.per_image,) * prompt.layers)
     return lambda counts: Fraction(flops(counts), everything)

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from foveate.cost import Ledger
+from foveate.accounting.predict import observed
 from foveate.errors import FoveateError
 from foveate.evaluation.bench import Asked, answered, limited, model_hash
 from foveate.evaluation.cells import Cell, write_json
@@ -236,6 +236,6 @@ def _prompt(model: Any, cells: Sequence[Cell], images: int) -> Prompt:
     layers = len(cells[0].visual_tokens)
     text = None
     if all(cell.kv_bytes for cell in cells):
-        one = Ledger.observed(model.config, [0] * layers, [1] * layers, images=0, dtype_bytes=model.dtype.itemsize).kv_bytes
+        one = observed(model.config, [0] * layers, [1] * layers, images=0, dtype_bytes=model.dtype.itemsize).kv_bytes
         text = round(sum(cell.kv_bytes * len(cell.answers) for cell in cells) / n / sum(one) - visual)
     return Prompt(layers, max(1, round(visual * n / images)), max(1, round(images / n)), text)

@@ -21,23 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-from foveate.cost import (
-    CONVENTION,
-    Trained,
-    compression_ratio,
-    image_shape,
-    image_tokens,
-    parameters,
-    predict,
-    schedule_tokens,
-    trainable,
-    visual_tokens,
-)
+from foveate.accounting import CONVENTION, Trained, image_shape, image_tokens, parameters, predict, trainable
+from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
 from foveate.errors import FoveateError
 from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
-from foveate.reducers import parse
+from foveate.reducers import parse, visual_tokens
 from foveate.train.recipe import Stage, load_recipe
 from foveate.train.schedule import Part, stage_steps
 from foveate.train.stages import cautions, check, model_folder, naming, walk

@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from foveate.cost import Trained as Updated
+from foveate.accounting import Trained as Updated
 from foveate.data.chat import read_template
 from foveate.errors import FoveateError
 from foveate.train.schedule import NONE, Part

@@ -32,8 +32,8 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from transformers.utils import logging as transformers_logging
 
 import foveate.model  # noqa: F401  registers the Auto classes
+from foveate.accounting import Trained as Updated
 from foveate.anatomy import read
-from foveate.cost import Trained as Updated
 from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Cut, Fit, image_tokens, told
 from foveate.data.conversations import MARKER, Conversation, Conversations, cache_file, find_bad, refuse_or_skip

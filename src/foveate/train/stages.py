@@ -16,18 +16,18 @@ import torch
 from torch import nn
 
 import foveate.model  # noqa: F401  registers the Auto classes
+from foveate.accounting import Trained
+from foveate.accounting.dry_run import encode, skeleton
 from foveate.anatomy import read
 from foveate.bridges import Bridge, build_bridge, complete_config
-from foveate.cost import Trained
-from foveate.encoding import Encoded
+from foveate.contract import InEncoder
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
 from foveate.model.configuration import FoveateConfig
+from foveate.probes.encoding import Encoded
+from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse
 from foveate.reducers.base import acting
-from foveate.shapes import encode, skeleton
-from foveate.sites import InEncoder
-from foveate.towers import TOWER_SIGNALS
 from foveate.train.recipe import Lora, LoraOf, Model, Recipe, Stage
 from foveate.world import resolve
 

@@ -102,8 +102,8 @@ class BFloat16Copy:
 
 
 class Costs:
-    """FLOPs of a training step by `foveate.cost`; real tokens are counted, padding is not. NaN where they cannot be counted: that is no
-    reason to stop a run."""
+    """FLOPs of a training step by `foveate.accounting`; real tokens are counted, padding is not. NaN where they cannot be counted: that is
+    no reason to stop a run."""
 
     def __init__(self, config: Any, trained: Any) -> None:
         self.config, self.trained = config, trained
@@ -112,7 +112,7 @@ class Costs:
     def of(self, reducer: str, images: int, text: int) -> float:
         key = (reducer, images, text)
         if key not in self._known:
-            from foveate.cost import predict
+            from foveate.accounting import predict
 
             try:
                 ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)

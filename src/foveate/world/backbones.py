@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from foveate.data.pictures import COLOURS, GLYPHS, KINDS, SHAPES, SIZES, WORDS, Scene, Split, labels, render, scene
-from foveate.data.questions import FAMILIES, caption, conversation, parse_box
-from foveate.data.text import build_tokenizer, document, prompt
+from foveate.world.pictures import COLOURS, GLYPHS, KINDS, SHAPES, SIZES, WORDS, Scene, Split, labels, render, scene
+from foveate.world.questions import FAMILIES, caption, conversation, parse_box
+from foveate.world.text import build_tokenizer, document, prompt
 
 PATCH, IMAGE = 8, 64
 _PATCH_HEADS = {"kind": len(KINDS), "colour": len(COLOURS), "size": len(SIZES), "glyph": len(GLYPHS), "centre": 1, "box": 4}

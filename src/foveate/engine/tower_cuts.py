@@ -20,53 +20,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.counting import scoring
+from foveate.contract import GROUPS, BeforeLM, Cut, InEncoder, Noise, Signal, Site, View, content_keys
 from foveate.errors import FoveateError, NotApplicable, Reason
-from foveate.hooks import Hook
-from foveate.live import Live
-from foveate.probes import LayerProbe
+from foveate.probes.hooks import Hook
+from foveate.probes.layer import LayerProbe
+from foveate.probes.live import Live
+from foveate.probes.marker import scoring
+from foveate.probes.tower import TOWER_SIGNALS, Extras, blocks, extras_of, values_of
+from foveate.probes.tower_pass import TowerPass
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import into
-from foveate.signals import Noise, Signal, View, content_keys
-from foveate.sites import BeforeLM, Cut, InEncoder, Site
 from foveate.tokens import PLACE, Kind, Layout, TokenMap
-from foveate.towers import TOWER_SIGNALS, Extras, blocks, extras_of, values_of
 
 NOT_ASKED = "the vision tower does not see the question; act in the language model or in front of it"
 Acting = dict[int, list[tuple[Reducer, int]]]
-
-
-@dataclass(frozen=True)
-class Groups(Signal):
-    """(B, N, 2) what the tower has made of each token's patch: the number of the patch that its group keeps (-1: dropped), and its own."""
-
-
-GROUPS = Groups()
-
-
-@dataclass
-class TowerPass:
-    """One call of a tower: the maps in front of its blocks, and all of them as one."""
-
-    first: Layout
-    maps: dict[int, TokenMap] = field(default_factory=dict)
-
-    @property
-    def whole(self) -> TokenMap:
-        found = TokenMap.identity(self.first)
-        for token_map in self.maps.values():
-            found = found.then(token_map)
-        return found
-
-    def groups(self, prefix: int, start: int) -> list[Tensor]:
-        """Crop by crop, (P, 2) as in `Groups`, slots counted through all crops from `start` on."""
-        whole, (C, n) = self.whole, self.first.shape
-        at = torch.where(whole.member >= 0, whole.member, n).flatten(1)
-        survives = torch.zeros((C, n + 1), dtype=torch.bool, device=at.device).scatter(1, at, True)[:, :n]
-        kept = torch.where(survives, whole.representative.gather(1, whole.owner.clamp(min=0)), -1)
-        before = start + torch.arange(C, device=at.device)[:, None] * n
-        own = before + torch.arange(n, device=at.device)
-        return list(torch.stack([torch.where(kept >= 0, before + kept, -1), own], -1)[:, prefix:].double())
 
 
 class _Calls(Live):
@@ -340,22 +307,6 @@ class Carried(Reducer):
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         raise FoveateError("what the tower leaves is counted by the reducer that acts in it")
-
-
-def check_groups(groups_L2: Tensor, features_LD: Tensor, kind: Tensor) -> None:
-    """NotApplicable where tokens of one group differ: then something on the way from tower to tokens looks at more than one of them."""
-    patch = (kind == Kind.PATCH).nonzero()[:, 0]
-    kept, own = groups_L2[patch].unbind(-1)
-    if bool((groups_L2 != groups_L2.round()).any()):
-        raise NotApplicable(Reason.NOT_BY_PATCH, "tokens are interpolated between patches, so that none stands for one of them")
-    order = own.argsort(stable=True)
-    at = torch.searchsorted(own[order], kept.contiguous()).clamp(max=max(len(own) - 1, 0))
-    there = own[order][at] == kept
-    features = features_LD.detach()[patch].float()
-    difference = (features[there] - features[order[at[there]]]).abs()
-    # Rows of one product may differ in their last bits; positions added behind the tower, or a convolution, differ in their first.
-    if difference.numel() and bool(difference.max() > 0.02 * features.abs().max()):
-        raise NotApplicable(Reason.NOT_BY_PATCH, "behind the tower patches are mixed, or told apart by their places; act before the LM")
 
 
 @dataclass(frozen=True)

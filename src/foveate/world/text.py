@@ -12,8 +12,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import PreTrainedTokenizerFast
 
-from foveate.data.pictures import COLOURS, SHAPES, SIZES, WORDS, Scene, scene
-from foveate.data.questions import DESCRIBE, RULER, caption, conversation
+from foveate.world.pictures import COLOURS, SHAPES, SIZES, WORDS, Scene, scene
+from foveate.world.questions import DESCRIBE, RULER, caption, conversation
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<image>", "<user>", "<assistant>")
 VOCABULARY = 512

@@ -31,7 +31,7 @@ class ImageSize:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Workload:
     """One prompt at one site; in the vision tower one crop.
 
     images       as they are in front of the first decoder layer (the tower's first block)

@@ -1,8 +1,8 @@
 """How the papers count FLOPs: one function for each published convention, of the tokens in each decoder layer.
 
 The same model at the same schedule differs by up to 2.5 times between papers, so two tables compare only where they count alike. These
-functions put a number beside a published one, or check it. What Foveate itself reports is `foveate.cost.predict`: a vector over tower,
-bridge, linear maps, attention and head, with everything counted. `conventions()` lists what each of them counts. Papers that print FLOPs
+functions put a number beside a published one, or check it. What Foveate itself reports is `foveate.accounting.predict`: a vector over
+tower, bridge, linear maps, attention and head, with everything counted. `conventions()` lists what each counts. Papers that print FLOPs
 without a formula that gives them (SparseVLM, ATP-LLaVA, LRS-VQA) are not here.
 
 `visual` holds one entry for each decoder layer, the visual tokens that go through it: what `foveate.reducers.visual_tokens` says of any
@@ -15,7 +15,7 @@ reducer. `text` tokens go through every layer. `width` d, `mlp` m: the decoder's
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -108,7 +108,7 @@ def pmod_tokens(per_image: int, layers: int = 32) -> list[int]:
 
 @dataclass(frozen=True)
 class Convention:
-    """What one paper counts: `factor` units per multiply-add. `name`: the function of this module, or of `foveate.cost`."""
+    """What one paper counts: `factor` units per multiply-add. `name`: the function of this module, or of `foveate.accounting`."""
 
     name: str
     paper: str
@@ -144,3 +144,19 @@ def _with_text(visual: Sequence[int], text: int = 0) -> list[int]:
     if not visual or min(*visual, text, 0) < 0:
         raise FoveateError(f"{list(visual)} visual and {text} text tokens: give one number for each decoder layer, none of them negative")
     return [n + text for n in visual]
+
+
+def compression_ratio(tokens: Sequence[int] | Fraction | int, per_image: int, num_layers: int) -> Fraction:
+    """LLaVolta's CR (arXiv 2406.20092, eq. 3): `layers * per_image / #Tokens`, #Tokens summed over the layers (or already a sum)."""
+    total = Fraction(sum(tokens)) if isinstance(tokens, Sequence) else Fraction(tokens)
+    if total <= 0:
+        raise FoveateError(f"compression ratio of {total} visual tokens: there must be at least one left")
+    return num_layers * per_image / total
+
+
+def schedule_tokens(parts: Iterable[tuple[Fraction, Sequence[int]]]) -> Fraction:
+    """Mean #Tokens of a schedule: the sum of share * (tokens summed over layers). The shares must add up to 1."""
+    parts = list(parts)
+    if (shares := sum((Fraction(share) for share, _ in parts), Fraction(0))) != 1:
+        raise FoveateError(f"the shares of a schedule add up to {shares}, not to 1")
+    return sum((Fraction(share) * sum(tokens) for share, tokens in parts), Fraction(0))

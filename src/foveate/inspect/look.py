@@ -32,7 +32,6 @@ from foveate import inference
 from foveate.anatomy import read
 from foveate.data import conversations, pixels
 from foveate.data.chat import Renderer
-from foveate.data.pictures import render, scene
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
@@ -41,6 +40,7 @@ from foveate.reducers import METHODS, Reducer, in_model, parse, prepare
 from foveate.report import figures
 from foveate.report.demo import spell as said
 from foveate.tokens import TokenMap
+from foveate.world.pictures import render, scene
 
 COLOURS = ("#e69f00", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#0072b2")
 """Of merged tokens: Okabe and Ito's, which colour-blind readers can tell apart."""

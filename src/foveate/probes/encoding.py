@@ -7,19 +7,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from foveate.anatomy import Anatomy
-from foveate.encoder import Encoder, TowerPass
-from foveate.hooks import Hook
-from foveate.live import Live
-from foveate.places import Described, Encoding, places
-from foveate.signals import Noise, Signal, content_keys
-from foveate.towers import TOWER_SIGNALS, Extras, TowerProbes, extras_of
-from foveate.watched import Watched
+from foveate.contract import Noise, Signal, content_keys
+from foveate.probes.hooks import Hook
+from foveate.probes.live import Live
+from foveate.probes.places import Described, Encoding, places
+from foveate.probes.tower import TOWER_SIGNALS, Extras, TowerProbes, extras_of
+from foveate.probes.tower_pass import TowerPass
+from foveate.probes.watched import Watched
 
 MODALITIES = ("image", "video")
 
@@ -68,6 +68,16 @@ class Item(Described):
         return replace(self, kind=self.kind[kept], place=self.place[kept], values=values)
 
 
+class TowerCuts(Protocol):
+    """Whoever cuts tokens in a tower."""
+
+    def take(self) -> list[TowerPass]:
+        """The calls since the last time."""
+
+    def groups(self, calls: Sequence[TowerPass]) -> list[Tensor]:
+        """Of every crop of some calls, (P, 2) as in `Groups`."""
+
+
 class _Call(Live):
     """The call under way: how many crops each call of the tower had and tokens each crop, what was packed, and what pooling has left."""
 
@@ -86,7 +96,7 @@ class Encodings:
         anatomy: Anatomy,
         needs: Iterable[Signal],
         sink: Callable[[str, list[Item], list[Tensor]], None],
-        encoders: dict[str, Encoder] | None = None,
+        encoders: Mapping[str, TowerCuts] | None = None,
     ) -> None:
         self.anatomy, self._sink, self._encoders = anatomy, sink, encoders or {}
         tower = [signal for signal in needs if isinstance(signal, TOWER_SIGNALS)]
@@ -142,9 +152,9 @@ class Encodings:
             now.under_way = False
         modality, features, given = watched.name.split("_")[1], features_of(outputs), watched.given(args, kwargs)
         call = Encoded.of(watched.name, given), Fraction(1, max(1, len(features)))
-        encoder = self._encoders.get(modality)
-        cuts = encoder.take() if encoder is not None else []
-        merged = encoder.groups(cuts) if encoder is not None else None
+        acting = self._encoders.get(modality)
+        cuts = acting.take() if acting is not None else []
+        merged = acting.groups(cuts) if acting is not None else None
         extras = self._extras.get(modality, Extras())
         seen = Encoding(self.anatomy, modality, features, given, now.crops, now.packing, now.pooled, extras)
         described = seen.described(keyed=self.keyed, probes=self.probes.get(modality), merged=merged)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from foveate.anatomy import attends
+from foveate.contract import AttentionRows, ClsAttention, ReceivedAttention, Signal, TowerKeys
 from foveate.errors import FoveateError, NotApplicable, Reason
-from foveate.hooks import Hook
-from foveate.probes import LayerProbe
-from foveate.signals import AttentionRows, ClsAttention, ReceivedAttention, Signal, TowerKeys
+from foveate.probes.hooks import Hook
+from foveate.probes.layer import LayerProbe
 from foveate.tokens import Kind
 
 TOWER_SIGNALS = (ClsAttention, ReceivedAttention, TowerKeys)

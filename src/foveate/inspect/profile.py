@@ -16,15 +16,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import nn
 
-from foveate.cost import CONVENTION, Ledger, predict
-from foveate.counting import Counter, parameters_of, parts_of
+from foveate.accounting import CONVENTION, Ledger, predict
+from foveate.accounting.counter import Counter, parameters_of, parts_of
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.run import load_model, model_inputs, prompts
+from foveate.inspect.look import open_image
+from foveate.machine import environment, peak, reset_peak, synchronize
 from foveate.reducers import in_model, parse, prepare, spell
-from foveate.report.look import open_image
-from foveate.report.machine import peak, reset_peak, synchronize
-from foveate.report.runs import environment
 
 TIMES = ("processor", "tower", "bridge", "prefill", "first decode")
 FLOPS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores", "other")

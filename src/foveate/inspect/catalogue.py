@@ -10,9 +10,8 @@ from rich.table import Table
 
 from foveate.anatomy import TESTED
 from foveate.bridges import BRIDGES
+from foveate.contract import Attention, BeforeLM, BeforeProcessor, ClsAttention, Keys, ReceivedAttention, Signal, TowerKeys
 from foveate.reducers import METHODS, Reducer
-from foveate.signals import Attention, ClsAttention, Keys, ReceivedAttention, Signal, TowerKeys
-from foveate.sites import BeforeLM, BeforeProcessor
 
 _NEEDS: dict[type[Signal], str] = {
     ClsAttention: "the tower's [CLS] attention (without [CLS]: attention received)",

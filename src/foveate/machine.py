@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +57,22 @@ def _status(name: str) -> float:
     except OSError:
         return 0.0
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), 0.0)
+
+
+def environment() -> str:
+    """One line on what the numbers were made with."""
+    import torch
+    import transformers
+
+    return (
+        f"{_processor()}, {os.cpu_count()} logical cores, {torch.get_num_threads()} threads; {platform.system()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from foveate.anatomy import tensor_parallel_group
+from foveate.contract import AttentionRows
 from foveate.errors import NotApplicable, Reason
-from foveate.hooks import Hook, uncompiled
-from foveate.live import Live
-from foveate.signals import AttentionRows
+from foveate.probes.hooks import Hook, uncompiled
+from foveate.probes.live import Live
 
 WATCHED = "foveate_watched_"  # before the name of the backend that is meant
 
@@ -68,7 +68,7 @@ class LayerProbe:
         self._hook.remove()
         for module in self._modules:
             if isinstance(module.config, WatchedConfig) and module.config.watched_by is self:
-                module.config = module.config.meant  # type: ignore[assignment]
+                module.config = module.config.meant
 
     def attention(self) -> AttentionRows:
         """The layer's attention; FoveateError if it did not run any (recurrent and convolving layers) or ran it in several parts."""

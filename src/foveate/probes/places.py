@@ -17,12 +17,11 @@ from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from foveate.anatomy import Anatomy
-from foveate.counting import scoring
-from foveate.encoder import GROUPS, check_groups
+from foveate.contract import GROUPS, Signal, content_keys
 from foveate.errors import NotApplicable, Reason
-from foveate.signals import Signal, content_keys
+from foveate.probes.marker import scoring
+from foveate.probes.tower import Extras, TowerProbes, carry
 from foveate.tokens import PLACE, Kind
-from foveate.towers import Extras, TowerProbes, carry
 
 
 @dataclass(frozen=True)
@@ -390,3 +389,19 @@ def _columns(length: int, shape: tuple[int, int] | None) -> int:
     rows, columns = shape or (1, 1)
     high, wide = round(math.sqrt(length * rows / columns)), round(math.sqrt(length * columns / rows))
     return wide if high * wide == length else 0
+
+
+def check_groups(groups_L2: Tensor, features_LD: Tensor, kind: Tensor) -> None:
+    """NotApplicable where tokens of one group differ: then something on the way from tower to tokens looks at more than one of them."""
+    patch = (kind == Kind.PATCH).nonzero()[:, 0]
+    kept, own = groups_L2[patch].unbind(-1)
+    if bool((groups_L2 != groups_L2.round()).any()):
+        raise NotApplicable(Reason.NOT_BY_PATCH, "tokens are interpolated between patches, so that none stands for one of them")
+    order = own.argsort(stable=True)
+    at = torch.searchsorted(own[order], kept.contiguous()).clamp(max=max(len(own) - 1, 0))
+    there = own[order][at] == kept
+    features = features_LD.detach()[patch].float()
+    difference = (features[there] - features[order[at[there]]]).abs()
+    # Rows of one product may differ in their last bits; positions added behind the tower, or a convolution, differ in their first.
+    if difference.numel() and bool(difference.max() > 0.02 * features.abs().max()):
+        raise NotApplicable(Reason.NOT_BY_PATCH, "behind the tower patches are mixed, or told apart by their places; act before the LM")

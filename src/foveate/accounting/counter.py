@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter as Tally
-from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -13,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from foveate.anatomy import read
+from foveate.probes.marker import listeners
 
 _aten = torch.ops.aten
 _FORMULAS = {  # the fused kernel of the CPU is missing in torch's own registry
@@ -21,20 +20,6 @@ _FORMULAS = {  # the fused kernel of the CPU is missing in torch's own registry
 }
 _LINEAR = {_aten.mm, _aten.addmm, _aten.convolution, _aten._convolution}
 PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores", "other")
-_entered: list[Counter] = []
-
-
-@contextlib.contextmanager
-def scoring() -> Iterator[None]:
-    """What runs in it is counted as a reducer's scores, wherever in the model that is."""
-    counters = list(_entered)
-    for counter in counters:
-        counter.enter("scores")
-    try:
-        yield
-    finally:
-        for counter in counters:
-            counter.leave()
 
 
 class Counter(TorchDispatchMode):
@@ -65,7 +50,7 @@ class Counter(TorchDispatchMode):
             for module, part in self._parts.items():
                 self._handles.append(module.register_forward_pre_hook(lambda *_, part=part: self.enter(part)))
                 self._handles.append(module.register_forward_hook(self.leave, always_call=True))
-            _entered.append(self)
+            listeners.append(self)
         self._depth += 1
         return super().__enter__()
 
@@ -77,7 +62,7 @@ class Counter(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _entered.remove(self)
+        listeners.remove(self)
 
     def enter(self, part: str) -> None:
         self._within.append(part)

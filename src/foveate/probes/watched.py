@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from foveate.hooks import uncompiled
+from foveate.probes.hooks import uncompiled
 
 _ABSENT: Any = object()
 

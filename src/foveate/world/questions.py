@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from foveate.data.pictures import COLOURS, SHAPES, Box, Scene, Thing
+from foveate.world.pictures import COLOURS, SHAPES, Box, Scene, Thing
 
 FAMILIES = ("presence", "count", "attribute", "relation", "reading", "locating")
 RULER = 16

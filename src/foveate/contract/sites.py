@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from foveate.signals import Signal
+from foveate.contract import Signal
 from foveate.tokens import TokenMap
 
 

@@ -17,9 +17,9 @@ from typing import Any
 from PIL import Image
 from rich.progress import track
 
-from foveate.data.pictures import Scene, Split, render, scene
-from foveate.data.questions import DESCRIBE, FAMILIES, Question, caption, conversation, parse_box
 from foveate.errors import FoveateError
+from foveate.world.pictures import Scene, Split, render, scene
+from foveate.world.questions import DESCRIBE, FAMILIES, Question, caption, conversation, parse_box
 
 __all__ = ["FAMILIES", "Question", "Scene", "caption", "conversation", "parse_box", "render", "scene", "world_scene", "write_world"]
 

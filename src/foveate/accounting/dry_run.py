@@ -21,14 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForImageTextToText
 
+from foveate.accounting.counter import Counter
 from foveate.anatomy import read
-from foveate.counting import Counter
-from foveate.encoding import Encoded, Encodings, Item
+from foveate.contract import ImageSize, Signal, TowerKeys
 from foveate.errors import FoveateError
-from foveate.signals import Signal, TowerKeys
-from foveate.sizes import ImageSize
+from foveate.probes.encoding import Encoded, Encodings, Item
+from foveate.probes.tower import blocks, extras_of
 from foveate.tokens import Kind
-from foveate.towers import blocks, extras_of
 
 _aten = torch.ops.aten
 

@@ -1,0 +1,178 @@
+"""What a model costs, from its configuration alone: FLOPs, KV cache and parameters, by part and by layer of the language model.
+
+Shapes are read from the model built on the meta device, so no weight is loaded and no class name is looked at. What tower and bridge make
+of images, and what that takes, is counted by running the library's own code on shapes (`dry_run`), for every family alike. Formulas and
+the traps in published numbers: `conventions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal
+
+from foveate.accounting.dry_run import encode
+from foveate.accounting.ledger import Ledger, Trained
+from foveate.accounting.prompts import Calls, Prompt, encodings_of, prompt_of, read_prompts
+from foveate.accounting.scores import decided
+from foveate.accounting.stack import Stack, decoder, lora_per_layer
+from foveate.errors import FoveateError
+from foveate.probes.encoding import Encoded
+from foveate.reducers import Reducer
+from foveate.reducers import visual_tokens as visual_tokens
+
+
+def predict(
+    config: Any,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    image_size: int | None = None,
+    grid: tuple[int, int] | None = None,
+    images: int = 1,
+    per_image: int | None = None,
+    text_tokens: int = 0,
+    reducers: Sequence[Reducer] = (),
+    mode: Literal["prefill", "decode", "train"] = "prefill",
+    new_tokens: int = 0,
+    trained: Trained | None = None,
+    head_tokens: int | None = None,
+    dtype_bytes: int = 2,
+) -> Ledger:
+    """The cost of a batch of prompts, or of one sequence of `images` images and `text_tokens` text tokens.
+
+    `inputs` is what the model's processor made of the prompts; the arguments about images and text are not used beside it. Without it an
+    image is what the vision tower takes at once: where a processor cuts a picture into tiles, each of them is one of `images`. A Foveate
+    model may be asked for images of `image_size` pixels square or of a (rows, columns) `grid` of patches, others have a size of their own.
+    A bare text config has no tower and takes `per_image` visual tokens as given.
+    `mode`: "prefill" (logits of one token), "decode" (`new_tokens` forwards of one token each behind that prefill, whose own cost is not
+    in it), "train" (forward and backward by the rule in CONVENTION, logits of all tokens; `trained` says what is updated).
+    FoveateError where the configuration does not say what becomes of an image, as in families whose images keep their size.
+    """
+    if min(images, text_tokens, new_tokens) < 0:
+        raise FoveateError(f"images={images}, text_tokens={text_tokens}, new_tokens={new_tokens}: none may be negative")
+    calls: Calls
+    if inputs is not None:
+        prompts, encoded = read_prompts(config, inputs)
+        calls = [(call, Fraction(1)) for call in encoded]
+    else:
+        calls = encodings_of(config, image_size, grid, images)
+        prompts = [prompt_of(config, calls, images, per_image, text_tokens)]
+    layers = len(decoder(config).linear)
+    left = {image.tokens: visual_tokens(reducers, image.tokens, layers) for prompt in prompts for image in prompt.images}
+    visual = [[sum(left[image.tokens][layer] for image in prompt.images) for prompt in prompts] for layer in range(layers)]
+    total = [[count + prompt.text for count, prompt in zip(row, prompts, strict=True)] for row in visual]
+    if mode == "decode":
+        return _decode(config, visual, total, new_tokens, dtype_bytes)
+    if head_tokens is None and mode == "train":  # a reducer's outputs keep the caller's length, so the head sees every token
+        head_tokens = sum(prompt.tokens for prompt in prompts)
+    scores = decided(config, reducers, prompts, calls)
+    return _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores)
+
+
+def observed(
+    config: Any,
+    visual: Sequence[int | Sequence[int]],
+    total: Sequence[int | Sequence[int]],
+    *,
+    images: int = 1,
+    grid: tuple[int, int] | None = None,
+    mode: Literal["prefill", "train"] = "prefill",
+    trained: Trained | None = None,
+    head_tokens: int | None = None,
+    dtype_bytes: int = 2,
+    encoded: Sequence[tuple[Encoded, Fraction]] | None = None,
+    reducers: Sequence[Reducer] = (),
+    prompts: Sequence[Prompt] = (),
+) -> Ledger:
+    """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
+
+    Attention's cost needs the rows apart: a layer given as one number is taken for one sequence. `head_tokens`: how many got logits;
+    unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
+    each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
+    acted on `prompts`; what their scores took follows from the sizes of these.
+    """
+    if len(visual) != len(total):
+        raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
+    calls = encoded if encoded is not None else encodings_of(config, None, grid, images)
+    scores = decided(config, reducers, prompts, calls)
+    return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores)
+
+
+def _ledger(
+    config: Any,
+    visual: list[list[int]],
+    total: list[list[int]],
+    mode: str,
+    trained: Trained | None,
+    head_tokens: int | None,
+    dtype_bytes: int,
+    calls: Calls,
+    decided: tuple[int, int],
+) -> Ledger:
+    stack = decoder(config)
+    if len(total) != len(stack.linear):
+        raise FoveateError(f"token counts of {len(total)} layers, but the language model has {len(stack.linear)}")
+    trained = (trained or Trained()) if mode == "train" else Trained(bridge=False)
+    before = trained.tower or trained.bridge
+    flows = before or trained.lm or trained.lora_rank > 0
+    weights, products = (3 if trained.lm else 2 if flows else 1), (3 if flows else 1)
+    lora = lora_per_layer(config, trained.lora_rank, trained.lora_targets) if trained.lora_rank else [0] * len(stack.linear)
+    linear = [2 * sum(rows) * (weights * macs + 3 * extra) for rows, macs, extra in zip(total, stack.linear, lora, strict=True)]
+    attention = [products * sum(4 * n * n * width for n in rows) for rows, width in zip(total, stack.attention_width, strict=True)]
+    if head_tokens is None:
+        head_tokens = sum(total[0]) if mode == "train" else len(total[0])
+    head = weights * 2 * head_tokens * stack.head
+    scores, saved = decided
+    flops = {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": head, "scores": scores}
+    counted = [(encode(config, call), share) for call, share in calls]
+    for part in ("tower", "bridge"):
+        flops[part] = round(sum(one.flops[part] * share for one, share in counted))
+    flops["tower"] = (flops["tower"] - saved) * (3 if trained.tower else 1)
+    flops["bridge"] *= 3 if trained.bridge else 2 if trained.tower else 1
+    return Ledger(
+        mode,
+        tuple(sum(rows) for rows in visual),
+        tuple(sum(rows) for rows in total),
+        tuple(sum(rows) * width * dtype_bytes for rows, width in zip(total, stack.kv_width, strict=True)),
+        tuple(sum(rows) * width * dtype_bytes for rows, width in zip(visual, stack.kv_width, strict=True)),
+        tuple(a + b for a, b in zip(linear, attention, strict=True)),
+        flops,
+        activation_bytes=tuple(sum(rows) * width * dtype_bytes for rows, width in zip(total, _kept(stack), strict=True)),
+    )
+
+
+def _kept(stack: Stack) -> list[int]:
+    """Values that the linear maps of each layer take and give for a token."""
+    kept = [0] * len(stack.linear)
+    for name, inputs, outputs in stack.linear_shapes:
+        kept[int(name.partition(".")[0])] += inputs + outputs
+    return kept
+
+
+def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_tokens: int, dtype_bytes: int) -> Ledger:
+    """`new_tokens` forwards of one token; the i-th (from 1) attends to the prefilled tokens of its layer and to i new ones."""
+    stack = decoder(config)
+    linear = [2 * new_tokens * macs for macs in stack.linear]
+    seen = [sum(n * new_tokens + new_tokens * (new_tokens + 1) // 2 for n in rows) for rows in total]
+    attention = [4 * n * width for n, width in zip(seen, stack.attention_width, strict=True)]
+    after = [sum(rows) + new_tokens for rows in total]
+    return Ledger(
+        "decode",
+        tuple(sum(rows) for rows in visual),
+        tuple(after),
+        tuple(n * width * dtype_bytes for n, width in zip(after, stack.kv_width, strict=True)),
+        tuple(sum(rows) * width * dtype_bytes for rows, width in zip(visual, stack.kv_width, strict=True)),
+        tuple(a + b for a, b in zip(linear, attention, strict=True)),
+        {
+            "tower": 0,
+            "bridge": 0,
+            "lm_linear": sum(linear),
+            "lm_attention": sum(attention),
+            "head": 2 * new_tokens * stack.head,
+            "scores": 0,
+        },
+    )
+
+
+def _rows(counts: Sequence[int | Sequence[int]]) -> list[list[int]]:
+    return [[n] if isinstance(n, int) else list(n) for n in counts]

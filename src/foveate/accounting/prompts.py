@@ -1,0 +1,149 @@
+"""What enters a model: prompts with their images, and the calls that encode these, from a configuration and a processor's outputs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.accounting.dry_run import encode, skeleton
+from foveate.anatomy import read
+from foveate.contract import ImageSize
+from foveate.errors import FoveateError
+from foveate.model.configuration import FoveateConfig
+from foveate.probes.encoding import Encoded
+from foveate.reducers import visual_tokens as visual_tokens
+
+Calls = Sequence[tuple[Encoded, Fraction]]
+WAY_OUT = "give what its processor makes of the prompt: predict(config, inputs=...)"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The images and videos of one prompt, and how many tokens beside their patches (text, newlines)."""
+
+    images: list[ImageSize]
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        return sum(image.tokens for image in self.images) + self.text
+
+
+def read_prompts(config: Any, inputs: Mapping[str, Any]) -> tuple[list[Prompt], list[Encoded]]:
+    """Reads a processor's outputs by `config` alone: the prompts, and what is encoded. FoveateError where placeholders and images do not
+    match."""
+    inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    ids: Tensor = inputs["input_ids"]
+    mask = inputs.get("attention_mask")
+    core: Any = read(skeleton(config)).core if any("pixel_values" in name for name in inputs) else None
+    rows: list[list[ImageSize]] = [[] for _ in ids]
+    calls: list[Encoded] = []
+    for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if inputs.get(pixels) is None:
+            continue
+        method = f"get_{modality}_features" if hasattr(core, f"get_{modality}_features") else "get_image_features"
+        names = inspect.signature(getattr(core, method)).parameters
+        given = {name: inputs[name] for name in names if inputs.get(name) is not None}
+        calls.append(Encoded.of(method, given if pixels in given else {**given, "pixel_values": inputs[pixels]}))
+        items = encode(config, calls[-1]).items
+        made = sum(image.tokens + others for image, others in items)
+        tokens = [getattr(config, f"{name}_token_id", None) for name in (modality, "image")]  # some write videos as images
+        slots = next((at for at in (ids.eq(token).sum(1).tolist() for token in tokens if token is not None) if any(at)), [0] * len(ids))
+        if made != sum(slots):
+            raise FoveateError(
+                f"the prompts have {sum(slots)} {modality} placeholders, but the {len(items)} {modality}s make {made} visual tokens; "
+                "use the processor that belongs to the model"
+            )
+        left = iter(items)
+        for row, count in zip(rows, slots, strict=True):
+            while count > 0:
+                image, others = next(left, (ImageSize.whole(0), 0))
+                made = image.tokens + others
+                if made > count or made == 0:
+                    raise FoveateError(f"a prompt has placeholders for {count} visual tokens where an image makes {made}")
+                row.append(image)
+                count -= made
+    lengths = [ids.shape[1]] * len(ids) if mask is None else mask.sum(1).tolist()
+    return [Prompt(row, length - sum(image.tokens for image in row)) for row, length in zip(rows, lengths, strict=True)], calls
+
+
+def image_tokens(config: Any) -> int:
+    """Visual tokens that the model makes of one image, as in `predict`; 0 for a bare text config."""
+    return sum(image.tokens for call, _ in encodings_of(config, None, None, 1) for image, _ in encode(config, call).items)
+
+
+def image_shape(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(height, width) in pixels of one image, as in `predict`, and the (rows, columns) of its patches."""
+    (height, width), patch = (
+        image_of(config, None, None).given["pixel_values"].shape[-2:],
+        _sides(getattr(vision_of(config), "patch_size", None)),
+    )
+    if patch is None:
+        raise FoveateError(f"the size of a patch is not in the configuration of a {config.model_type!r} model")
+    return (height, width), (height // patch[0], width // patch[1])
+
+
+def encodings_of(config: Any, image_size: int | None, grid: tuple[int, int] | None, images: int) -> Calls:
+    """What encodes `images` images: one of them, that often."""
+    return [(image_of(config, image_size, grid), Fraction(images))] if vision_of(config) is not None and images else []
+
+
+def image_of(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> Encoded:
+    """The call that encodes one image. FoveateError where the configuration alone does not say what that is."""
+    shape = 1, getattr(vision_of(config), "num_channels", 3), *_pixels(config, image_size, grid)
+    call = Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)})
+    try:
+        encode(config, call)
+    except FoveateError as error:
+        raise FoveateError(f"what becomes of {_an_image(config)} is not in its configuration ({error}); {WAY_OUT}") from error
+    return call
+
+
+def _pixels(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> tuple[int, int]:
+    """(height, width) of an image, of the tower's own size unless another is asked for."""
+    vision, ours = vision_of(config), isinstance(config, FoveateConfig)
+    patch = _sides(getattr(vision, "patch_size", None)) or (1, 1)
+    own = _sides(config.image_size if ours else getattr(vision, "image_size", None))
+    wanted = (image_size, image_size) if image_size else (grid[0] * patch[0], grid[1] * patch[1]) if grid else own
+    if wanted is None:
+        raise FoveateError(f"the size of {_an_image(config)} is not in its configuration; {WAY_OUT}")
+    if min(wanted) < min(patch):
+        raise FoveateError(f"image size {min(wanted)} is smaller than one patch of {min(patch)} pixels")
+    if own and [side // each for side, each in zip(wanted, patch, strict=True)] == [
+        side // each for side, each in zip(own, patch, strict=True)
+    ]:
+        return own  # pixels that fill no patch are not seen
+    if not ours:
+        size, asked = (" x ".join(map(str, sides)) for sides in (own or ("?",), wanted))
+        raise FoveateError(
+            f"{_an_image(config)} is of {size} pixels; what its processor makes of one of {asked} is not in its configuration; {WAY_OUT}"
+        )
+    return wanted
+
+
+def _an_image(config: Any) -> str:
+    return f"an image of a {config.model_type!r} model"
+
+
+def _sides(value: Any) -> tuple[int, int] | None:
+    """(height, width) of what a configuration spells as one number or as two."""
+    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
+    return sides if len(sides) == 2 else None
+
+
+def prompt_of(config: Any, calls: Calls, images: int, per_image: int | None, text: int) -> Prompt:
+    """One sequence of images that are all alike; `per_image` goes before what they are by `calls`."""
+    items = [item for call, _ in calls for item in encode(config, call).items]
+    if per_image is not None or not items:
+        return Prompt([ImageSize.whole(per_image or 0)] * images, text)
+    return Prompt([image for image, _ in items] * images, text + images * sum(others for _, others in items))
+
+
+def vision_of(config: Any) -> Any:
+    return getattr(config, "vision_config", None)

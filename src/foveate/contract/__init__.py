@@ -1,0 +1,47 @@
+"""What the engine and a method say to each other: sites and decisions, signals, the view, the size of the work."""
+
+from foveate.contract.attention import BLOCK, AttentionRows
+from foveate.contract.signals import (
+    GROUPS,
+    Attention,
+    ClsAttention,
+    Groups,
+    Keys,
+    Noise,
+    ReceivedAttention,
+    Signal,
+    TowerKeys,
+    content_keys,
+)
+from foveate.contract.sites import BeforeLM, BeforeProcessor, Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer
+from foveate.contract.view import Question, View
+from foveate.contract.workload import ImageSize, Workload, products
+
+__all__ = [
+    "BLOCK",
+    "GROUPS",
+    "Attention",
+    "AttentionRows",
+    "BeforeLM",
+    "BeforeProcessor",
+    "Bypass",
+    "ClsAttention",
+    "Cut",
+    "Decision",
+    "FromLayer",
+    "Groups",
+    "ImageSize",
+    "InEncoder",
+    "Keys",
+    "Noise",
+    "Question",
+    "ReceivedAttention",
+    "Signal",
+    "Site",
+    "ThroughLayer",
+    "TowerKeys",
+    "View",
+    "Workload",
+    "content_keys",
+    "products",
+]

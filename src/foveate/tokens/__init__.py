@@ -1,0 +1,15 @@
+"""Layout and TokenMap: what each slot of a batch of sequences is, and how one batch of slots becomes another.
+
+Shape legend, used as suffixes of tensor names everywhere in Foveate:
+
+    B  sequences in the batch          D  hidden width
+    N  slots before a map              E  sources of one target (padded with -1)
+    M  slots after a map               I  images of the batch, in the order in which they were given
+    L  visual tokens of one image      T  visual tokens kept of one image
+"""
+
+from foveate.tokens.layout import PLACE, SCOPES, Kind, Layout
+from foveate.tokens.map import TokenMap
+from foveate.tokens.selection import budget, top
+
+__all__ = ["PLACE", "SCOPES", "Kind", "Layout", "TokenMap", "budget", "top"]
