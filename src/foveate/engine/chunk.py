@@ -82,6 +82,7 @@ class Chunk:
     _known: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
     _keys: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _rows: Tensor = field(init=False)  # the slots of `whole`, ascending
+    _all_before: Tensor | None = None  # the slots of earlier chunks where nothing was cut
     _aside: dict[str, Any] = field(default_factory=dict)  # the chunk as it was in front of the layer that a part of it passes by
 
     def __post_init__(self) -> None:
@@ -186,7 +187,9 @@ class Chunk:
         segment = None if memory is None else memory.segment(layer)
         if memory is not None and segment is not None:
             return memory.slots[segment]
-        return torch.arange(self.past, device=self.arrived.kind.device).expand(B, self.past)
+        if self._all_before is None:
+            self._all_before = torch.arange(self.past, device=self.arrived.kind.device).expand(B, self.past)
+        return self._all_before
 
     # ---- what a layer gets
 

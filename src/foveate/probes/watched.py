@@ -18,6 +18,7 @@ class Watched:
 
     def __init__(self, module: Any, name: str, note: Callable[..., Any]) -> None:
         self.module, self.name, self.note = module, name, note
+        self._known: inspect.Signature | None = None
         self._own = vars(module).get(name, _ABSENT)
         self._has_own = self._own is not _ABSENT
         if not self._has_own:
@@ -34,7 +35,9 @@ class Watched:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.method)
+        if self._known is None:  # a call is watched more than once a forward pass
+            self._known = inspect.signature(self.method)
+        return self._known
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments of a call by name."""
