@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +61,9 @@ TESTED = {
     "video_llava": "torchvision",
     "vipllava": "",
 }
+MODALITIES = ("image", "video")
 _LANGUAGE = ("language_model", "text_model")
-# Methods that know which slots the features go to, the first of them by its result.
-SLOT_METHODS = ("get_placeholder_mask", "inputs_merger")
+_SLOT_METHODS = ("get_placeholder_mask", "inputs_merger")  # know which slots the features go to, the first of them by its result
 _TOWERS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
 # Arguments of a decoder: visual slots, features to be added to them, and how far behind a features' number the layer is that sees them.
 _INJECTED = (("visual_pos_masks", "deepstack_visual_embeds", 1), ("vision_mask", "deepstack_features", 0))
@@ -70,7 +71,8 @@ _INJECTED = (("visual_pos_masks", "deepstack_visual_embeds", 1), ("vision_mask",
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a VLM that Foveate needs.
+    """The parts of a VLM that Foveate needs, and what else it has to know of the model. A model of your own overrides what differs, see
+    `register_reader`.
 
     core      the module that puts image features into the sequence (its forward takes input_ids and pixel_values)
     decoder   the text model under it: runs `layers` one after another
@@ -90,6 +92,34 @@ class Anatomy:
         """The module that turns positions into rotary embeddings, once for all layers."""
         module = getattr(self.decoder, "rotary_emb", None)
         return module if isinstance(module, nn.Module) else None
+
+    # ---- where images enter
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """By the name of a method of the core that encodes pictures, their modality. It returns features (L, D) of each item, or an output
+        whose `pooler_output` they are."""
+        return {f"get_{m}_features": m for m in MODALITIES if hasattr(self.core, f"get_{m}_features")}
+
+    def rasters(self, given: dict[str, Any]) -> list[tuple[int, int]] | None:
+        """(rows, columns) of each item's tokens, from the arguments of a call that encodes; None where Foveate is to find out itself."""
+        return None
+
+    @property
+    def slot_method(self) -> str | None:
+        """The method of the core that is called when features enter the sequence; None: `placeholders` says which slots they fill."""
+        return next((name for name in _SLOT_METHODS if hasattr(self.core, name)), None)
+
+    def slots(self, result: Any, given: dict[str, Any], parameters: Iterable[str]) -> tuple[dict[str, Tensor], bool]:
+        """By modality the slots (B, N) bool that features go to now, from a call of the slot method (its result, its arguments by name,
+        the names that it takes), and whether they are those of features that the call was given."""
+        if self.slot_method != _SLOT_METHODS[0]:
+            return {"image": self.placeholders(given.get("input_ids"), given["inputs_embeds"])}, False
+        masks = result if isinstance(result, tuple) else (result,)
+        asked = any(f"{modality}_features" in parameters for modality in MODALITIES)
+        named = zip(MODALITIES, masks, strict=False)
+        found = {m: mask for m, mask in named if not asked or given.get(f"{m}_features") is not None}
+        return {m: mask[..., 0] if mask.ndim == 3 else mask for m, mask in found.items()}, asked
 
     @property
     def has_tower(self) -> bool:
@@ -205,21 +235,43 @@ class Anatomy:
         return None
 
 
+Reader = Callable[[nn.Module], Anatomy | None]
+_readers: list[Reader] = []
+
+
+def register_reader(reader: Reader) -> None:
+    """Makes models of a family of your own known: `reader(model)` gives the anatomy of one, None for any other model.
+
+    It is asked before Foveate's own reading, by `attach` and by everything else that opens a model. Most families need a subclass of
+    `Anatomy` with two or three methods, and the parts: `MyAnatomy(core=model, decoder=model.lm, layers=model.lm.blocks)`.
+    """
+    _readers.insert(0, reader)
+
+
+def forget_reader(reader: Reader) -> None:
+    """Takes a reader back."""
+    _readers.remove(reader)
+
+
 def read(model: nn.Module) -> Anatomy:
     """Opens a model, wrapped (PEFT, DDP) or not. Raises FoveateError naming the part that is missing."""
+    for reader in _readers:
+        for module in model.modules():
+            if (found := reader(module)) is not None:
+                return found
     core = next((m for m in model.modules() if _is_core(m)), None)
     name = type(model).__name__
     if core is None:
         raise FoveateError(
-            f"{name} has no part with {' or '.join(_LANGUAGE)} and {' or '.join(SLOT_METHODS)}: it is not a vision-language model that "
-            "interleaves visual tokens with text, or its family needs an anatomy of its own"
+            f"{name} has no part with {' or '.join(_LANGUAGE)} and {' or '.join(_SLOT_METHODS)}: it is not a vision-language model that "
+            "interleaves visual tokens with text, or its family needs a reader of its own (foveate.anatomy.register_reader)"
         )
     language = next(part for part in (getattr(core, attribute, None) for attribute in _LANGUAGE) if isinstance(part, nn.Module))
     decoder = next((m for m in language.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
     if decoder is None:
         raise FoveateError(
             f"{name}: {type(language).__name__} has no decoder layers named `layers`: reducers cannot be attached to it, nor is it "
-            "trained by a recipe; its family needs its own anatomy"
+            "trained by a recipe; its family needs a reader of its own"
         )
     if not (getattr(decoder, "_supports_sdpa", True) or getattr(decoder, "_supports_attention_backend", True)):
         raise FoveateError(
@@ -266,4 +318,4 @@ def tensor_parallel_group(layer: nn.Module) -> Any:
 
 def _is_core(module: nn.Module) -> bool:
     speaks = any(isinstance(getattr(module, name, None), nn.Module) for name in _LANGUAGE)
-    return speaks and any(name in dir(type(module)) for name in SLOT_METHODS)
+    return speaks and any(name in dir(type(module)) for name in _SLOT_METHODS)

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.anatomy import SLOT_METHODS, Anatomy
+from foveate.anatomy import MODALITIES, Anatomy
 from foveate.contract import Signal
 from foveate.errors import FoveateError
-from foveate.probes.encoding import MODALITIES, Item, features_of, names_of, unseen
+from foveate.probes.encoding import Item, features_of, names_of, unseen
 from foveate.probes.watched import Watched
 from foveate.tokens import Kind, Layout
 
@@ -73,25 +73,22 @@ class Arrivals:
     def placed(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model says which slots the features go to."""
         result = watched.method(*args, **kwargs)
-        given = watched.given(args, kwargs)
-        if watched.name != SLOT_METHODS[0]:
-            self._slots["image"] = self._anatomy.placeholders(given.get("input_ids"), given["inputs_embeds"])
-            return result
-        masks = result if isinstance(result, tuple) else (result,)
-        asked = [f"{modality}_features" in watched.__signature__.parameters for modality in MODALITIES]
-        for modality, mask in zip(MODALITIES, masks, strict=False):
-            if any(asked) and given.get(f"{modality}_features") is None:
-                continue
-            self._slots[modality] = mask[..., 0] if mask.ndim == 3 else mask
-            if any(asked):
-                if modality not in self._items:  # videos that are encoded as images
-                    self._items[modality] = self._latest
-                self._entered.add(modality)
+        parameters = watched.__signature__.parameters
+        self.placed_at(*self._anatomy.slots(result, watched.given(args, kwargs), parameters))
+        return result
+
+    def placed_at(self, slots: dict[str, Tensor], entered: bool = False) -> None:
+        """The slots (B, N) bool of some modalities; `entered`: that their features have gone there by this."""
+        self._slots.update(slots)
+        for modality in slots if entered else ():
+            if modality not in self._items:  # videos that are encoded as images
+                self._items[modality] = self._latest
+            self._entered.add(modality)
+        for modality in slots:
             kept = self._kept.get(modality)
             if kept is not None and modality in self._items:
                 parts = torch.split(kept, [len(item) for item in self._items[modality]])
                 self._items[modality] = [item.select(part) for item, part in zip(self._items[modality], parts, strict=True)]
-        return result
 
     # ---- what has arrived
 

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from foveate.anatomy import SLOT_METHODS, Anatomy
+from foveate.anatomy import MODALITIES, Anatomy
 from foveate.engine.arrivals import Ahead
 from foveate.engine.cache import recall
 from foveate.engine.forward import ForwardPass, padded_mask
 from foveate.engine.tower_cuts import Encoder
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
-from foveate.probes.encoding import MODALITIES, Encodings, Item
+from foveate.probes.encoding import Encodings, Item
 from foveate.probes.hooks import Hook
 from foveate.probes.layer import LayerProbe
 from foveate.probes.live import Live
@@ -84,8 +84,8 @@ class Driver:
                     self._encoders[tower] = Encoder(tower, wiring.tower, list(wiring.tower_needs), self._shortcuts)
         of = {modality: self._encoders[anatomy.tower_of(modality)] for modality in MODALITIES if self._encoders}
         self._encodings = Encodings(anatomy, wiring.needs, self._encoded, of)
-        name = next(name for name in SLOT_METHODS if hasattr(core, name))
-        self._watched.append(Watched(core, name, self._placed))
+        if anatomy.slot_method is not None:
+            self._watched.append(Watched(core, anatomy.slot_method, self._placed))
         for depth, module in enumerate(self._around[:-1]):
             self._hooks.append(module.register_forward_pre_hook(Hook(self._before_model, depth), with_kwargs=True))
             self._hooks.append(module.register_forward_hook(Hook(self._after_model, depth), always_call=True))
@@ -176,6 +176,8 @@ class Driver:
         forward.mask = kwargs.get("attention_mask")
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         forward.merged = ids is None and embeds is not None
+        if self.anatomy.slot_method is None and ids is not None:
+            forward.arrivals.placed_at({"image": self.anatomy.placeholders(ids, embeds)})
         memory = recall(kwargs.get("past_key_values"))
         if memory is not None and memory.valid is not None and forward.mask is None:
             # Without the caller's mask the library would take the prompt's padding for tokens.

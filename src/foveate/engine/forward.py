@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import Anatomy
-from foveate.contract import Attention, Bypass, Cut, Decision, Groups, Keys, Signal, View
+from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, View
 from foveate.engine.arrivals import Arrivals
 from foveate.engine.cache import CacheTable, recall, remember
 from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
 from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
-from foveate.engine.record import Record, Replay
+from foveate.engine.record import Record
+from foveate.engine.replay import Replay, decide
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
 from foveate.probes.layer import LayerProbe
-from foveate.probes.marker import scoring
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.probes.tower_pass import TowerPass
 from foveate.reducers import Reducer, spell
@@ -194,7 +194,9 @@ class ForwardPass:
         chunk = self.chunk
         maps: list[TokenMap] = []
         for reducer, number in self.wiring.cuts[index]:
-            token_map = self._decided(Cut, reducer, number, self._view(index, hidden))
+            token_map = decide(reducer, number, self._view(index, hidden), Cut)
+            if not isinstance(reducer, Replay):  # recorded maps are aligned already, and meet each other as they did
+                token_map = token_map.aligned()
             renumber = reducer.positions_at(number) == "renumber"
             if self._shortcuts and chunk.memory is None and token_map.is_identity:
                 continue
@@ -215,7 +217,9 @@ class ForwardPass:
         chunk = self.chunk
         self._passing = None
         reducer, number = self.wiring.through[index]
-        token_map = self._decided(Bypass, reducer, number, self._view(index, hidden))
+        token_map = decide(reducer, number, self._view(index, hidden), Bypass)
+        if not isinstance(reducer, Replay):
+            token_map = token_map.aligned()
         if not is_selection(token_map):
             raise FoveateError(
                 f"{reducer.name}: what goes through decoder layer {index} must be a selection of its tokens, each of them once and of "
@@ -243,15 +247,6 @@ class ForwardPass:
         self.chunk.come_back(index + 1)
         hidden = put_back(token_map, output[0] if isinstance(output, tuple) else output, before)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    def _decided(self, kind: type[Decision], reducer: Reducer, number: int, view: View) -> TokenMap:
-        """The map of a reducer's decision, which must be of the kind that its site understands."""
-        with scoring(), torch.autocast(view.layout.kind.device.type, enabled=False):  # scores are float32, also where the model is not
-            decision: Decision = reducer.reduce(view, number)
-        if not isinstance(decision, kind):
-            raise FoveateError(f"{reducer.name} decides {type(decision).__name__} at a site where {kind.__name__} is possible")
-        # Recorded maps are aligned already, and meet each other as they did.
-        return decision.map if isinstance(reducer, Replay) else decision.map.aligned()
 
     def _view(self, index: int, hidden: Tensor) -> View:
         """What the reducers at layer `index` may look at."""

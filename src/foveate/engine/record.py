@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 from foveate.accounting import Ledger, Prompt
 from foveate.accounting.predict import observed
-from foveate.contract import Bypass, Cut, Decision, FromLayer, ImageSize, Site, ThroughLayer, View
+from foveate.contract import ImageSize
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower_pass import TowerPass
@@ -85,25 +85,3 @@ class Record:
             if at <= layer:
                 whole = whole.then(self.maps[at])
         return whole.then(self.bypasses[layer]) if layer in self.bypasses else whole
-
-
-@dataclass(frozen=True)
-class Replay(Reducer):
-    """A recorded map, on the same batch or on one that goes on after it."""
-
-    name: ClassVar[str] = "replay"
-    paper: ClassVar[str] = "-"
-    layer: int = 0
-    map: TokenMap | None = None
-    through: bool = False
-
-    def sites(self, layers: int) -> list[Site]:
-        return [ThroughLayer(self.layer) if self.through else FromLayer(self.layer)]
-
-    def reduce(self, view: View, stage: int = 0) -> Decision:
-        assert self.map is not None
-        token_map = self.map.onto(view.layout)
-        return Bypass(token_map) if self.through else Cut(token_map)
-
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        raise FoveateError("recorded maps have the counts of their batch, not of any image; see run.ledger")

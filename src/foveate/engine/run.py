@@ -13,8 +13,8 @@ from foveate.accounting import Ledger
 from foveate.anatomy import Anatomy
 from foveate.engine.driver import Driver
 from foveate.engine.forward import ForwardPass
-from foveate.engine.record import Record, Replay
-from foveate.engine.tower_cuts import ReplayInTower
+from foveate.engine.record import Record
+from foveate.engine.replay import Replay, ReplayInTower
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
 from foveate.probes import hooks

@@ -14,18 +14,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from foveate.contract import GROUPS, BeforeLM, Cut, InEncoder, Noise, Signal, Site, View, content_keys
+from foveate.contract import GROUPS, BeforeLM, Cut, Noise, Signal, Site, View, content_keys
+from foveate.engine.replay import ReplayInTower, decide
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.hooks import Hook
 from foveate.probes.layer import LayerProbe
 from foveate.probes.live import Live
-from foveate.probes.marker import scoring
 from foveate.probes.tower import TOWER_SIGNALS, Extras, blocks, extras_of, values_of
 from foveate.probes.tower_pass import TowerPass
 from foveate.reducers.base import Reducer
@@ -141,10 +141,7 @@ class Encoder:
         assert call.seen is not None
         with scoring(), torch.autocast(states.device.type, enabled=False):
             view = self._view(call, index, states)
-            decision: Any = reducer.reduce(view, self._live.count if isinstance(reducer, ReplayInTower) else stage)
-        if not isinstance(decision, Cut):
-            raise FoveateError(f"{reducer.name} decides {type(decision).__name__} at a site where Cut is possible")
-        token_map = decision.map
+        token_map = decide(reducer, self._live.count if isinstance(reducer, ReplayInTower) else stage, view, Cut)
         if self._shortcuts and token_map.is_identity:
             return states
         stays = torch.zeros_like(view.layout.valid).scatter(1, token_map.representative.clamp(min=0), True)
@@ -307,31 +304,3 @@ class Carried(Reducer):
 
     def count(self, arriving: int, original: int, stage: int = 0) -> int:
         raise FoveateError("what the tower leaves is counted by the reducer that acts in it")
-
-
-@dataclass(frozen=True)
-class ReplayInTower(Reducer):
-    """Recorded maps in front of one block, one for each call of the tower."""
-
-    name: ClassVar[str] = "replay"
-    paper: ClassVar[str] = "-"
-    block: int = 0
-    maps: tuple[TokenMap | None, ...] = ()
-    proportional: bool = False
-
-    def sites(self, layers: int) -> list[Site]:
-        return [InEncoder(self.block)]
-
-    def reduce(self, view: View, stage: int = 0) -> Cut:
-        """`stage` is the number of the call."""
-        token_map = self.maps[stage % len(self.maps)]
-        if token_map is None:
-            return Cut(TokenMap.identity(view.layout))
-        if not token_map.source.same(view.layout):
-            raise FoveateError(
-                f"this map belongs to another batch: its source has shape {token_map.source.shape}, here it is {view.layout.shape}"
-            )
-        return Cut(replace(token_map, source=view.layout))
-
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        raise FoveateError("recorded maps have the counts of their batch, not of any image; see run.ledger")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from foveate.anatomy import Anatomy
 from foveate.contract import GROUPS, Attention, BeforeProcessor, InEncoder, Keys, Signal, ThroughLayer
-from foveate.engine.tower_cuts import Carried, ReplayInTower
+from foveate.engine.replay import ReplayInTower
+from foveate.engine.tower_cuts import Carried
 from foveate.errors import FoveateError
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer

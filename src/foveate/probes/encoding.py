@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from foveate.anatomy import Anatomy
+from foveate.anatomy import MODALITIES, Anatomy
 from foveate.contract import Noise, Signal, content_keys
 from foveate.probes.hooks import Hook
 from foveate.probes.live import Live
@@ -20,8 +20,6 @@ from foveate.probes.places import Described, Encoding, places
 from foveate.probes.tower import TOWER_SIGNALS, Extras, TowerProbes, extras_of
 from foveate.probes.tower_pass import TowerPass
 from foveate.probes.watched import Watched
-
-MODALITIES = ("image", "video")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +105,7 @@ class Encodings:
         self.keyed = any(isinstance(signal, Noise) for signal in needs)
         self._call = _Call()
         core: Any = anatomy.core
-        watched = {f"get_{modality}_features": self._encode for modality in MODALITIES if hasattr(core, f"get_{modality}_features")}
+        watched = dict.fromkeys(anatomy.encodings, self._encode)
         if hasattr(core, "pack_image_features"):
             watched["pack_image_features"] = self._packed
         if hasattr(core, "apply_pooling"):
@@ -150,7 +148,8 @@ class Encodings:
             outputs = watched.method(*args, **kwargs)
         finally:
             now.under_way = False
-        modality, features, given = watched.name.split("_")[1], features_of(outputs), watched.given(args, kwargs)
+        modality = self.anatomy.encodings[watched.name]
+        features, given = features_of(outputs), watched.given(args, kwargs)
         call = Encoded.of(watched.name, given), Fraction(1, max(1, len(features)))
         acting = self._encoders.get(modality)
         cuts = acting.take() if acting is not None else []

@@ -111,6 +111,9 @@ class Encoding:
     # ---- places
 
     def _places(self) -> list[tuple[Tensor, Tensor]]:
+        rasters = self.anatomy.rasters(self.given)
+        if rasters is not None:
+            return [places(len(f), shape=shape, device=self._device) for f, shape in zip(self.features, rasters, strict=True)]
         lengths = [int(f.shape[0]) for f in self.features]
         device, grids, pixels = self._device, self._grids, self._pixels
         if grids is not None and len(grids) == len(lengths):

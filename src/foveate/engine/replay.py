@@ -1,0 +1,74 @@
+"""Decisions: asked of a reducer, in the language model and in the tower alike, and recorded ones that are made again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from foveate.contract import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer, View
+from foveate.errors import FoveateError
+from foveate.probes.marker import scoring
+from foveate.reducers import Reducer
+from foveate.tokens import TokenMap
+
+
+def decide(reducer: Reducer, number: int, view: View, kind: type[Decision]) -> TokenMap:
+    """The map that a reducer decides on at site `number` of its sites. FoveateError where that is no decision of the site's `kind`."""
+    with scoring(), torch.autocast(view.layout.kind.device.type, enabled=False):  # scores are float32, also where the model is not
+        decision: Decision = reducer.reduce(view, number)
+    if not isinstance(decision, kind):
+        raise FoveateError(f"{reducer.name} decides {type(decision).__name__} at a site where {kind.__name__} is possible")
+    return decision.map
+
+
+@dataclass(frozen=True)
+class _Recorded(Reducer):
+    """What has been decided before."""
+
+    name: ClassVar[str] = "replay"
+    paper: ClassVar[str] = "-"
+
+    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+        raise FoveateError("recorded maps have the counts of their batch, not of any image; see run.ledger")
+
+
+@dataclass(frozen=True)
+class Replay(_Recorded):
+    """A recorded map in front of a decoder layer (or `through` it), on the same batch or on one that goes on after it."""
+
+    layer: int = 0
+    map: TokenMap | None = None
+    through: bool = False
+
+    def sites(self, layers: int) -> list[Site]:
+        return [ThroughLayer(self.layer) if self.through else FromLayer(self.layer)]
+
+    def reduce(self, view: View, stage: int = 0) -> Decision:
+        assert self.map is not None
+        token_map = self.map.onto(view.layout)
+        return Bypass(token_map) if self.through else Cut(token_map)
+
+
+@dataclass(frozen=True)
+class ReplayInTower(_Recorded):
+    """Recorded maps in front of one block of the tower, one for each call of it."""
+
+    block: int = 0
+    maps: tuple[TokenMap | None, ...] = ()
+    proportional: bool = False
+
+    def sites(self, layers: int) -> list[Site]:
+        return [InEncoder(self.block)]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        """`stage` is the number of the call."""
+        token_map = self.maps[stage % len(self.maps)]
+        if token_map is None:
+            return Cut(TokenMap.identity(view.layout))
+        if not token_map.source.same(view.layout):
+            raise FoveateError(
+                f"this map belongs to another batch: its source has shape {token_map.source.shape}, here it is {view.layout.shape}"
+            )
+        return Cut(replace(token_map, source=view.layout))
