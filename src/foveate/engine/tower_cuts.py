@@ -26,6 +26,7 @@ from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.hooks import Hook
 from foveate.probes.layer import LayerProbe
 from foveate.probes.live import Live
+from foveate.probes.marker import scoring
 from foveate.probes.tower import TOWER_SIGNALS, Extras, blocks, extras_of, values_of
 from foveate.probes.tower_pass import TowerPass
 from foveate.reducers.base import Reducer
