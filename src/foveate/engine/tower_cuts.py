@@ -27,7 +27,7 @@ from foveate.probes.hooks import Hook
 from foveate.probes.layer import LayerProbe
 from foveate.probes.live import Live
 from foveate.probes.marker import scoring
-from foveate.probes.tower import TOWER_SIGNALS, Extras, blocks, extras_of, values_of
+from foveate.probes.tower import TOWER_SIGNALS, Extras, blocks, extras_of, probe_of, values_of
 from foveate.probes.tower_pass import TowerPass
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import into
@@ -66,7 +66,7 @@ class Encoder:
                 block = signal.layer % depth
                 if block + 1 not in acting:
                     raise FoveateError(f"{signal}: in the tower a reducer may look at the block before its own only")
-                self._probes.setdefault(block, LayerProbe(self.layers[block]))
+                self._probes.setdefault(block, probe_of(self.layers[block]))
         self._live = _Calls()
         self._hooks = [
             tower.register_forward_pre_hook(Hook(self._begin), with_kwargs=True),

@@ -61,7 +61,7 @@ class TowerProbes:
                 raise FoveateError(f"{signal}: the tower has {len(layers)} blocks; choose a layer from {-len(layers)} to {len(layers) - 1}")
         # Counted from the end, -1 is the last block, whose output is the last hidden state.
         for block in {signal.layer % len(layers) for signal in self.signals}:  # type: ignore[attr-defined]
-            self._probes[block] = LayerProbe(layers[block])
+            self._probes[block] = probe_of(layers[block])
         self._depth = len(layers)
         self._hooks = [probe.layer.register_forward_pre_hook(Hook(_arm, probe)) for probe in self._probes.values()]
 
@@ -88,6 +88,14 @@ class TowerProbes:
             hook.remove()
         for probe in self._probes.values():
             probe.remove()
+
+
+def probe_of(block: nn.Module) -> LayerProbe:
+    """A probe of a tower's block. NotApplicable for blocks whose attention nobody can watch, such as those that are not of transformers."""
+    try:
+        return LayerProbe(block)
+    except NotApplicable as refused:
+        raise NotApplicable(Reason.NO_TOWER_ATTENTION, f"{refused}, or another method") from refused
 
 
 def _arm(probe: LayerProbe, *_: Any) -> None:
