@@ -61,8 +61,14 @@ class Arrivals:
             outputs = (handed_in or {}).get(modality)
             if outputs is not None:
                 features = features_of(outputs)
-                known = [next(filter(None, (a.find(name) for a in ahead)), None) for name in names_of(features)]
-                self._items[modality] = [item or unseen(f, self._keyed) for item, f in zip(known, features, strict=True)]
+                self._items[modality] = [self._known(name, f, ahead) for name, f in zip(names_of(features), features, strict=True)]
+
+    def _known(self, name: int, features: Tensor, ahead: list[Ahead]) -> Item:
+        for known in ahead:
+            item = known.find(name)
+            if item is not None:  # it may have no token, as the empty rows of a batch in Idefics 3
+                return item
+        return unseen(features, self._keyed)
 
     def encoded(self, modality: str, items: list[Item]) -> None:
         """The model has encoded these just now."""

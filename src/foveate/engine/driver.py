@@ -58,7 +58,7 @@ class Driver:
     ) -> None:
         self.anatomy, self.wiring, self._reducers, self._done, self._shortcuts = anatomy, wiring, reducers, done, shortcuts
         self._around = around
-        self._takes_labels = any("labels" in inspect.signature(module.forward).parameters for module in around[:-1])
+        self._takes_labels = any("labels" in inspect.signature(module.forward).parameters for module in around)
         self._live = _Calls()
         self._ahead = Ahead()  # encoded by hand, outside of `generate`
         self._probes: dict[int, LayerProbe] = {}
@@ -165,12 +165,12 @@ class Driver:
         return forward
 
     def _before_model(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        labels = {name: kwargs[name] for name in ("labels", "shift_labels") if kwargs.get(name) is not None}
-        self._forward(depth).labels.update(labels)
+        self._forward(depth).note_labels(kwargs)
 
     def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         forward, live = self._forward(len(self._around) - 1), self._live
         forward.entered = True
+        forward.note_labels(kwargs)  # of a model that is one module, head and all
         ahead = [request.ahead for request in reversed(live.requests)] + [self._ahead]
         forward.arrivals.begin(kwargs.get("mm_encoder_outputs"), self.anatomy.kept(kwargs), ahead)
         forward.mask = kwargs.get("attention_mask")

@@ -62,6 +62,10 @@ class ForwardPass:
     def has_images(self) -> bool:
         return bool(self.arrivals.items)
 
+    def note_labels(self, kwargs: dict[str, Any]) -> None:
+        """The labels among the arguments of one of the modules around the decoder."""
+        self.labels.update({name: kwargs[name] for name in ("labels", "shift_labels") if kwargs.get(name) is not None})
+
     # ---- the decoder begins and ends
 
     def open(self, kwargs: dict[str, Any], arriving: Tensor, prompt: int | None, cut_by: list[Reducer]) -> dict[str, Any] | None:
