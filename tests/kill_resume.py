@@ -130,7 +130,8 @@ def random_round(recipe: Path, output: Path, dice: random.Random, touched: list[
         if child.poll():
             raise SystemExit(f"the run failed:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
         over = child.poll() is not None
-        stop(child)
+        if not over:
+            stop(child)
         done = "+".join(str(logged(output, stage)) for stage in STAGES)
         story.append(f"{'two starts, ' if two else ''}{'was over before' if over else f'killed at step {done}'}")
         for path in touched:

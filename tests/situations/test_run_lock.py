@@ -76,6 +76,21 @@ def test_two_runs_of_one_process(tmp_path: Path) -> None:
     enter(tmp_path)
 
 
+@pytest.mark.parametrize("before", [None, {"host": socket.gethostname(), "pid": 2**22 + 1, "since": "yesterday"}])
+def test_a_holder_that_has_not_said_who_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, object] | None) -> None:
+    """Between the lock and the note there is a moment, in which the note may still be that of a process that was killed."""
+    with locked(tmp_path, PartialState(cpu=True)):
+        owner = tmp_path / lock.OWNER
+        said = owner.read_text()
+        owner.unlink()
+        if before is not None:
+            owner.write_text(json.dumps(before))
+            monkeypatch.setattr(lock, "ORPHANS", 0)
+        monkeypatch.setattr(time, "sleep", lambda seconds: owner.write_text(said))
+        with pytest.raises(FoveateError, match=f"process {os.getpid()} on"):
+            enter(tmp_path)
+
+
 def test_another_machine_is_respected(tmp_path: Path) -> None:
     owner = tmp_path / lock.OWNER
     owner.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "2026-01-01T00:00:00+00:00"}))

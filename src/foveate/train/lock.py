@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -56,7 +57,7 @@ def acquire(output: Path) -> Any:
         owner = read_owner(output)
         lock.acquire(timeout=ORPHANS if is_dead(owner) else 0)
     except Timeout:
-        raise FoveateError(f"{output} is in use: {described(read_owner(output))}. Wait for that run, or set another `output`") from None
+        raise FoveateError(f"{output} is in use: {described(holder(output))}. Wait for that run, or set another `output`") from None
     except OSError as error:
         raise FoveateError(f"output {output} cannot be written to: {error.strerror or error}") from None
     owner = read_owner(output)
@@ -75,6 +76,15 @@ def read_owner(output: Path) -> dict[str, Any]:
         return {"host": str(owner["host"]), "pid": int(owner["pid"]), "since": str(owner["since"])}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def holder(output: Path) -> dict[str, Any]:
+    """The process that has the lock; it writes of itself only a moment after it was given it."""
+    for _ in range(20):
+        if (owner := read_owner(output)) and not is_dead(owner):
+            return owner
+        time.sleep(0.05)
+    return {}
 
 
 def is_dead(owner: dict[str, Any]) -> bool:

@@ -240,9 +240,6 @@ def pictures(config: FoveateConfig) -> Encoded:
 
 def check_reducers(reducers: list[Reducer], config: Any) -> None:
     """Layers that are not there, methods that do not go together, and signals that the tower does not give."""
-    for reducer in reducers:
-        if type(reducer).prepare is not Reducer.prepare:
-            raise FoveateError(f"{reducer} makes images smaller before they are read, which a schedule cannot do; set image_size instead")
     model = skeleton(config)
     attach(model, reducers, record="none").detach()
     sites = [site for site, _, _ in acting(reducers, len(read(model).layers))]
