@@ -26,14 +26,13 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foveate.data.collate import IGNORED
 from foveate.data.conversations import SHOWN, row_id
-from foveate.engine.attach import attach
-from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 from foveate.train import files
-from foveate.train.loading import Loading
+from foveate.train.account import Costs, Since, Totals
+from foveate.train.callbacks import Flow, Held, ReducerSwitch
 from foveate.train.order import Order, ProcessBatches
-from foveate.train.schedule import NONE, Part, reducer_at
+from foveate.train.schedule import NONE, Part
 from foveate.train.stages import part_modules
 from foveate.train.stand_in import StandIn
 
@@ -42,26 +41,6 @@ log = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 NUMBERS = ("loss", "validation_loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
 QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
-
-
-@dataclass
-class Totals:
-    """What a run has done so far, over all its stages and processes."""
-
-    images: int = 0
-    seconds: float = 0.0
-    flops: float | None = 0.0  # None from the first batch on whose FLOPs cannot be counted
-    supervised: int = 0
-
-
-@dataclass
-class Since:
-    """What has come together since the last logged step."""
-
-    loss: float = 0.0
-    steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -81,14 +60,6 @@ class StageInfo:
     bf16_copy: bool = False
 
 
-@dataclass(frozen=True)
-class Held:
-    """What loads the samples that are held back from training, and every how many steps their loss is logged."""
-
-    loading: Loading
-    every: int
-
-
 class BFloat16Copy:
     """Calls a module on a bfloat16 copy of its floating-point parameters; gradients arrive at the parameters themselves in their own
     precision. Where autocast casts operation by operation and keeps activations in float32, this casts once a step."""
@@ -99,66 +70,6 @@ class BFloat16Copy:
     def __call__(self, **inputs: Any) -> Any:
         copies = {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in self.module.named_parameters()}
         return functional_call(self.module, copies, (), inputs)
-
-
-class Costs:
-    """FLOPs of a training step by `foveate.accounting`; real tokens are counted, padding is not. NaN where they cannot be counted: that is
-    no reason to stop a run."""
-
-    def __init__(self, config: Any, trained: Any) -> None:
-        self.config, self.trained = config, trained
-        self._known: dict[tuple[str, int, int], float] = {}
-
-    def of(self, reducer: str, images: int, text: int) -> float:
-        key = (reducer, images, text)
-        if key not in self._known:
-            from foveate.accounting import predict
-
-            try:
-                ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)
-                self._known[key] = float(ledger.total_flops)
-            except Exception as error:  # whatever a configuration of another make brings about
-                if not any(math.isnan(flops) for flops in self._known.values()):
-                    log.warning("FLOPs are not logged, they cannot be counted for this model: %s", error or type(error).__name__)
-                self._known[key] = math.nan
-        return self._known[key]
-
-
-class ReducerSwitch(TrainerCallback):
-    """Before each optimiser step, the reducer that the schedule names for it; hooks are only changed when it changes."""
-
-    def __init__(self, model: nn.Module, parts: Sequence[Part], steps: int) -> None:
-        self.model, self.parts, self.steps = model, parts, steps
-        self.current = NONE
-        self._run: Run | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch(reducer_at(self.parts, state.global_step, self.steps))
-
-    def switch(self, reducer: str) -> None:
-        if reducer == self.current:
-            return
-        if self._run is not None:
-            self._run.detach()
-            self._run = None
-        if reducer != NONE:
-            self._run = attach(self.model, parse(reducer), record="none")
-        self.current = reducer
-
-
-class Flow(TrainerCallback):
-    """When to log and when to save. The Trainer's own saves once more at the very end and keeps its intervals in the checkpoint."""
-
-    def __init__(self, log_steps: int, save_steps: int, steps: int, held: Held | None) -> None:
-        self.log_steps, self.save_steps, self.steps, self.held = log_steps, save_steps, steps, held
-
-    def validates(self, step: int) -> bool:
-        return self.held is not None and (step % self.held.every == 0 or step == self.steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        control.should_log = step == 1 or step % self.log_steps == 0 or step == self.steps or self.validates(step)
-        control.should_save = step % self.save_steps == 0 and step < self.steps
 
 
 class ProgressLine(TrainerCallback):
