@@ -29,7 +29,7 @@ def test_a_good_recipe(recipe_file: Write) -> None:
     assert isinstance(grow.train.lm, LoraOf)
     assert grow.train.lm.lora.rank == 4
     assert recipe.stages[1].data == recipe.stages[0].data  # a YAML anchor
-    assert [setup.bridge.tokens(setup.config.grid) for setup in walk(recipe, read_config)] == [2 + 4, 2 + 8 + 16, 26]
+    assert [setup.image.tokens for setup in walk(recipe, read_config)] == [2 + 4, 2 + 8 + 16, 26]
 
 
 def test_overrides(recipe_file: Write) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from foveate.accounting import predict
 from foveate.reducers import parse
+from foveate.tokens import ImagePlan
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +40,10 @@ class Costs:
 
     def __init__(self, config: Any, trained: Any) -> None:
         self.config, self.trained = config, trained
-        self._known: dict[tuple[str, int, int], float] = {}
+        self._known: dict[tuple[str, tuple[ImagePlan, ...], int], float] = {}
 
-    def of(self, reducer: str, images: int, text: int) -> float:
+    def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int) -> float:
+        """Of one sample with `text` tokens beside those of its images."""
         key = (reducer, images, text)
         if key not in self._known:
             try:

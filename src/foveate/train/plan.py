@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-from foveate.accounting import CONVENTION, Trained, image_shape, image_tokens, parameters, predict, trainable
+from foveate.accounting import CONVENTION, image_shape, parameters, predict, trainable
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
 from foveate.reducers import parse, visual_tokens
@@ -115,8 +115,8 @@ def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens:
 def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     config, stage, trained = setup.used, setup.stage, setup.trained
     (size, _), grid = image_shape(config)
-    per_image, layers = image_tokens(config), config.get_text_config().num_hidden_layers
-    parts = [part_plan(config, *slot, text_tokens=text_tokens, trained=trained) for slot in setup.slots]
+    per_image, layers = setup.image.visual, config.get_text_config().num_hidden_layers
+    parts = [part_plan(setup, *slot, text_tokens=text_tokens) for slot in setup.slots]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(setup, size)
     samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
@@ -141,13 +141,12 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     )
 
 
-def part_plan(config: Any, share: Fraction, spelled: str, *, text_tokens: int, trained: Trained) -> PartPlan:
-    reducers, layers = parse(spelled), config.get_text_config().num_hidden_layers
-    counts = visual_tokens(reducers, per_image := image_tokens(config), layers)
-    forward, training = (
-        predict(config, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens)
-        for mode in ("prefill", "train")
-    )
+def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) -> PartPlan:
+    reducers, layers = parse(spelled), setup.config.get_text_config().num_hidden_layers
+    counts = visual_tokens(reducers, per_image := setup.image.visual, layers)
+    given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
+    head_tokens = setup.image.tokens + text_tokens
+    forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
     return PartPlan(
         share,
         spelled,

@@ -63,8 +63,8 @@ def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: Partia
 
 def tokens_per_image(recipe: Recipe, setup: Setup) -> int:
     """Visual tokens of an image in a stage, 0 where that depends on the image."""
-    if setup.bridge is not None:
-        return setup.bridge.tokens(setup.config.grid)
+    if setup.assembled:
+        return setup.image.tokens
     return image_length(open_processor(recipe.model.checkpoint or "", recipe.model.chat_template))
 
 

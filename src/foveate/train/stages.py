@@ -20,7 +20,7 @@ from torch import nn
 from transformers import AutoConfig
 
 import foveate.model  # noqa: F401  registers the Auto classes
-from foveate.accounting import Trained
+from foveate.accounting import Trained, image_shape, image_tokens
 from foveate.accounting.dry_run import encode, skeleton
 from foveate.anatomy import read
 from foveate.bridges import Bridge, build_bridge, complete_config
@@ -33,6 +33,7 @@ from foveate.probes.encoding import Encoded
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse
 from foveate.reducers.base import acting
+from foveate.tokens import ImagePlan
 from foveate.train.recipe import BridgeScales, Lora, LoraOf, Model, Recipe, Stage
 from foveate.train.schedule import Part
 from foveate.world import resolve
@@ -65,6 +66,14 @@ class Setup:
     def bridge(self) -> Bridge | None:
         """The bridge on the meta device; None in a model of the library, whose bridge stays as it is."""
         return build(self.config.bridge) if self.assembled else None
+
+    @cached_property
+    def image(self) -> ImagePlan:
+        """What an image becomes. FoveateError where only the processor of a model of the library knows."""
+        if self.assembled:
+            plan: ImagePlan = self.config.plan_image(self.config.image_size, self.config.image_size)
+            return plan
+        return ImagePlan.whole(image_tokens(self.config), image_shape(self.config)[1])
 
     @property
     def used(self) -> Any:

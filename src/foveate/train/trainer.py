@@ -28,6 +28,7 @@ from foveate.data.collate import IGNORED
 from foveate.data.conversations import SHOWN, row_id
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
+from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Since, Totals
 from foveate.train.callbacks import Flow, Held, ReducerSwitch
@@ -227,8 +228,8 @@ class FoveateTrainer(Trainer):
     _step_images = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        # Some processors make several crops of an image, or stack its patches: they say how many images there are.
-        images = int(inputs.pop("images")) if "images" in inputs else len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        plans = inputs.pop("plans")
+        images = sum(map(len, plans))
         step, begun = self._micro
         if step != self.state.global_step:
             step, begun, self._step_images = self.state.global_step, 0, 0
@@ -239,7 +240,7 @@ class FoveateTrainer(Trainer):
             self._count(int((inputs["input_ids"] == self.stage.image_token_id).sum()), images)
         self._supervised += int((inputs["labels"] >= 0).sum())
         if self.costs is not None:
-            self._flops += self._cost(self.costs, inputs)
+            self._flops += self._cost(self.costs, inputs, plans)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.stand_in is not None and self.trains_text and self.accelerator.sync_gradients:
             seen = self.accelerator.reduce(torch.tensor(self._step_images, device=self.args.device), reduction="sum")
@@ -252,12 +253,10 @@ class FoveateTrainer(Trainer):
         self._loss = loss.double() if self._loss is None else self._loss + loss
         return loss
 
-    def _cost(self, costs: Costs, inputs: dict[str, Any]) -> float:
-        """FLOPs of a step on these inputs."""
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        visual = (inputs["input_ids"] == self.stage.image_token_id).sum(1).tolist()
-        reducer, each = self.switch.current, self.stage.per_image
-        return sum(costs.of(reducer, slots // each, length - slots) for length, slots in zip(lengths, visual, strict=True))
+    def _cost(self, costs: Costs, inputs: dict[str, Any], plans: Sequence[Sequence[ImagePlan]]) -> float:
+        """FLOPs of a step on these inputs, whose rows have images that become `plans`."""
+        rows = zip(inputs["attention_mask"].sum(1).tolist(), plans, strict=True)
+        return sum(costs.of(self.switch.current, tuple(row), length - sum(plan.tokens for plan in row)) for length, row in rows)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
@@ -307,7 +306,7 @@ class FoveateTrainer(Trainer):
             for number, batch in enumerate(loader, start=1):
                 if number == len(batches) and rows[-1] >= len(samples):
                     batch["labels"][-1] = IGNORED
-                batch.pop("images", None)
+                batch.pop("plans")
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
                 loss = called(**self._prepare_inputs(batch))["loss"]
                 if count:
