@@ -43,7 +43,7 @@ from foveate import FoveateError
 from foveate.accounting import observed
 from foveate.anatomy import read
 from foveate.contract import ClsAttention, ReceivedAttention, TowerKeys
-from foveate.evaluation.cells import write_json
+from foveate.files import write_json
 from foveate.machine import environment, exact_peaks, peak, reset_peak, synchronize
 from foveate.reducers import METHODS, in_model, parse
 

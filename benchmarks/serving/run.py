@@ -41,7 +41,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 import foveate
 from foveate import FoveateError
-from foveate.evaluation.cells import write_json
+from foveate.files import write_json
 from foveate.machine import environment, exact_peaks, peak, reset_peak, synchronize
 from foveate.reducers import parse, visual_tokens
 

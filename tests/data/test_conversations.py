@@ -14,6 +14,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 from foveate.data.collate import Collator, Fit, Renderer
 from foveate.data.conversations import Bad, Checked, Conversations, check_image, find_bad, refuse_or_skip
 from foveate.errors import FoveateError
+from foveate.tokens import ImagePlan
 
 WORLD = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<user>' + m['content'] + '<assistant>' }}"
@@ -64,6 +65,7 @@ class Processor:
         self.chat_template = template
         self.image_token = "<image>"
         self.num_image_tokens = num_image_tokens
+        self.plan_image = lambda height, width: ImagePlan.whole(num_image_tokens)
         size = {"height": 8, "width": 8}
         self.image_processor = CLIPImageProcessorPil(size=size, crop_size=size)
 

@@ -23,7 +23,8 @@ from foveate.inference.answering import without_thought
 from foveate.inspect.look import _ask
 from foveate.integrations.lmms_eval import answering as harness
 from foveate.model import from_backbones
-from foveate.train.run import main, save_end
+from foveate.train.opening import save_end
+from foveate.train.run import main
 from foveate.world import resolve
 from foveate.world.pictures import render, scene
 from foveate.world.questions import conversation

@@ -134,7 +134,7 @@ def test_a_rate_is_that_of_its_part(root: Path) -> None:
     """The first step of Adam moves each weight by its rate, as far as it has a gradient."""
     from safetensors.torch import load_file
 
-    from foveate.train.run import open_model
+    from foveate.train.opening import open_model
 
     rates = {"bridge": 1e-2, "tower": 1e-4, "lm": 1e-3}
     path = recipe(root, "rates", stages(1), stage(0, train=ALL, learning_rate=rates, steps=1))

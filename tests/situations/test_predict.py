@@ -164,7 +164,7 @@ def test_a_recipe_is_planned_by_the_same_count(name: str, tmp_path: Path) -> Non
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(str({"name": "r", "output": "out", "model": {"checkpoint": str(tmp_path / "model")}, "stages": [stage]}))
     if name in UNTOLD:
-        with pytest.raises(FoveateError, match="stage one: the size of an image of a 'qwen2_vl' model is not in its configuration"):
+        with pytest.raises(FoveateError, match=r"stage one: Qwen2VL.* has no bridge beside its vision tower"):
             plan(recipe)
         return
     (planned,) = plan(recipe, text_tokens=3).stages

@@ -262,5 +262,7 @@ def test_errors_name_stage_and_way_out(tmp_path: Path) -> None:
         plan(recipe, ["stages.0.train.lm.lora.targets=[nothing]"])
     with pytest.raises(FoveateError, match="hidden states 0 to 24"):
         plan(recipe, ["model.vision_feature_layer=[16, 25]"])
-    with pytest.raises(FoveateError, match=r"model.vision: no configuration of .*nowhere.*config.json"):
+    with pytest.raises(
+        FoveateError, match=r"model.vision: the vision tower .*nowhere.* could not be loaded: .*config.json, or one of openai"
+    ):
         plan(recipe, [f"model.vision={tmp_path}/nowhere"])

@@ -10,7 +10,8 @@ from tiny_training import RECIPE, save_backbones
 
 from foveate.errors import FoveateError
 from foveate.train.recipe import LoraOf, load_recipe
-from foveate.train.run import check_bridges, main
+from foveate.train.run import main
+from foveate.train.stages import read_config, walk
 
 Write = Callable[..., Path]
 
@@ -28,7 +29,7 @@ def test_a_good_recipe(recipe_file: Write) -> None:
     assert isinstance(grow.train.lm, LoraOf)
     assert grow.train.lm.lora.rank == 4
     assert recipe.stages[1].data == recipe.stages[0].data  # a YAML anchor
-    assert check_bridges(recipe) == [2 + 4, 2 + 8 + 16, 26]
+    assert [setup.image.tokens for setup in walk(recipe, read_config)] == [2 + 4, 2 + 8 + 16, 26]
 
 
 def test_overrides(recipe_file: Write) -> None:

@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from foveate.errors import FoveateError
+from foveate.train.opening import open_model
 from foveate.train.recipe import load_recipe
-from foveate.train.run import main, open_model, part_modules
+from foveate.train.run import main
+from foveate.train.stages import part_modules
 
 Write = Callable[..., Path]
 

@@ -90,15 +90,7 @@ class Counter(TorchDispatchMode):
 def parts_of(model: nn.Module) -> dict[nn.Module, str]:
     """The modules whose forward is a part, or a layer of the language model."""
     anatomy = read(model)
-    towers = {anatomy.tower_of(modality) for modality in ("image", "video")} if anatomy.has_tower else set()
-    parts: dict[nn.Module, str] = {}
-    for child in anatomy.core.children():
-        if any(module is anatomy.decoder for module in child.modules()):
-            continue
-        called = child if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
-        for module in called.values() if isinstance(called, nn.ModuleDict) else called:
-            parts[module] = "tower" if module in towers else "bridge"
-    parts |= {layer: "recurrent" if anatomy.recurrent(i) else "lm" for i, layer in enumerate(anatomy.layers)}
+    parts = anatomy.visual | {layer: "recurrent" if anatomy.recurrent(i) else "lm" for i, layer in enumerate(anatomy.layers)}
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is not None:
         parts[head] = "head"

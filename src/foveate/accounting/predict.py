@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 from foveate.accounting.dry_run import encode
 from foveate.accounting.ledger import Ledger, Trained
-from foveate.accounting.prompts import Calls, Prompt, encodings_of, prompt_of, read_prompts
+from foveate.accounting.prompts import Calls, Prompt, encodings_of, planned, prompt_of, read_prompts
 from foveate.accounting.scores import decided
 from foveate.accounting.stack import Stack, decoder, lora_per_layer
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
 from foveate.reducers import Reducer
 from foveate.reducers import visual_tokens as visual_tokens
+from foveate.tokens import ImagePlan
 
 
 def predict(
@@ -28,7 +29,7 @@ def predict(
     inputs: Mapping[str, Any] | None = None,
     image_size: int | None = None,
     grid: tuple[int, int] | None = None,
-    images: int = 1,
+    images: int | Sequence[ImagePlan] = 1,
     per_image: int | None = None,
     text_tokens: int = 0,
     reducers: Sequence[Reducer] = (),
@@ -38,7 +39,7 @@ def predict(
     head_tokens: int | None = None,
     dtype_bytes: int = 2,
 ) -> Ledger:
-    """The cost of a batch of prompts, or of one sequence of `images` images and `text_tokens` text tokens.
+    """The cost of a batch of prompts, or of one sequence of `images` images (how many, or what each becomes) and `text_tokens` text tokens.
 
     `inputs` is what the model's processor made of the prompts; the arguments about images and text are not used beside it. Without it an
     image is what the vision tower takes at once: where a processor cuts a picture into tiles, each of them is one of `images`. A Foveate
@@ -48,12 +49,16 @@ def predict(
     in it), "train" (forward and backward by the rule in CONVENTION, logits of all tokens; `trained` says what is updated).
     FoveateError where the configuration does not say what becomes of an image, as in families whose images keep their size.
     """
-    if min(images, text_tokens, new_tokens) < 0:
-        raise FoveateError(f"images={images}, text_tokens={text_tokens}, new_tokens={new_tokens}: none may be negative")
+    count = images if isinstance(images, int) else len(images)
+    if min(count, text_tokens, new_tokens) < 0:
+        raise FoveateError(f"images={count}, text_tokens={text_tokens}, new_tokens={new_tokens}: none may be negative")
     calls: Calls
     if inputs is not None:
         prompts, encoded = read_prompts(config, inputs)
         calls = [(call, Fraction(1)) for call in encoded]
+    elif not isinstance(images, int):
+        prompt, calls = planned(config, images, text_tokens)
+        prompts = [prompt]
     else:
         calls = encodings_of(config, image_size, grid, images)
         prompts = [prompt_of(config, calls, images, per_image, text_tokens)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +19,7 @@ from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.probes.encoding import Encoded
 from foveate.reducers import visual_tokens as visual_tokens
+from foveate.tokens import ImagePlan
 
 Calls = Sequence[tuple[Encoded, Fraction]]
 WAY_OUT = "give what its processor makes of the prompt: predict(config, inputs=...)"
@@ -143,6 +145,18 @@ def prompt_of(config: Any, calls: Calls, images: int, per_image: int | None, tex
     if per_image is not None or not items:
         return Prompt([ImageSize.whole(per_image or 0)] * images, text)
     return Prompt([image for image, _ in items] * images, text + images * sum(others for _, others in items))
+
+
+def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt, Calls]:
+    """One sequence of images that become `plans` with `text` other tokens, and what encodes them. A crop whose grid is not known is what
+    the configuration makes of an image."""
+    grids = Counter(crop.grid for plan in plans for crop in plan.crops)
+    if None in grids:
+        calls = encodings_of(config, None, None, len(plans))
+        return prompt_of(config, calls, len(plans), None, text), calls
+    sizes = [ImageSize(tuple(crop.tokens for crop in plan.crops), (plan.visual,)) for plan in plans]
+    prompt = Prompt(sizes, text + sum(len(plan.marks) for plan in plans))
+    return prompt, [(image_of(config, None, grid), Fraction(count)) for grid, count in grids.items()]
 
 
 def vision_of(config: Any) -> Any:

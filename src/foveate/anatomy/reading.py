@@ -141,6 +141,19 @@ class Anatomy:
         raise NotApplicable(Reason.NO_TOWER_ATTENTION, f"{name} has no vision tower by a known name, so its attention cannot be read")
 
     @property
+    def visual(self) -> dict[nn.Module, str]:
+        """The modules beside the language model that see or pass on images and videos, each with its part: "tower" or "bridge"."""
+        towers = {self.tower_of(modality) for modality in ("image", "video")} if self.has_tower else set()
+        parts: dict[nn.Module, str] = {}
+        for child in self.core.children():
+            if any(module is self.decoder for module in child.modules()):
+                continue
+            called = child if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
+            for module in called.values() if isinstance(called, nn.ModuleDict) else called:
+                parts[module] = "tower" if module in towers else "bridge"
+        return parts
+
+    @property
     def merge(self) -> int | None:
         """Sides of the block of patches that becomes one token, where the vision configuration says so (the Qwen-VL way)."""
         config = getattr(getattr(self.core, "config", None), "vision_config", None)

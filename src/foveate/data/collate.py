@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,26 @@ from foveate.data.chat import Renderer, Tokenised, Turns
 from foveate.data.conversations import Conversation
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor
+from foveate.tokens import ImagePlan
 
 IGNORED = -100
 SPECIAL = 4  # tokens that a tokenizer may add to a text
 
 
-def expand(found: Tokenised, image_token_id: int, images: int, per_image: int, max_length: int) -> Tokenised:
-    """Every image token made `per_image` placeholders, and the end cut off behind `max_length` tokens.
+def expand(found: Tokenised, image_token_id: int, plans: Sequence[ImagePlan], max_length: int) -> Tokenised:
+    """Every image token made the placeholders of its plan, and the end cut off behind `max_length` tokens.
 
     FoveateError if there are more or fewer image tokens than images, or if an image or all answers would be lost with the end."""
     is_image = found.ids == image_token_id
-    if is_image.sum() != images:
-        raise FoveateError(f"has {images} images but the chat template makes {is_image.sum()} image tokens of its text")
-    repeats = np.where(is_image, per_image, 1)
+    if is_image.sum() != len(plans):
+        raise FoveateError(f"has {len(plans)} images but the chat template makes {is_image.sum()} image tokens of its text")
+    repeats = np.ones_like(found.ids)
+    repeats[is_image] = [plan.tokens for plan in plans]
     ids, supervised = np.repeat(found.ids, repeats), np.repeat(found.supervised, repeats)
     if len(ids) > max_length:
         if (ids[max_length:] == image_token_id).any():
-            raise FoveateError(
-                f"has {len(ids)} tokens, {images} x {per_image} of them visual; cutting it to max_length {max_length} would cut an image"
-            )
+            visual = " + ".join(f"{len(list(alike))} x {tokens}" for tokens, alike in groupby(plan.tokens for plan in plans))
+            raise FoveateError(f"has {len(ids)} tokens, {visual} of them visual; cutting it to max_length {max_length} would cut an image")
         ids, supervised = ids[:max_length], supervised[:max_length]
     if not supervised.any():
         raise FoveateError(f"has no token of an answer within max_length {max_length}")
@@ -61,8 +63,8 @@ class Fit:
                 raise FoveateError(f"has {images} images but the chat template makes {found} image tokens of its text")
             if len(text.encode()) + images * self.per_image + SPECIAL <= self.max_length:
                 return ""
-            whole, per_image = self.renderer.encode(text, spans), max(1, self.per_image)
-            kept = expand(whole, self.renderer.image_token_id, images, per_image, self.max_length)
+            whole, plans = self.renderer.encode(text, spans), [ImagePlan.whole(max(1, self.per_image))] * images
+            kept = expand(whole, self.renderer.image_token_id, plans, self.max_length)
             self.cut += cuts(whole.supervised, kept.supervised)
         except FoveateError as error:
             return str(error)
@@ -112,7 +114,7 @@ class Collator:
             raise FoveateError(f"{type(processor).__name__} says itself what stands for an image: use foveate.data.library.LibraryCollator")
         self.renderer = Renderer(processor)
         self.image_processor = processor.image_processor
-        self.per_image = image_tokens(processor)
+        self.plan_image = processor.plan_image
         self.max_length = max_length
         self.pad = self.renderer.tokenizer.pad_token_id
         if self.pad is None:
@@ -127,9 +129,13 @@ class Collator:
             if self._memory is not None:
                 self._memory[sample.index] = found
         try:
-            return expand(found, self.renderer.image_token_id, len(sample.images), self.per_image, self.max_length)
+            return expand(found, self.renderer.image_token_id, self.plans(sample), self.max_length)
         except FoveateError as error:
             raise FoveateError(f"sample {sample.id} {error}") from None
+
+    def plans(self, sample: Conversation) -> list[ImagePlan]:
+        """What each image of a sample becomes."""
+        return [self.plan_image(image.height, image.width) for image in sample.images]
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
         encoded = [self.encode(sample) for sample in samples]

@@ -16,6 +16,7 @@ from foveate.data.chat import Renderer, Spans, Tokenised
 from foveate.data.collate import IGNORED, Cut, cuts, image_tokens
 from foveate.data.conversations import MARKER, Conversation
 from foveate.errors import FoveateError
+from foveate.tokens import ImagePlan
 
 OWN = {"input_ids", "attention_mask", "labels", "offset_mapping", "text_replacement_offsets"}
 
@@ -44,7 +45,12 @@ class LibraryCollator:
         if self.pad is None:
             raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
         self.sequences = {"token_type_ids", "mm_token_type_ids"} & set(processor.model_input_names)
+        self.plan = ImagePlan.whole(image_tokens(processor))
         self.cut: list[Cut] = []
+
+    def plans(self, sample: Conversation) -> list[ImagePlan]:
+        """What each image of a sample becomes; of no token where that depends on the image and is seen in the batch only."""
+        return [self.plan] * len(sample.images)
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
         rows: list[Row | None] = [None] * len(samples)

@@ -30,10 +30,11 @@ from foveate.data.pixels import open_image
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell, write_json
+from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell
 from foveate.evaluation.run import answer, answering, load_model, progress_bar, prompts, shrunk, tell_cut_thoughts
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import Sample, Task, load_task
+from foveate.files import write_json
 from foveate.inference import Broken
 from foveate.machine import environment
 from foveate.reducers import Reducer, in_model, parse, prepare, spell

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
+from foveate.files import write_json
 
 BENCH, CELLS = "bench.json", "cells"
 
@@ -93,14 +93,6 @@ class Bench:
         if found is None:
             raise FoveateError(f"{self.folder}: the bare model has not answered {task} yet; run the same bench command to go on")
         return found
-
-
-def write_json(path: Path, content: Any) -> None:
-    """At once or not at all, so that a kill never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def save_cell(folder: Path, cell: Cell) -> None:

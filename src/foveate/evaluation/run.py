@@ -31,6 +31,7 @@ from foveate.data.rows import read_json
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, readable
 from foveate.evaluation.metrics import FAMILIES, FamilyScore, check_truth, score_family
+from foveate.files import write_json
 from foveate.reducers import Reducer, in_model, parse, prepare, saved_reducers, spell
 
 log = logging.getLogger(__name__)
@@ -88,9 +89,7 @@ class Result:
         return {**asdict(self), "mean": self.mean}
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Result:

@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.errors import FoveateError
-from foveate.evaluation.cells import Bench, Cell, write_json
+from foveate.evaluation.cells import Bench, Cell
 from foveate.evaluation.paired import Paired, compare
+from foveate.files import write, write_json
 
 LEVELS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 LEGEND = (
@@ -108,8 +109,8 @@ def write_tables(bench: Bench) -> None:
     writer = csv.DictWriter(text, list(flat[0]) if flat else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    (bench.folder / "summary.csv").write_text(text.getvalue(), encoding="utf-8")
-    (bench.folder / "table.md").write_text(markdown(bench), encoding="utf-8")
+    write(bench.folder / "summary.csv", text.getvalue())
+    write(bench.folder / "table.md", markdown(bench))
 
 
 def print_table(bench: Bench, console: Console) -> None:

@@ -2,15 +2,22 @@
 
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from foveate.bridges import complete_config
+from foveate.bridges import Bridge, build_bridge, complete_config
 from foveate.errors import FoveateError
+from foveate.tokens import ImagePlan
 
 # What transformers' Auto classes say of a saved model where foveate has not been imported. They look for the code of an unknown model in
 # the "repository" in front of the dashes; this can never be the name of one, so nothing is fetched or run in its stead.
 NEEDS = "the Python package foveate is needed: pip install foveate, then `import foveate` before loading (trust_remote_code does not help)."
+
+
+def plan_image(bridge: Bridge, grid: tuple[int, int]) -> ImagePlan:
+    """What any image becomes where it is resized to a `grid` of patches and seen whole."""
+    return ImagePlan.whole(bridge.tokens(grid), grid)
 
 
 class FoveateConfig(PreTrainedConfig):
@@ -83,6 +90,11 @@ class FoveateConfig(PreTrainedConfig):
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of patches of an input image."""
         return self.patch_grid(self.image_size, self.image_size)
+
+    def plan_image(self, height: int, width: int) -> ImagePlan:
+        """What an image of `height` x `width` pixels becomes. FoveateError if the bridge cannot take its grid."""
+        with torch.device("meta"):
+            return plan_image(build_bridge(self.bridge), self.grid)
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches of an image of `height` x `width` pixels; the rest that fills no patch is not seen by a tower."""

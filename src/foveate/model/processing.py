@@ -11,7 +11,8 @@ from transformers.processing_utils import MultiModalData
 
 from foveate.bridges import build_bridge
 from foveate.errors import FoveateError
-from foveate.model.configuration import NEEDS
+from foveate.model.configuration import NEEDS, plan_image
+from foveate.tokens import ImagePlan
 
 # Chat templates of language models take a message's content as text. This puts lists of parts into that form first; an image becomes the
 # marker, on a line of its own where something follows, as in LLaVA's data.
@@ -59,7 +60,7 @@ class FoveateProcessor(ProcessorMixin):
     """Tokenizer and image processor of a Foveate model.
 
     Every image is resized to `image_size` x `image_size` pixels, whatever its shape, without crop or border, as Chain-of-Sight's code does.
-    `num_image_tokens` is the number of placeholders that each image marker in a prompt becomes.
+    `plan_image` says what becomes of an image, `num_image_tokens` how many placeholders each image marker in a prompt becomes.
 
     `chat_template` is used as it is; without one it is the tokenizer's own (or LLaVA-1.5's), led by a part that turns
     {"type": "image"} content into image markers.
@@ -87,13 +88,22 @@ class FoveateProcessor(ProcessorMixin):
     def set_bridge(self, bridge: Mapping[str, Any], image_size: int) -> None:
         """From now on images are `image_size` pixels wide and high and become as many tokens as `bridge` makes of them."""
         with torch.device("meta"):
-            tokens = build_bridge(bridge).tokens((image_size // self.patch_size, image_size // self.patch_size))
-        self.bridge, self.image_size, self.num_image_tokens = dict(bridge), image_size, tokens
+            self._plan = plan_image(build_bridge(bridge), (image_size // self.patch_size, image_size // self.patch_size))
+        self.bridge, self.image_size = dict(bridge), image_size
         square = {"height": image_size, "width": image_size}
         resize = {"do_resize": True, "size": square, "crop_size": square, "do_center_crop": False, "do_pad": False, "do_convert_rgb": True}
         for name, value in resize.items():
             if hasattr(self.image_processor, name):
                 setattr(self.image_processor, name, value)
+
+    def plan_image(self, height: int, width: int) -> ImagePlan:
+        """What an image of `height` x `width` pixels becomes."""
+        return self._plan
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Placeholders of an image, whatever its shape."""
+        return self._plan.tokens
 
     def resized(self, image_size: int) -> Self:
         """A processor that makes images `image_size` pixels wide and high, rounded to whole patches; the model takes images of both.
@@ -134,7 +144,8 @@ class FoveateProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         if image_sizes is None:
             return MultiModalData()
-        return MultiModalData(num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+        plans = [self.plan_image(*size) for size in image_sizes]
+        return MultiModalData(num_image_tokens=[plan.tokens for plan in plans], num_image_patches=[len(plan.crops) for plan in plans])
 
 
 def forget_last_call(tokenizer: Any) -> None:

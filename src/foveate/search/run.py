@@ -22,9 +22,10 @@ from typing import Any
 from foveate.accounting.predict import observed
 from foveate.errors import FoveateError
 from foveate.evaluation.bench import Asked, answered, limited, model_hash
-from foveate.evaluation.cells import Cell, write_json
+from foveate.evaluation.cells import Cell
 from foveate.evaluation.run import answering, load_model, progress_bar
 from foveate.evaluation.tasks import Task, load_task
+from foveate.files import write_json
 from foveate.reducers import Reducer, save_reducers, spell
 from foveate.reducers.base import SAVED_NAME
 from foveate.reducers.common import meant

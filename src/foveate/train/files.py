@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
+from foveate.files import sync, write, write_json
 
 MARK = "complete"
 KEPT = 2  # checkpoints of the stage under way
@@ -25,29 +26,10 @@ KEPT = 2  # checkpoints of the stage under way
 HARMLESS = {"report_to", "output", "save_steps", "log_steps", "workers", "micro_batch", "on_bad_sample", "on_bad_image", "validation"}
 
 
-def write(path: Path, text: str) -> None:
-    """All or nothing, and on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def mark(folder: Path) -> None:
     """Declare a folder complete: everything in it reaches the disk before the mark does."""
     for path in folder.rglob("*"):
-        _sync(path)
+        sync(path)
     write(folder / MARK, "")
 
 
@@ -118,7 +100,7 @@ def claim(output: Path, now: dict[str, Any]) -> None:
         return
     (output / "final" / MARK).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
-    write(output / "recipe.json", json.dumps(now, indent=1) + "\n")
+    write_json(output / "recipe.json", now)
 
 
 def bound(output: Path) -> Any:

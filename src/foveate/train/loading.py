@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from foveate.data.collate import Collator
 from foveate.data.conversations import Conversation, Conversations
+from foveate.data.library import LibraryCollator
 from foveate.errors import FoveateError
 
 log = logging.getLogger(__name__)
@@ -16,6 +18,8 @@ log = logging.getLogger(__name__)
 class Loading:
     """What a data loader collates: items of `data`, read and made a batch by `collator`.
 
+    A batch has `plans`, what each image of each of its samples becomes.
+
     What the check before training could not see is found here: an image that has gone, or one whose tokens are too many. By the policy
     "stop" that is a FoveateError that names the sample. By "skip" the sample is named in the log and in the file `skipped`, and the next
     one of the data set stands in its place, so that a batch is always full. `lost`: where to note what `max_length` cuts, one line a
@@ -23,22 +27,27 @@ class Loading:
     """
 
     def __init__(
-        self, data: Conversations, collator: Callable[[Sequence[Conversation]], Any], policy: str, skipped: Path, lost: Path | None = None
+        self, data: Conversations, collator: Collator | LibraryCollator, policy: str, skipped: Path, lost: Path | None = None
     ) -> None:
         self.data, self.collator, self.policy, self.skipped, self.lost = data, collator, policy, skipped, lost
 
     def __call__(self, items: Sequence[int]) -> Any:
         try:
-            batch = self.collator([self.data[item] for item in items])
+            batch = self._batch([self.data[item] for item in items])
         except FoveateError as error:
             if self.policy == "stop":
                 raise FoveateError(f"{error}. Repair it, or set on_bad_sample: skip to go on without it") from None
-            batch = self.collator([self._sound(item) for item in items])
+            batch = self._batch([self._sound(item) for item in items])
         if self.lost is not None:
             cut: list[Any] = getattr(self.collator, "cut", [])
             _append(self.lost, "".join(f"{one.tokens} {one.of} {one.answers}\n" for one in cut))
             cut.clear()
         return batch
+
+    def _batch(self, samples: Sequence[Conversation]) -> dict[str, Any]:
+        batch: dict[str, Any] = self.collator(samples)
+        batch.pop("images", None)
+        return batch | {"plans": [self.collator.plans(sample) for sample in samples]}
 
     def _sound(self, item: int) -> Conversation:
         """The sample, or the first one after it that can be used."""

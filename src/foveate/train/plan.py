@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,30 +20,25 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
-from foveate.accounting import CONVENTION, Trained, image_shape, image_tokens, parameters, predict, trainable
+from foveate.accounting import CONVENTION, image_shape, parameters, predict, trainable
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
-from foveate.errors import FoveateError
-from foveate.model.assembly import refuse_file
-from foveate.model.configuration import FoveateConfig
 from foveate.reducers import parse, visual_tokens
 from foveate.train.recipe import Stage, load_recipe
-from foveate.train.schedule import Part, stage_steps
-from foveate.train.stages import cautions, check, model_folder, naming, walk
+from foveate.train.schedule import stage_steps
+from foveate.train.stages import Setup, naming, read_config, walk
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
-KNOWN: dict[str, tuple[type[PreTrainedConfig], dict[str, int]]] = {
-    "openai/clip-vit-large-patch14": (CLIPVisionConfig, {**CLIP_L, "image_size": 224}),
-    "openai/clip-vit-large-patch14-336": (CLIPVisionConfig, {**CLIP_L, "image_size": 336}),
-    "lmsys/vicuna-7b-v1.5": (
-        LlamaConfig,
-        {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
+KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
+    "openai/clip-vit-large-patch14": partial(CLIPVisionConfig, **CLIP_L, image_size=224),
+    "openai/clip-vit-large-patch14-336": partial(CLIPVisionConfig, **CLIP_L, image_size=336),
+    "lmsys/vicuna-7b-v1.5": partial(
+        LlamaConfig, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ),
-    "lmsys/vicuna-13b-v1.5": (
-        LlamaConfig,
-        {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40, "vocab_size": 32000},
+    "lmsys/vicuna-13b-v1.5": partial(
+        LlamaConfig, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40, vocab_size=32000
     ),
 }
 
@@ -103,11 +99,9 @@ def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens:
     """The plan of a recipe. `text_tokens`: of text in each sample, beside its one image; the default counts visual tokens alone."""
     recipe = load_recipe(recipe_path, overrides)
     stages = []
-    for stage, config in walk(recipe, read_config):
-        trained = check(stage, config)
-        with naming(stage):
-            planned = plan_stage(needed_blocks(config), stage, trained, text_tokens)
-        stages.append(replace(planned, notes=[*planned.notes, *cautions(stage, config)]))
+    for setup in walk(recipe, partial(read_config, known=KNOWN)):
+        with naming(setup.stage):
+            stages.append(plan_stage(setup, text_tokens))
     costs = [stage.cost for stage in stages]
     if known := [cost for cost in costs if cost is not None]:
         whole = len(known) == len(costs)
@@ -118,45 +112,19 @@ def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens:
     return Plan(recipe.name, text_tokens, CONVENTION, stages)
 
 
-def needed_blocks(config: Any) -> Any:
-    """`config` without the blocks of the tower above the deepest feature level: no visual token depends on them."""
-    if not isinstance(config, FoveateConfig):
-        return config
-    blocks = config.vision_config.num_hidden_layers
-    levels = [level if level >= 0 else blocks + 1 + level for level in config.vision_feature_layer]
-    config = deepcopy(config)
-    config.vision_feature_layer, config.vision_config.num_hidden_layers = levels, max(1, *levels)
-    return config
-
-
-def read_config(name: str, key: str) -> Any:
-    """The table's, a folder's, a shipped asset's or the hub's configuration of a model."""
-    if name in KNOWN:
-        kind, numbers = KNOWN[name]
-        return kind(**numbers)
-    name = model_folder(name)
-    refuse_file(name, {"text": "language model", "vision": "vision tower"}.get(key, key))
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise FoveateError(
-            f"model.{key}: no configuration of {name!r} here: {str(error).splitlines()[0].rstrip('.')}. Give a folder with its config.json "
-            f"(weights are not needed), or one of {', '.join(KNOWN)}"
-        ) from None
-
-
-def plan_stage(config: Any, stage: Stage, trained: Trained, text_tokens: int) -> StagePlan:
+def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
+    config, stage, trained = setup.used, setup.stage, setup.trained
     (size, _), grid = image_shape(config)
-    per_image, layers = image_tokens(config), config.get_text_config().num_hidden_layers
-    parts = [part_plan(config, *slot, text_tokens=text_tokens, trained=trained) for slot in slots(stage.parts)]
+    per_image, layers = setup.image.visual, config.get_text_config().num_hidden_layers
+    parts = [part_plan(setup, *slot, text_tokens=text_tokens) for slot in setup.slots]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
-    counted, notes = resized(config, size, trained)
+    counted, notes = resized(setup, size)
     samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
     return StagePlan(
         name=stage.name,
         image_size=size,
         grid=grid,
-        tokens_by_scale=by_scale(config, grid) or [per_image],
+        tokens_by_scale=by_scale(setup, grid) or [per_image],
         tokens_per_image=per_image,
         parameters=parameters(counted),
         trainable=trainable(counted, trained),
@@ -169,23 +137,16 @@ def plan_stage(config: Any, stage: Stage, trained: Trained, text_tokens: int) ->
         steps=steps,
         samples=samples,
         share=None,
-        notes=notes,
+        notes=[*notes, *setup.cautions],
     )
 
 
-def slots(parts: Sequence[Part]) -> list[tuple[Fraction, str]]:
-    """(share, reducers) of a schedule; the members of a cycle share its steps."""
-    parts = parts or [Part(Fraction(1))]
-    return [(part.share / len(part.cycle), reducers) for part in parts for reducers in part.cycle]
-
-
-def part_plan(config: Any, share: Fraction, spelled: str, *, text_tokens: int, trained: Trained) -> PartPlan:
-    reducers, layers = parse(spelled), config.get_text_config().num_hidden_layers
-    counts = visual_tokens(reducers, per_image := image_tokens(config), layers)
-    forward, training = (
-        predict(config, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens)
-        for mode in ("prefill", "train")
-    )
+def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) -> PartPlan:
+    reducers, layers = parse(spelled), setup.config.get_text_config().num_hidden_layers
+    counts = visual_tokens(reducers, per_image := setup.image.visual, layers)
+    given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
+    head_tokens = setup.image.tokens + text_tokens
+    forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
     return PartPlan(
         share,
         spelled,
@@ -198,9 +159,10 @@ def part_plan(config: Any, share: Fraction, spelled: str, *, text_tokens: int, t
     )
 
 
-def resized(config: Any, size: int, trained: Trained) -> tuple[Any, list[str]]:
-    """`config` with the tower's position table at the stage's size, as the papers count a tower that is trained there."""
-    if not isinstance(config, FoveateConfig) or not trained.tower or size == (native := config.native_size):
+def resized(setup: Setup, size: int) -> tuple[Any, list[str]]:
+    """The configuration with the tower's position table at the stage's size, as the papers count a tower that is trained there."""
+    config, trained = setup.used, setup.trained
+    if not setup.assembled or not trained.tower or size == (native := config.native_size):
         return config, []
     changed = deepcopy(config)
     changed.vision_config.image_size = size
@@ -210,8 +172,8 @@ def resized(config: Any, size: int, trained: Trained) -> tuple[Any, list[str]]:
     ]
 
 
-def by_scale(config: Any, grid: tuple[int, int]) -> list[int]:
-    scales = config.bridge.get("scales", []) if isinstance(config, FoveateConfig) else []
+def by_scale(setup: Setup, grid: tuple[int, int]) -> list[int]:
+    scales = getattr(setup.bridge, "scales", [])
     return [(grid[0] // window) * (grid[1] // window) * queries for window, queries in scales]
 
 

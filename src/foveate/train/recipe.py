@@ -312,8 +312,9 @@ class Recipe(Strict):
             raise ValueError(f"two stages are called {double[0]}: names of stages must differ")
         return self
 
-
-# ---- reading -------------------------------------------------------------------------------------------------------------------------
+    def folder(self, index: int) -> Path:
+        """Where stage `index` puts its checkpoints and its model."""
+        return self.output / f"{index}-{self.stages[index].name}"
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,47 +1,130 @@
 """The stages of a recipe one after the other, as configurations: what each begins with, and whether the model has all that it asks for.
 
-Nothing here needs weights. `foveate train` looks at every stage before the first step, and `foveate plan` looks at the same.
+Nothing here needs weights. `foveate train` takes this walk before its first step, and `foveate plan` takes the same.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 import foveate.model  # noqa: F401  registers the Auto classes
-from foveate.accounting import Trained
+from foveate.accounting import Trained, image_shape, image_tokens
 from foveate.accounting.dry_run import encode, skeleton
 from foveate.anatomy import read
 from foveate.bridges import Bridge, build_bridge, complete_config
 from foveate.contract import InEncoder
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
+from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse
 from foveate.reducers.base import acting
-from foveate.train.recipe import Lora, LoraOf, Model, Recipe, Stage
+from foveate.tokens import ImagePlan
+from foveate.train.recipe import BridgeScales, Lora, LoraOf, Model, Recipe, Stage
+from foveate.train.schedule import Part
 from foveate.world import resolve
 
 MOST = 2**24
 Read = Callable[[str, str], Any]  # (name, "vision" | "text" | "checkpoint") -> the configuration of that model
 
 
-def walk(recipe: Recipe, load: Read) -> Iterator[tuple[Stage, Any]]:
-    """Each stage with the configuration that its model has in it. FoveateError naming the stage whose bridge or image size does not fit."""
+@dataclass(frozen=True)
+class Setup:
+    """A stage and what is known of its model without weights.
+
+    before, config  the model's configuration as the stage finds it, and as it trains it
+    trained         what its steps update, LoRA targets by name
+    cautions        what is possible and perhaps not meant
+    """
+
+    stage: Stage
+    before: Any
+    config: Any
+    trained: Trained
+    cautions: list[str]
+
+    @property
+    def assembled(self) -> bool:
+        """Whether the model is one of Foveate's own, which can be resized."""
+        return is_assembled(self.config)
+
+    @cached_property
+    def bridge(self) -> Bridge | None:
+        """The bridge on the meta device; None in a model of the library, whose bridge stays as it is."""
+        return build(self.config.bridge) if self.assembled else None
+
+    @cached_property
+    def image(self) -> ImagePlan:
+        """What an image becomes. FoveateError where only the processor of a model of the library knows."""
+        if self.assembled:
+            plan: ImagePlan = self.config.plan_image(self.config.image_size, self.config.image_size)
+            return plan
+        return ImagePlan.whole(image_tokens(self.config), image_shape(self.config)[1])
+
+    @property
+    def used(self) -> Any:
+        """The configuration without the tower's blocks above the deepest feature level: no visual token depends on them."""
+        if not self.assembled:
+            return self.config
+        blocks = self.config.vision_config.num_hidden_layers
+        levels = [level if level >= 0 else blocks + 1 + level for level in self.config.vision_feature_layer]
+        config = deepcopy(self.config)
+        config.vision_feature_layer, config.vision_config.num_hidden_layers = levels, max(1, *levels)
+        return config
+
+    @property
+    def slots(self) -> list[tuple[Fraction, str]]:
+        """(share, reducers) of the schedule; the members of a cycle share its steps."""
+        parts = self.stage.parts or [Part(Fraction(1))]
+        return [(part.share / len(part.cycle), reducers) for part in parts for reducers in part.cycle]
+
+
+def walk(recipe: Recipe, load: Read) -> Iterator[Setup]:
+    """Each stage as it will be, everything checked that needs no weights.
+
+    FoveateError naming the stage: a bridge or image size that does not fit, LoRA targets that are not there, an image size that the tower
+    does not take, reducers that the model cannot serve, and samples longer than the positions that a language model has learned."""
     config = start(recipe.model, recipe.stages[0], load)
     for stage in recipe.stages:
         with naming(stage):
-            config = advance(config, stage)
-        yield stage, config
+            before, config = config, advance(config, stage)
+            setup = Setup(stage, before, config, check(stage, config), cautions(stage, config))
+        yield setup
+
+
+def read_config(name: str, key: str, known: Mapping[str, Callable[[], Any]] = MappingProxyType({})) -> Any:
+    """The configuration of a model: that of `known` by its name, a folder's, a shipped asset's or the hub's. `key`: of the recipe's
+    `model`. FoveateError if there is none."""
+    if name in known:
+        return known[name]()
+    what = {"vision": "vision tower", "text": "language model", "checkpoint": "checkpoint"}[key]
+    refuse_file(name, what)
+    try:
+        return AutoConfig.from_pretrained(model_folder(name))
+    except (OSError, ValueError) as error:
+        more = f", or one of {', '.join(known)}" if known else ""
+        raise FoveateError(
+            f"model.{key}: the {what} {name!r} could not be loaded: {first_line(error).rstrip('.')}. Give a folder with its "
+            f"config.json{more}"
+        ) from None
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class naming:
@@ -80,21 +163,27 @@ def first_bridge(model: Model, first: Stage) -> dict[str, Any]:
     return {**(model.bridge or {}), **({"scales": first.bridge.scales} if first.bridge is not None else {})}
 
 
-def wants_scaling(stage: Stage, bridge: dict[str, Any]) -> bool:
-    return stage.bridge is not None and [tuple(scale) for scale in bridge.get("scales", [])] != stage.bridge.scales
+def growth(stage: Stage, config: Any) -> BridgeScales | None:
+    """The scales that the bridge grows to as the stage begins; None where it stays."""
+    if stage.bridge is None or [tuple(scale) for scale in config.bridge.get("scales", [])] == stage.bridge.scales:
+        return None
+    return stage.bridge
+
+
+def is_assembled(config: Any) -> bool:
+    return isinstance(config, FoveateConfig)
 
 
 def advance(config: Any, stage: Stage) -> Any:
     """The configuration in `stage`: its image size, and its bridge, scaled from the one before."""
-    if not isinstance(config, FoveateConfig):
+    if not is_assembled(config):
         refuse_resizing(stage, config)
         return config
     size = stage.image_size or config.image_size
     grid = config.patch_grid(size, size)
     bridge = build(config.bridge)
-    if wants_scaling(stage, config.bridge):
-        assert stage.bridge is not None
-        bridge = bridge.scaled(scales=stage.bridge.scales, grid=grid[0], sources=stage.bridge.sources)
+    if (to := growth(stage, config)) is not None:
+        bridge = bridge.scaled(scales=to.scales, grid=grid[0], sources=to.sources)
     if (tokens := bridge.tokens(grid)) > MOST:
         raise FoveateError(f"the bridge makes {tokens:,} visual tokens of an image; no language model takes more than {MOST:,}")
     config = deepcopy(config)
@@ -137,33 +226,27 @@ def model_folder(name: str) -> str:
 
 
 def check(stage: Stage, config: Any) -> Trained:
-    """Looks for everything that can be known of a stage without weights; returns what it trains, LoRA targets by name.
-
-    FoveateError for LoRA targets that are not there, an image size that the tower does not take, reducers that the model cannot serve,
-    and samples longer than the positions that a language model has learned."""
-    with naming(stage):
-        part_modules(skeleton(config))
-        trained = trained_parts(stage, skeleton(config))
-        check_positions(stage, config)
-        check_image_size(config)
-        for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
-            check_reducers(parse(spelled), config)
+    """Looks for everything that can be known of a stage without weights; returns what it trains, LoRA targets by name."""
+    part_modules(skeleton(config))
+    trained = trained_parts(stage, skeleton(config))
+    check_positions(stage, config)
+    check_image_size(config)
+    for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
+        check_reducers(parse(spelled), config)
     return trained
 
 
 def part_modules(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """(tower, bridge) of a vision-language model; everything else is the language model. FoveateError if one is not found."""
-    core = read(model).core
-    found = []
-    for what, names in {
-        "vision tower": ("vision_tower", "vision_model", "visual"),
-        "bridge": ("bridge", "multi_modal_projector", "connector", "mm_projector"),
-    }.items():
-        module = next((getattr(core, name) for name in names if isinstance(getattr(core, name, None), nn.Module)), None)
-        if module is None:
-            raise FoveateError(f"{type(model).__name__} has no {what}: none of {', '.join(names)} is there")
-        found.append(module)
-    return found[0], found[1]
+    """(tower, bridge) of a vision-language model as its anatomy has them; everything else is the language model. Where a part is several
+    modules they are one list of modules. FoveateError if one is not found."""
+    anatomy = read(model)
+    parts = anatomy.visual
+    found = {part: [module for module, of in parts.items() if of == part] for part in ("tower", "bridge")}
+    for part, what in (("tower", "vision tower"), ("bridge", "bridge beside its vision tower")):
+        if not found[part]:
+            raise FoveateError(f"{type(model).__name__} has no {what} that is known by its name, so it is not trained by a recipe")
+    tower, bridge = (modules[0] if len(modules) == 1 else nn.ModuleList(modules) for modules in found.values())
+    return tower, bridge
 
 
 def trained_parts(stage: Stage, model: nn.Module) -> Trained:
@@ -219,7 +302,7 @@ def cautions(stage: Stage, config: Any) -> list[str]:
 
 def check_image_size(config: Any) -> None:
     """Of the tower, in front of a bridge that takes any grid. A tower that cannot be run without values is believed."""
-    if not isinstance(config, FoveateConfig) or config.image_size == config.native_size:
+    if not is_assembled(config) or config.image_size == config.native_size:
         return
     config = deepcopy(config)
     config.bridge = complete_config({"kind": "mlp"}, **{name: config.bridge[name] for name in ("levels", "vision_width", "text_width")})
@@ -244,7 +327,7 @@ def check_reducers(reducers: list[Reducer], config: Any) -> None:
     attach(model, reducers, record="none").detach()
     sites = [site for site, _, _ in acting(reducers, len(read(model).layers))]
     needs = [signal for site in sites for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
-    if not isinstance(config, FoveateConfig) or not (needs or any(isinstance(site, InEncoder) for site in sites)):
+    if not is_assembled(config) or not (needs or any(isinstance(site, InEncoder) for site in sites)):
         return
     try:
         encode(config, pictures(config), needs)

@@ -26,14 +26,14 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foveate.data.collate import IGNORED
 from foveate.data.conversations import SHOWN, row_id
-from foveate.engine.attach import attach
-from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
+from foveate.tokens import ImagePlan
 from foveate.train import files
-from foveate.train.loading import Loading
+from foveate.train.account import Costs, Since, Totals
+from foveate.train.callbacks import Flow, Held, ReducerSwitch
 from foveate.train.order import Order, ProcessBatches
-from foveate.train.schedule import NONE, Part, reducer_at
+from foveate.train.schedule import NONE, Part
 from foveate.train.stages import part_modules
 from foveate.train.stand_in import StandIn
 
@@ -42,26 +42,6 @@ log = logging.getLogger(__name__)
 PROGRESS = "progress.json"
 NUMBERS = ("loss", "validation_loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
 QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
-
-
-@dataclass
-class Totals:
-    """What a run has done so far, over all its stages and processes."""
-
-    images: int = 0
-    seconds: float = 0.0
-    flops: float | None = 0.0  # None from the first batch on whose FLOPs cannot be counted
-    supervised: int = 0
-
-
-@dataclass
-class Since:
-    """What has come together since the last logged step."""
-
-    loss: float = 0.0
-    steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
 
 
 @dataclass
@@ -81,14 +61,6 @@ class StageInfo:
     bf16_copy: bool = False
 
 
-@dataclass(frozen=True)
-class Held:
-    """What loads the samples that are held back from training, and every how many steps their loss is logged."""
-
-    loading: Loading
-    every: int
-
-
 class BFloat16Copy:
     """Calls a module on a bfloat16 copy of its floating-point parameters; gradients arrive at the parameters themselves in their own
     precision. Where autocast casts operation by operation and keeps activations in float32, this casts once a step."""
@@ -99,66 +71,6 @@ class BFloat16Copy:
     def __call__(self, **inputs: Any) -> Any:
         copies = {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in self.module.named_parameters()}
         return functional_call(self.module, copies, (), inputs)
-
-
-class Costs:
-    """FLOPs of a training step by `foveate.accounting`; real tokens are counted, padding is not. NaN where they cannot be counted: that is
-    no reason to stop a run."""
-
-    def __init__(self, config: Any, trained: Any) -> None:
-        self.config, self.trained = config, trained
-        self._known: dict[tuple[str, int, int], float] = {}
-
-    def of(self, reducer: str, images: int, text: int) -> float:
-        key = (reducer, images, text)
-        if key not in self._known:
-            from foveate.accounting import predict
-
-            try:
-                ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)
-                self._known[key] = float(ledger.total_flops)
-            except Exception as error:  # whatever a configuration of another make brings about
-                if not any(math.isnan(flops) for flops in self._known.values()):
-                    log.warning("FLOPs are not logged, they cannot be counted for this model: %s", error or type(error).__name__)
-                self._known[key] = math.nan
-        return self._known[key]
-
-
-class ReducerSwitch(TrainerCallback):
-    """Before each optimiser step, the reducer that the schedule names for it; hooks are only changed when it changes."""
-
-    def __init__(self, model: nn.Module, parts: Sequence[Part], steps: int) -> None:
-        self.model, self.parts, self.steps = model, parts, steps
-        self.current = NONE
-        self._run: Run | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch(reducer_at(self.parts, state.global_step, self.steps))
-
-    def switch(self, reducer: str) -> None:
-        if reducer == self.current:
-            return
-        if self._run is not None:
-            self._run.detach()
-            self._run = None
-        if reducer != NONE:
-            self._run = attach(self.model, parse(reducer), record="none")
-        self.current = reducer
-
-
-class Flow(TrainerCallback):
-    """When to log and when to save. The Trainer's own saves once more at the very end and keeps its intervals in the checkpoint."""
-
-    def __init__(self, log_steps: int, save_steps: int, steps: int, held: Held | None) -> None:
-        self.log_steps, self.save_steps, self.steps, self.held = log_steps, save_steps, steps, held
-
-    def validates(self, step: int) -> bool:
-        return self.held is not None and (step % self.held.every == 0 or step == self.steps)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        step = state.global_step
-        control.should_log = step == 1 or step % self.log_steps == 0 or step == self.steps or self.validates(step)
-        control.should_save = step % self.save_steps == 0 and step < self.steps
 
 
 class ProgressLine(TrainerCallback):
@@ -316,8 +228,8 @@ class FoveateTrainer(Trainer):
     _step_images = 0
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        # Some processors make several crops of an image, or stack its patches: they say how many images there are.
-        images = int(inputs.pop("images")) if "images" in inputs else len(inputs["pixel_values"]) if "pixel_values" in inputs else 0
+        plans = inputs.pop("plans")
+        images = sum(map(len, plans))
         step, begun = self._micro
         if step != self.state.global_step:
             step, begun, self._step_images = self.state.global_step, 0, 0
@@ -328,7 +240,7 @@ class FoveateTrainer(Trainer):
             self._count(int((inputs["input_ids"] == self.stage.image_token_id).sum()), images)
         self._supervised += int((inputs["labels"] >= 0).sum())
         if self.costs is not None:
-            self._flops += self._cost(self.costs, inputs)
+            self._flops += self._cost(self.costs, inputs, plans)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.stand_in is not None and self.trains_text and self.accelerator.sync_gradients:
             seen = self.accelerator.reduce(torch.tensor(self._step_images, device=self.args.device), reduction="sum")
@@ -341,12 +253,10 @@ class FoveateTrainer(Trainer):
         self._loss = loss.double() if self._loss is None else self._loss + loss
         return loss
 
-    def _cost(self, costs: Costs, inputs: dict[str, Any]) -> float:
-        """FLOPs of a step on these inputs."""
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        visual = (inputs["input_ids"] == self.stage.image_token_id).sum(1).tolist()
-        reducer, each = self.switch.current, self.stage.per_image
-        return sum(costs.of(reducer, slots // each, length - slots) for length, slots in zip(lengths, visual, strict=True))
+    def _cost(self, costs: Costs, inputs: dict[str, Any], plans: Sequence[Sequence[ImagePlan]]) -> float:
+        """FLOPs of a step on these inputs, whose rows have images that become `plans`."""
+        rows = zip(inputs["attention_mask"].sum(1).tolist(), plans, strict=True)
+        return sum(costs.of(self.switch.current, tuple(row), length - sum(plan.tokens for plan in row)) for length, row in rows)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
@@ -396,7 +306,7 @@ class FoveateTrainer(Trainer):
             for number, batch in enumerate(loader, start=1):
                 if number == len(batches) and rows[-1] >= len(samples):
                     batch["labels"][-1] = IGNORED
-                batch.pop("images", None)
+                batch.pop("plans")
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
                 loss = called(**self._prepare_inputs(batch))["loss"]
                 if count:

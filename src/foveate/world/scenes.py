@@ -18,6 +18,7 @@ from PIL import Image
 from rich.progress import track
 
 from foveate.errors import FoveateError
+from foveate.files import write_json
 from foveate.world.pictures import Scene, Split, render, scene
 from foveate.world.questions import DESCRIBE, FAMILIES, Question, caption, conversation, parse_box
 
@@ -61,7 +62,7 @@ def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, pr
         raise FoveateError(f"{out} is not empty and holds no world of scenes; choose an empty or new folder")
     for split in ("train", "test"):
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
-    _write_json(mark, {**parameters, "complete": False})
+    write_json(mark, {**parameters, "complete": False}, indent=None)
     jobs: list[tuple[Path, int, Split, int, int]] = [(out, seed, "train", i, size) for i in range(train)]
     jobs += [(out, seed, "test", i, size) for i in range(test)]
     rows: list[dict[str, Any]] = []
@@ -71,12 +72,12 @@ def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, pr
         for row in track(pool.imap(_write_one, jobs, chunksize=32), "scenes", len(jobs), disable=not progress):
             rows.append(row)
     learn, check = rows[:train], rows[train:]
-    _write_json(out / "pretrain.json", [_talk(row, [(DESCRIBE, row["caption"])]) for row in learn])
-    _write_json(out / "finetune.json", [_talk(row, [(q["question"], q["answer"]) for q in row["questions"]]) for row in learn])
+    write_json(out / "pretrain.json", [_talk(row, [(DESCRIBE, row["caption"])]) for row in learn], indent=0)
+    write_json(out / "finetune.json", [_talk(row, [(q["question"], q["answer"]) for q in row["questions"]]) for row in learn], indent=0)
     questions = [{"id": f"{row['id']}-{i}", "image": row["image"], **q} for row in check for i, q in enumerate(row["questions"])]
-    _write_json(out / "test.json", questions)
-    _write_json(out / "scenes.json", [{key: row[key] for key in ("id", "image", "caption", "things")} for row in check])
-    _write_json(mark, {**parameters, "complete": True})
+    write_json(out / "test.json", questions, indent=0)
+    write_json(out / "scenes.json", [{key: row[key] for key in ("id", "image", "caption", "things")} for row in check], indent=0)
+    write_json(mark, {**parameters, "complete": True}, indent=None)
 
 
 class _Alone:
@@ -114,7 +115,3 @@ def _talk(row: dict[str, Any], turns: list[tuple[str, str]]) -> dict[str, Any]:
     for i, (question, answer) in enumerate(turns):
         said += [{"from": "human", "value": ("" if i else "<image>\n") + question}, {"from": "gpt", "value": answer}]
     return {"id": row["id"], "image": row["image"], "conversations": said}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=0 if isinstance(content, list) else None) + "\n", encoding="utf-8")

@@ -1,0 +1,117 @@
+"""What a stage reads: its samples, checked before the first step, what makes batches of them, and what it notes of them while it runs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import AutoTokenizer
+
+from foveate.data.chat import Renderer
+from foveate.data.collate import Collator, Cut, Fit, told
+from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
+from foveate.data.library import LibraryCollator, image_length
+from foveate.errors import FoveateError
+from foveate.model.processing import FoveateProcessor, default_template
+from foveate.train.opening import open_processor
+from foveate.train.recipe import Data, Recipe, Stage
+from foveate.train.stages import Setup, first_line
+from foveate.world import resolve
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageData:
+    train: Conversations
+    validation: Conversations | None
+
+
+def open_data(recipe: Recipe, stage: Stage, renderer: Renderer, per_image: int, state: PartialState) -> StageData:
+    """What a stage trains on, and what it holds back."""
+
+    def opened(spec: Data, name: str) -> Conversations:
+        return open_samples(recipe, spec, name, Fit(renderer, per_image, stage.max_length), state)
+
+    held = None if stage.validation is None else opened(stage.validation, f"{stage.name}-validation")
+    return StageData(opened(stage.data, stage.name), held)
+
+
+def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: PartialState) -> Conversations:
+    """Samples, each of them and each image checked; the processes share the work."""
+    data = Conversations.open(spec.conversations, spec.images, spec.dataset, spec.split, spec.limit, spec.config)
+    rows = range(len(data.source))[state.process_index :: state.num_processes]
+    columns = (TextColumn("checking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not state.is_main_process) as bar:
+        task = bar.add_task(data.source.name, total=len(rows))
+        bad = find_bad(data.source, cache_file(data.source), rows, fits, lambda done, total: bar.update(task, completed=done))
+    bad = sorted(gather_object(bad), key=lambda sample: sample.index)
+    cut: list[Cut] = gather_object(fits.cut)
+    if state.is_main_process and cut:
+        log.warning("stage %s: %s", name, told(cut, data.source.name, len(data.source), fits.max_length))
+    report = recipe.output / f"bad-samples-{name}.txt"
+    refuse_or_skip(data, bad, spec.on_bad_sample, report if state.is_main_process else None)
+    return data
+
+
+def tokens_per_image(recipe: Recipe, setup: Setup) -> int:
+    """Visual tokens of an image in a stage, 0 where that depends on the image."""
+    if setup.assembled:
+        return setup.image.tokens
+    return image_length(open_processor(recipe.model.checkpoint or "", recipe.model.chat_template))
+
+
+def facts_of(data: StageData) -> dict[str, Any]:
+    """What must not change about the data while a run goes on."""
+    found: dict[str, Any] = {"data": data.train.source.fingerprint, "samples": len(data.train)}
+    if data.validation is not None:
+        found["validation"] = {"data": data.validation.source.fingerprint, "samples": len(data.validation)}
+    return found
+
+
+def open_renderer(recipe: Recipe) -> Renderer:
+    """The chat format that the model will have. FoveateError if the language model has no image token and the recipe adds none."""
+    spec = recipe.model
+    if spec.checkpoint is not None:
+        return Renderer(open_processor(spec.checkpoint, spec.chat_template))
+    assert spec.text is not None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(spec.text))
+    except (OSError, ValueError) as error:
+        raise FoveateError(f"the tokenizer of {spec.text!r} could not be loaded: {first_line(error)}") from None
+    if spec.add_image_token:
+        tokenizer.add_tokens([MARKER], special_tokens=True)
+    elif MARKER not in tokenizer.get_vocab():
+        raise FoveateError(f"the tokenizer of {spec.text!r} has no token {MARKER!r}; set model.add_image_token: true to add it")
+    template = default_template(tokenizer, MARKER, spec.chat_template)
+    return Renderer(SimpleNamespace(tokenizer=tokenizer, chat_template=template, image_token=MARKER))
+
+
+def make_collator(processor: Any, max_length: int, remember: bool = False) -> Any:
+    """What makes batches for a Foveate model, or for one of the library."""
+    if isinstance(processor, FoveateProcessor):
+        return Collator(processor, max_length, remember)
+    return LibraryCollator(processor, max_length)
+
+
+def notes(recipe: Recipe, stage: Stage) -> tuple[Path, Path]:
+    """Where it is noted which samples were skipped in training, and what `max_length` cut off them."""
+    return recipe.output / f"skipped-{stage.name}.txt", recipe.output / f"cut-{stage.name}.txt"
+
+
+def report_notes(recipe: Recipe, stage: Stage, name: str, read: int) -> None:
+    """What the notes of a finished stage, in which `read` samples were read, come to."""
+    skipped, lost = notes(recipe, stage)
+    if skipped.is_file():
+        count = len(set(skipped.read_text(encoding="utf-8").splitlines()))
+        log.warning("stage %s: %d samples turned out bad in training and were skipped (list: %s)", stage.name, count, skipped)
+    if lost.is_file():
+        rows = [Cut(*map(int, line.split())) for line in lost.read_text(encoding="utf-8").splitlines()]
+        log.warning("stage %s: as read, %s", stage.name, told(rows, name, read, stage.max_length))
