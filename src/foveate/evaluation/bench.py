@@ -9,42 +9,30 @@ more reducers, budgets or tasks adds its cells to those that are there.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import torch
-from PIL import Image
 from rich.console import Console
-from transformers.utils import cached_file
 
-from foveate.accounting import Ledger
-from foveate.accounting.predict import observed
-from foveate.data.pixels import open_image
-from foveate.engine.attach import attach
-from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell
-from foveate.evaluation.run import answer, answering, load_model, progress_bar, prompts, shrunk, tell_cut_thoughts
+from foveate.evaluation.asking import Asked, answered, limited
+from foveate.evaluation.cells import BENCH, CELLS, Bench, Cell, load_bench, save_cell
+from foveate.evaluation.samples import Task
 from foveate.evaluation.table import print_table, write_tables
-from foveate.evaluation.tasks import Sample, Task, load_task
+from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import Broken
+from foveate.inference import Broken, answering, load_model, model_hash, progress_bar
 from foveate.machine import environment
-from foveate.reducers import Reducer, in_model, parse, prepare, spell
-from foveate.world import resolve
+from foveate.reducers import Reducer, parse, spell
 
 BASELINES = ("random", "uniform", "downsample")
-BARE = "none"
+BARE, BLIND = "none", "blind"  # the latter: the bare model on grey pictures
 _FIXED = ("model_hash", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------------------------
@@ -52,13 +40,14 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at a budget with a seed; `refused`: why it cannot be set to this budget."""
+    """A method at a budget with a seed; `refused`: why it cannot be set to this budget. `blind`: on grey pictures."""
 
     method: str
     keep: float
     seed: int | None
     reducers: tuple[Reducer, ...]
     refused: str = ""
+    blind: bool = False
 
     def cell(self, task: str) -> Cell:
         """Still empty."""
@@ -74,8 +63,9 @@ def budgets(text: str) -> list[float]:
         raise FoveateError(f"keep={text} is not possible; give shares between commas, such as 0.5,0.25,0.11") from error
 
 
-def plan(reducers: Sequence[str], keep: Sequence[float], seeds: int, baselines: bool = True) -> list[Arm]:
-    """What every task is asked under: the bare model, then each method at each budget below 1, with each seed where it has one.
+def plan(reducers: Sequence[str], keep: Sequence[float], seeds: int, baselines: bool = True, blind: bool = False) -> list[Arm]:
+    """What every task is asked under: the bare model, with `blind` on grey pictures too, then each method at each budget below 1, with
+    each seed where it has one.
 
     A method is called by its spelling without what `Reducer.at` sets and without its seed.
     """
@@ -90,7 +80,7 @@ def plan(reducers: Sequence[str], keep: Sequence[float], seeds: int, baselines: 
         if not parts:
             raise FoveateError(f"the reducer {text!r} is the bare model, which is in every table; leave it out")
         methods.setdefault("+".join(part.spelled((*part.amounts, "seed")) for part in parts), parts)
-    arms = [Arm(BARE, 1.0, None, ())]
+    arms = [Arm(BARE, 1.0, None, ())] + ([Arm(BLIND, 1.0, None, (), blind=True)] if blind else [])
     for method, parts in methods.items():
         random = any(hasattr(part, "seed") for part in parts)
         for share in sorted({float(share) for share in keep if share < 1}, reverse=True):
@@ -107,50 +97,6 @@ def _arm(method: str, parts: Sequence[Reducer], keep: float, seed: int | None) -
     return Arm(method, keep, seed, tuple(replace(part, **seeded) if hasattr(part, "seed") else part for part in found))
 
 
-def limited(task: Task, limit: int | None) -> Task:
-    """About `limit` questions of a task, its groups in turn. Pictures are taken with all of their questions, which some metrics belong to
-    together, so that there may be a few more."""
-    if limit is None or limit >= len(task.samples):
-        return task
-    if limit < 1:
-        raise FoveateError(f"limit must be at least 1 question, got {limit}")
-    pictures: dict[str, list[int]] = {}
-    for number, sample in enumerate(task.samples):
-        pictures.setdefault(picture(sample), []).append(number)
-    turns: dict[str, int] = {}
-    order = []
-    for own in pictures.values():
-        group = task.samples[own[0]].group
-        order.append((turns.get(group, 0), own))
-        turns[group] = turns.get(group, 0) + 1
-    chosen: list[int] = []
-    for _, own in sorted(order):
-        if len(chosen) < limit:
-            chosen += own
-    return replace(task, samples=tuple(task.samples[number] for number in sorted(chosen)))
-
-
-def picture(sample: Sample) -> str:
-    """The names of a sample's pictures, which are the same where the pictures are; its id where it has none."""
-    return " ".join(ref[1] if isinstance(ref, tuple) else str(ref) for ref in sample.images) or sample.id
-
-
-def model_hash(model: Any) -> str:
-    """SHA-256 of a model: by name, of its files (weights, configurations, processor); of a loaded one, of its weights."""
-    whole = hashlib.sha256()
-    if isinstance(model, str | Path):
-        source = resolve(str(model))
-        folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
-        for path in sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES):
-            with path.open("rb") as file:
-                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    else:
-        for name, weight in sorted(model.state_dict().items()):
-            whole.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            whole.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return whole.hexdigest()
-
-
 # ---- the run -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +110,7 @@ def bench(
     processor: Any = None,
     seeds: int = 3,
     baselines: bool = True,
+    blind: bool = False,
     batch_size: int = 64,
     limit: int | None = None,
     device: str | None = None,
@@ -173,11 +120,12 @@ def bench(
 
     model: a folder, hub name or "asset:" name (loaded in float32), or a loaded model together with its `processor`.
     tasks: what `load_task` reads, or Tasks. reducers: spellings; what says how many tokens stay is set by each budget of `keep`.
-    seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers.
+    seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers. blind: the bare model on grey pictures,
+    which shows what the questions give away by themselves.
     limit: so many questions of each task, see `limited`. progress: shows a bar, and the table at the end.
     FoveateError for bad input, for a folder with another model's run, or for logits that are not finite. What is finished stays.
     """
-    arms = plan(reducers, keep, seeds, baselines)
+    arms = plan(reducers, keep, seeds, baselines, blind)
     if batch_size < 1:
         raise FoveateError(f"batch_size must be at least 1, got {batch_size}")
     folder = Path(out)
@@ -205,7 +153,7 @@ def bench(
             "batch_size": batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
-            "command": _command(name, tasks, reducers, keep, out, seeds, baselines, batch_size, limit),
+            "command": _command(name, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit),
             "environment": environment(),
             "order": [arm.cell(task.name).name for task in asked for arm in arms],
         },
@@ -229,6 +177,7 @@ def _command(
     out: str | Path,
     seeds: int,
     baselines: bool,
+    blind: bool,
     batch_size: int,
     limit: int | None,
 ) -> str:
@@ -240,6 +189,7 @@ def _command(
         words += ["--tasks", task if isinstance(task, str) else task.name]
     words += ["--out", str(out), "--seeds", str(seeds), "--batch-size", str(batch_size)]
     words += [] if limit is None else ["--limit", str(limit)]
+    words += ["--blind"] if blind else []
     return shlex.join(words + ([] if baselines else ["--no-baselines"]))
 
 
@@ -286,105 +236,16 @@ def _answer_all(model: Any, processor: Any, tasks: Sequence[Task], arms: Sequenc
         bar.update(shown, completed=done)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A task with its prompts, what tells the samples' pictures apart, and which samples are asked together."""
-
-    task: Task
-    prompts: list[str]
-    pictures: list[str]
-    batches: list[list[int]]
-
-    @classmethod
-    def of(cls, processor: Any, task: Task, batch_size: int) -> Self:
-        texts = prompts(processor, [sample.question for sample in task.samples], [len(sample.images) for sample in task.samples])
-        names = [picture(sample) for sample in task.samples]
-        return cls(task, texts, names, batches(task.samples, names, batch_size))
-
-
-def batches(samples: Sequence[Sample], pictures: Sequence[str], size: int) -> list[list[int]]:
-    """Numbers of samples that are asked together: neighbours share their pictures and, within a picture, are of similar length. Questions
-    without any are asked by themselves, since not every processor takes both at once."""
-
-    def place(number: int) -> tuple[bool, str, int]:
-        return bool(samples[number].images), pictures[number], len(samples[number].question)
-
-    found = []
-    for _, numbers in groupby(sorted(range(len(samples)), key=place), key=lambda number: bool(samples[number].images)):
-        own = list(numbers)
-        found += [own[at : at + size] for at in range(0, len(own), size)]
-    return found
-
-
 def _finished(model: Any, processor: Any, asked: Asked, arm: Arm, tell: Callable[[int], None]) -> Cell:
     """The cell, with answers or with the reason why there are none."""
     empty = arm.cell(asked.task.name)
     if empty.refused:
         return empty
     try:
-        return answered(model, processor, asked, arm.reducers, empty, tell)
+        return answered(model, processor, asked, arm.reducers, tell, blind=arm.blind).cell(asked, empty)
     except Broken as error:
         raise FoveateError(f"{empty.task}, {empty.reducer}: {error}") from error
     except FoveateError as error:
         if arm.method == BARE:
             raise
         return replace(empty, refused=str(error))  # model and data are sound: the bare model has answered
-
-
-def answered(
-    model: Any, processor: Any, asked: Asked, reducers: Sequence[Reducer], empty: Cell, tell: Callable[[int], None] = lambda number: None
-) -> Cell:
-    """`empty` with the answers under the reducers, inside of `answering(model)`. `tell` hears of each batch how many have been answered."""
-    task, samples, n = asked.task, asked.task.samples, len(asked.task.samples)
-    said, tokens, ledgers, cut = [""] * n, [], [], 0
-    start = time.perf_counter()
-    processor, before = shrunk(processor, reducers)
-    with attach(model, in_model(reducers)) as run:
-        for batch in asked.batches:
-            place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for number in batch for ref in samples[number].images))}
-            pictures = [prepare(before, _opened(ref)) for ref in place]
-            owners = [[place[ref] for ref in samples[number].images] for number in batch]
-            run.passes.clear()
-            answers = answer(model, processor, pictures, owners, [asked.prompts[number] for number in batch], task.max_new_tokens)
-            for number, text in zip(batch, answers.texts, strict=True):
-                said[number] = text
-            seen, ledger = _seen(run, answers.lengths, model.dtype.itemsize)
-            tokens.append(seen)
-            cut += answers.cut
-            ledgers.append(ledger)
-            tell(len(batch))
-    seconds = time.perf_counter() - start
-    tell_cut_thoughts(cut, n, task.max_new_tokens)
-    scores = [float(task.metric.score(text, sample)) for text, sample in zip(said, samples, strict=True)]
-    known = [ledger for ledger in ledgers if ledger is not None] if None not in ledgers else []
-    return replace(
-        empty,
-        answers=[
-            Answer(sample.id, name, sample.group, text, score)
-            for sample, name, text, score in zip(samples, asked.pictures, said, scores, strict=True)
-        ],
-        visual_tokens=[sum(layer) / n for layer in zip(*tokens, strict=True)],
-        flops={part: sum(ledger.flops[part] for ledger in known) / n for part in (known[0].flops if known else ())},
-        kv_bytes=sum(sum(ledger.kv_bytes) for ledger in known) / n,
-        seconds=seconds,
-        summary=task.metric.summary(samples, said, scores),
-    )
-
-
-def _opened(ref: Any) -> Image.Image:
-    try:
-        return open_image(ref)
-    except FoveateError as error:
-        raise Broken(str(error)) from error
-
-
-def _seen(run: Run, lengths: list[int], dtype_bytes: int) -> tuple[list[int], Ledger | None]:
-    """Of the batch just answered: visual tokens in each decoder layer, and the whole cost, None where this model's is not known."""
-    depth = len(run.anatomy.layers)
-    visual = run.last.visual_tokens if run.passes else [0] * depth
-    try:
-        if run.passes:
-            return visual, run.last.ledger(run.config, dtype_bytes=dtype_bytes)
-        return visual, observed(run.config, [[0] * len(lengths)] * depth, [lengths] * depth, images=0, dtype_bytes=dtype_bytes)
-    except FoveateError:
-        return visual, None
