@@ -17,7 +17,6 @@ from foveate.contract import ImageSize
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.probes.encoding import Encoded
-from foveate.reducers import visual_tokens as visual_tokens
 
 Calls = Sequence[tuple[Encoded, Fraction]]
 WAY_OUT = "give what its processor makes of the prompt: predict(config, inputs=...)"

@@ -27,7 +27,7 @@ from foveate.data.rows import open_rows
 from foveate.errors import FoveateError
 from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
-from foveate.reducers import parse, visual_tokens
+from foveate.reducers import parse
 from foveate.train.recipe import Stage, load_recipe
 from foveate.train.schedule import Part, stage_steps
 from foveate.train.stages import cautions, check, model_folder, naming, walk
@@ -180,18 +180,18 @@ def slots(parts: Sequence[Part]) -> list[tuple[Fraction, str]]:
 
 
 def part_plan(config: Any, share: Fraction, spelled: str, *, text_tokens: int, trained: Trained) -> PartPlan:
-    reducers, layers = parse(spelled), config.get_text_config().num_hidden_layers
-    counts = visual_tokens(reducers, per_image := image_tokens(config), layers)
+    reducers, per_image = parse(spelled), image_tokens(config)
     forward, training = (
         predict(config, text_tokens=text_tokens, reducers=reducers, mode=mode, trained=trained, head_tokens=per_image + text_tokens)
         for mode in ("prefill", "train")
     )
+    counts = list(forward.visual_tokens)
     return PartPlan(
         share,
         spelled,
         counts,
         sum(counts),
-        float(compression_ratio(counts, per_image, layers)),
+        float(compression_ratio(counts, per_image, len(counts))),
         forward.flops,
         training.flops,
         sum(forward.visual_kv_bytes),
