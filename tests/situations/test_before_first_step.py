@@ -48,7 +48,7 @@ LATE = [
     (stage(1, reducers=PARTS), "stage two: fastv:.*no decoder layer 7"),
     (stage(1, reducers=[{"share": 1, "cycle": ["none", "fastv:layer=2,keep=0.5"]}]), "stage two: fastv:.*no decoder layer 2 to act"),
     (stage(1, reducers=[{"share": 1, "reducer": "fastervlm:keep=0.5,layer=9"}]), "stage two: .*2 blocks"),
-    (stage(1, reducers=[{"share": 1, "reducer": "downsample:keep=0.25"}]), "downsample acts on the image, .*the stage's image_size instead"),
+    (stage(1, reducers=[{"share": 1, "reducer": "downsample:keep=0.25"}]), "downsample acts on the image, .*stage's image_size instead"),
     (stage(1, bridge={"scales": [[5, 1]]}), "stage two: .*5"),
     (stage(1, bridge=None), "stage two: .*8 x 8"),
     (model(vision_feature_layer=[3]), r"vision_feature_layer \[3\]: the tower has hidden states 0 to 2"),
