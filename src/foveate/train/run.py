@@ -166,7 +166,7 @@ def make_trainer(recipe: Recipe, index: int, data: StageData, opened: Opened, st
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(opened.model.config, opened.trained) if per_image else None,
+        costs=None if foreign and not per_image else Costs(opened.model.config, opened.trained),
         rates=stage.rates,
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,
