@@ -13,65 +13,30 @@ from foveate import FoveateError
 from foveate.contract import View
 from foveate.engine.chunk import Chunk
 from foveate.reducers import (
-    AIM,
-    DART,
     METHODS,
     VCC,
-    CDPruner,
     Downsample,
-    FastV,
-    PyramidDrop,
     Random,
     Reducer,
-    Schedule,
-    SparseVLM,
     parse,
     spell,
 )
 from foveate.tokens import Layout, TokenMap
 from tests.reducers.ragged import edges
-from tests.tiny import IMAGE, LAYERS, MODELS, PATCHES, ROWS, Batch, llava, prompt
+from tests.tiny import IMAGE, MODELS, PATCHES, ROWS, Batch, llava, prompt
 
+INSIDE = [method for method in METHODS.values() if method is not Downsample]  # it acts on the image, in front of the processor
+# What each method says of itself, and some that act together.
 REDUCERS = [
-    "vcc:layer=0,stride=4",
-    "vcc:layer=2,stride=4",
-    "vcc:layer=2,stride=3",
-    "vcc:layer=0,stride=8,positions=renumber",
-    "vcc:layer=1,stride=2,positions=renumber+vcc:layer=3,stride=4,positions=renumber",
-    "vcc:layer=1,stride=2+vcc:layer=3,stride=4",
-    "random:keep=0.5",
-    "random:keep=0.3,positions=renumber",
+    *(example for method in INSIDE for example in method.examples),
     "random:keep=3,layer=2+vcc:layer=3,stride=3",
-    "uniform:keep=0.3",
-    "avgpool2d:stride=2",
-    "tome:keep=0.3",
-    "tome:keep=0.4,metric=keys,order=matching,positions=keep",
-    "fastv:keep=0.3",
     "fastv:keep=0.3,layer=1,rows=all,positions=renumber+vcc:layer=3,stride=2",
-    "hired:keep=0.7",
-    "sparsevlm:keep=8-4,layers=1-3",
-    "sparsevlm:keep=8-4,layers=1-3,merge=mean,order=append,positions=keep",
-    "pyramiddrop:keep=0.5",
-    "fopru:keep=0.7",
-    "fopru:keep=0.5,strategy=row",
-    "schedule:keeps=1:0.7/2:0.5/3:0.2",
-    "schedule:keeps=0:0.7/2:0.3,signal=cls,positions=renumber",
-    "schedule:keeps=0:0.7/3:0.3,signal=random",
-    "schedule:keeps=1:0.7/2:0.3,signal=uniform",
-    "fastervlm:keep=0.7",
-    "aim:keep=0.5,start=1,stop=3,steps=3",
-    "visionzip:dominant=4,contextual=3",
-    "visionzip:dominant=4,contextual=3,merge=sum,order=appended,positions=keep",
-    "dart:keep=0.5,visual_pivots=2,text_pivots=2",
-    "divprune:keep=0.3",
-    "divprune:keep=0.3,order=pick",
-    "cdpruner:keep=5",
     "fastervlm:keep=0.5,scope=image+fastv:keep=0.5",
 ]
 # Whose choice follows the prompt: behind a longer prompt it would be another one.
-LOOK_AT_TEXT = {AIM, CDPruner, DART, FastV, PyramidDrop, Schedule, SparseVLM}
+LOOK_AT_TEXT = {method for method in INSIDE if "text" in method.looks_at}
 # Whose choice follows the positions: L1 norms of rotated keys.
-LOOK_AT_POSITIONS = {DART}
+LOOK_AT_POSITIONS = {method for method in INSIDE if "positions" in method.looks_at}
 # Chain-of-Sight's tokens are no raster.
 REFUSED = {
     ("foveate", "avgpool2d:stride=2"): "16 tokens of image 0 are no full grid of rows and columns",
@@ -85,25 +50,7 @@ KEEP_ALL = [
     "random:keep=1.0,positions=renumber",
     "visionzip:dominant=8,contextual=8+pyramiddrop:keep=1.0",
 ]
-KEEP_ALL_TOO = [
-    "vcc:layer=0,stride=1",
-    f"vcc:layer={LAYERS},stride=8",
-    "random:keep=1.0",
-    "uniform:keep=1.0",
-    "avgpool2d:stride=1",
-    "tome:keep=1.0,metric=keys,order=matching",
-    "fastv:keep=1.0",
-    "fastv:keep=16,rows=all",
-    "hired:keep=1.0",
-    "sparsevlm:keep=1.0,layers=1-3,order=append",
-    "fopru:keep=1.0",
-    "schedule:keeps=1:0.99/2:0.98",
-    "fastervlm:keep=1.0",
-    "aim:keep=1.0,steps=0",
-    "dart:keep=1.0",
-    "divprune:keep=1.0,order=pick",
-    "cdpruner:keep=1.0",
-]
+KEEP_ALL_TOO = [whole for method in INSIDE for whole in method.keeps_all if whole not in KEEP_ALL]
 
 
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -112,9 +59,12 @@ every_pair = pytest.mark.parametrize(("make", "reducer"), [pytest.param(MODELS[m
 
 
 def test_every_method_is_tested() -> None:
-    inside = set(METHODS.values()) - {Downsample}  # it acts on the image, in front of the processor
-    assert {type(r) for text in REDUCERS for r in parse(text)} == inside
-    assert {type(r) for text in [*KEEP_ALL, *KEEP_ALL_TOO] for r in parse(text)} == inside
+    for method in INSIDE:
+        for spelling in (*method.examples[:1], *method.keeps_all[:1], *method.multiplies):
+            assert [type(r) for r in parse(spelling)] == [method], f"{method.name}: {spelling} is of other methods"
+        assert method.examples, f"{method.name} has no examples: the common tests would run nothing of it"
+        assert method.keeps_all, f"{method.name} does not say how it keeps everything"
+        assert method.looks_at <= {"text", "attention", "keys", "positions", "tower", "states"}
     assert {reducer for _, reducer in SERVED} == set(REDUCERS)
 
 

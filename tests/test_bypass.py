@@ -11,7 +11,7 @@ from torch import Tensor
 
 import foveate
 from foveate import FoveateError
-from foveate.contract import Attention, Bypass, Cut, Decision, Noise, Site, ThroughLayer, View
+from foveate.contract import Attention, Bypass, Cut, Decision, Noise, Site, ThroughLayer, View, Workload
 from foveate.reducers import VCC, FastV, Random, Reducer, parse, visual_tokens
 from foveate.reducers.base import Reducer as Base
 from foveate.tokens import TokenMap, budget, top
@@ -35,8 +35,8 @@ class Deep(Base):
     def reduce(self, view: View, stage: int = 0) -> Decision:
         return Bypass(TokenMap.keep(view.layout, top(view.layout, view.signal(Noise(self.seed)), self.keep)))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return budget(self.keep, arriving)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return [budget(self.keep, arriving) for arriving in work.arriving]
 
 
 @dataclass(frozen=True)

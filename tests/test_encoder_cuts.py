@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import foveate
 from foveate import FoveateError
-from foveate.contract import Cut, InEncoder, Noise, Site, View
+from foveate.contract import Cut, InEncoder, Noise, Site, View, Workload
 from foveate.errors import NotApplicable, Reason
 from foveate.reducers import VCC, FasterVLM, Random, Reducer, ToMe, parse, spell, visual_tokens
 from foveate.reducers.base import Reducer as Base
@@ -81,8 +81,8 @@ class Fewer(Base):
             kept = kept & (noise > 0.3)
         return Cut(TokenMap.keep(view.layout, kept))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return budget(self.keep, arriving)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return [budget(self.keep, arriving) for arriving in work.arriving]
 
 
 CUTS: dict[str, list[Reducer]] = {

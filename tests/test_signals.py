@@ -23,6 +23,7 @@ from foveate.contract import (
     Site,
     TowerKeys,
     View,
+    Workload,
 )
 from foveate.probes.places import over_boxes, places
 from foveate.probes.tower import carry
@@ -52,8 +53,8 @@ class Asking(Reducer):
         score = score.row(view.questions[0].asking) if isinstance(score, AttentionRows) else score
         return Cut(TokenMap.keep(view.layout, top(view.layout, score if score.ndim == 2 else score.sum(-1), 4)))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return min(4, arriving)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return [min(4, arriving) for arriving in work.arriving]
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])

@@ -72,3 +72,10 @@ def chain_of_sight(features: list[Array], side: int, scales: list[tuple[int, int
                         tokens.append(linear(layer_norm(token, w, "norm"), w, "proj"))
         images.append(tokens)
     return np.array(images)
+
+
+def window_merge(y: torch.Tensor, grid: tuple[int, int], window: int) -> torch.Tensor:
+    """The exact inverse of `window_partition`."""
+    rows, columns = grid
+    y = y.reshape(-1, rows // window, columns // window, window, window, y.shape[-1])
+    return y.permute(0, 1, 3, 2, 4, 5).reshape(-1, rows * columns, y.shape[-1])

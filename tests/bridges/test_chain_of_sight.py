@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from bridge_oracle import chain_of_sight as oracle
-from bridge_oracle import weights_of
+from bridge_oracle import weights_of, window_merge
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from foveate.bridges import ChainOfSight, Resampler
-from foveate.bridges.windows import window_merge, window_partition
+from foveate.bridges.windows import window_partition
 from foveate.errors import FoveateError
 
 Scales = list[tuple[int, int]]

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.anatomy import read
+from foveate.contract import Workload
 from foveate.errors import NotApplicable
-from foveate.reducers import Reducer, parse, visual_tokens
+from foveate.reducers import Reducer, parse
+from foveate.reducers.base import tokens_by_layer
 from foveate.tokens import TokenMap
 from tests.conformance.family import Family, Row, families
 
@@ -252,21 +254,13 @@ def ledger(name: str, reducer: str | None, whole: str) -> None:
         first = run.last.maps[0].source if 0 in run.last.maps else run.last.layouts[0]
         text = N - int(first.visual.sum())
         assert [n - text for n in seen] == run.last.visual_tokens
-        predicted = predict(parse(reducer), first, len(layers))
-        # Floors in each crop that `count` does not know, as these methods say.
-        spare = max(len(parts) for parts in predicted) if reducer.startswith(("hired", "avgpool2d")) else 0
-        for counted, parts in zip(run.last.visual_tokens, predicted, strict=True):
-            assert sum(parts) - spare <= counted <= sum(parts), f"predicted {predicted}, counted {run.last.visual_tokens}"
-
-
-def predict(reducers: list[Reducer], first: Any, layers: int) -> list[list[int]]:
-    """By layer, the tokens of each image (of each crop or frame, where that is what the method counts in) that are predicted."""
-    parts = "frame" if bool((first.place[..., 2] >= 0).any()) else "crop"
-    scopes = {getattr(reducer, "scope", parts if reducer.name == "avgpool2d" else "image") for reducer in reducers}
-    group = first.groups(scopes.pop() if len(scopes) == 1 else "image")
-    lengths = torch.bincount(group[group >= 0]).tolist()
-    each = [visual_tokens(reducers, length, layers) for length in lengths]
-    return [[counts[layer] for counts in each] for layer in range(layers)]
+        (prompt,) = run.last.prompts
+        reducers = parse(reducer)
+        predicted = tokens_by_layer(reducers, prompt.images, len(layers))
+        exact = all(r.exact(Workload(tuple(prompt.images), tuple(image.tokens for image in prompt.images))) for r in reducers)
+        spare = 0 if exact else sum(len(image.crops) for image in prompt.images)  # a floor in each crop
+        for counted, images in zip(run.last.visual_tokens, predicted, strict=True):
+            assert sum(images) - spare <= counted <= sum(images), f"predicted {predicted}, counted {run.last.visual_tokens}"
 
 
 def _shape_hook(layer: nn.Module, seen: list[int]) -> Any:

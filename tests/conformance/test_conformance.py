@@ -8,44 +8,25 @@ import pytest
 
 from foveate.anatomy import TESTED
 from foveate.errors import NotApplicable, Reason
-from foveate.reducers import METHODS, parse
+from foveate.reducers import METHODS, in_model, parse
 from tests.conformance.checks import CHECKS, Skip, bare_failure
 from tests.conformance.expected import DATA, REASONS, WORDS, differs, words
 from tests.conformance.family import families
 from tests.conformance.table import render
 
-# By method: a setting that reduces, and one that keeps everything.
-SETTINGS = {
-    "random": ("random:keep=0.5", "random:keep=1.0"),
-    "uniform": ("uniform:keep=0.5", "uniform:keep=1.0"),
-    "avgpool2d": ("avgpool2d:stride=2", "avgpool2d:stride=1"),
-    "tome": ("tome:keep=0.5", "tome:keep=1.0"),
-    "fastv": ("fastv:keep=0.5,layer=2", "fastv:keep=1.0,layer=2"),
-    "vcc": ("vcc:layer=2,stride=2", "vcc:layer=2,stride=1"),
-    "hired": ("hired:keep=0.5", "hired:keep=1.0"),
-    "sparsevlm": ("sparsevlm:keep=0.5,layers=3", "sparsevlm:keep=1.0,layers=3"),
-    "pyramiddrop": ("pyramiddrop:keep=0.5", "pyramiddrop:keep=1.0"),
-    "fopru": ("fopru:keep=0.5", "fopru:keep=1.0"),
-    # Of fewer than 2,500 tokens 0.9998 are all.
-    "schedule": ("schedule:keeps=1:0.75/3:0.4", "schedule:keeps=1:0.9999/3:0.9998"),
-    "fastervlm": ("fastervlm:keep=0.5", "fastervlm:keep=1.0"),
-    "aim": ("aim:keep=0.5,steps=2", "aim:keep=1.0,steps=0"),
-    "visionzip": ("visionzip:dominant=0.4,contextual=0.2", "visionzip:dominant=1.0,contextual=1"),
-    "dart": ("dart:keep=0.5,layer=2", "dart:keep=1.0,layer=2"),
-    "divprune": ("divprune:keep=0.5", "divprune:keep=1.0"),
-    "cdpruner": ("cdpruner:keep=0.5", "cdpruner:keep=1.0"),
-}
+# By method: a setting that reduces, and one that keeps everything. Methods that act before the processor have no cells.
+SETTINGS = {name: (method.examples[0], method.keeps_all[0]) for name, method in METHODS.items() if in_model([method()])}
 # One of each kind: plain, tiles and newlines, windows in the tower, DeepStack and video, sliding windows, tiles, convolutions, our own.
 REPRESENTATIVE = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl:video", "gemma3", "internvl", "smolvlm", "lfm2_vl", "foveate")
 # What the library's own models do not hold: an image's number in the batch enters its positions; the prefix of a prompt sees both ways, so
 # that a longer prompt is another one.
 BARE = {("hunyuan_vl", "batch"), ("paligemma", "decoding"), ("paligemma:2", "decoding")}
-APART = {"downsample": "acts on the image, before the processor: no cell"}
 
 
 def test_every_method_has_its_settings() -> None:
-    assert SETTINGS.keys() | APART.keys() == METHODS.keys()
-    for setting, whole in SETTINGS.values():
+    assert METHODS.keys() - SETTINGS.keys() == {"downsample"}
+    for method, (setting, whole) in SETTINGS.items():
+        assert [r.name for r in parse(setting)] == [r.name for r in parse(whole)] == [method]
         assert [str(r) for r in parse(setting)] != [str(r) for r in parse(whole)]
 
 

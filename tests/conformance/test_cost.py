@@ -9,34 +9,17 @@ import foveate
 from foveate.accounting import predict
 from foveate.accounting.counter import Counter
 from foveate.errors import FoveateError, NotApplicable
-from foveate.reducers import parse
+from foveate.reducers import METHODS, parse
 from tests.conformance.checks import Loaded, load
 from tests.conformance.expected import differs_scores
 from tests.conformance.family import families
 from tests.conformance.test_conformance import REPRESENTATIVE, SETTINGS, by_the_last_block
 
 REDUCERS = ("none", "random:keep=0.5", "uniform:keep=0.5,layer=2", "vcc:layer=1,stride=2+random:keep=0.5,layer=3")
-MULTIPLY = (  # in order to decide
-    "fastervlm:keep=0.5",
-    "fopru:keep=0.5",
-    "hired:keep=0.5",
-    "visionzip:dominant=0.3,contextual=0.2",
-    "divprune:keep=0.5",
-    "cdpruner:keep=0.5",
-    "tome:keep=0.3",
-    "tome:keep=0.3,metric=keys",
-    "tome:keep=0.5,site=tower,blocks=1",
-    "aim:keep=0.5,steps=2",
-    "fastv:keep=0.5,layer=1",
-    "fastv:keep=0.5,layer=1,rows=all",
-    "pyramiddrop:stages=2",
-    "schedule:keeps=1:0.5",
-    "dart:keep=0.5,layer=1,text_pivots=1",
-    "sparsevlm:keep=0.5,layers=1",
-    "cdpruner:keep=0.5+fastv:keep=0.5,layer=1",
-)
-# Methods that are not among these multiply nothing, and are held to it: a new one cannot forget its `score_flops`.
-SCORED = (*MULTIPLY, *(setting for method, (setting, _) in SETTINGS.items() if not any(text.startswith(method + ":") for text in MULTIPLY)))
+# In order to decide, by what each method says of itself; and two that act together.
+MULTIPLY = (*(text for method in METHODS.values() for text in method.multiplies), "cdpruner:keep=0.5+fastv:keep=0.5,layer=1")
+# Methods that multiply nothing are held to it: a new one cannot forget its `score_flops`.
+SCORED = (*MULTIPLY, *(setting for method, (setting, _) in SETTINGS.items() if not METHODS[method].multiplies))
 PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores")
 UNTOLD = {
     "gemma3n": "read the keys of earlier ones",

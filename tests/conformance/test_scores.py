@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.anatomy import read
-from foveate.contract import Attention, ClsAttention, Cut, FromLayer, ReceivedAttention, Site, View
+from foveate.contract import Attention, ClsAttention, Cut, FromLayer, ReceivedAttention, Site, View, Workload
 from foveate.errors import NotApplicable
 from foveate.probes.tower import TowerProbes, blocks, extras_of
 from foveate.reducers import Reducer
@@ -49,8 +49,8 @@ class Watch(Reducer):
         self.seen.append(view)
         return Cut(TokenMap.identity(view.layout))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return arriving
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return list(work.arriving)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.contract import View
+from foveate.contract import ImageSize, View, Workload
+from foveate.reducers import Reducer
 from foveate.tokens import Layout, TokenMap
 
 
@@ -71,6 +72,12 @@ def batches(draw: st.DrawFn, least: int = 1) -> Ragged:
 
 
 keeps = st.one_of(st.integers(1, 20), st.floats(0.01, 1.0).map(lambda share: round(share, 3)))
+
+
+def counted(reducer: Reducer, arriving: int, original: int, stage: int = 0) -> int:
+    """Of one image of one crop, what leaves when `arriving` of its `original` tokens come to the site."""
+    (left,) = reducer.count(Workload((ImageSize.whole(original),), (arriving,)), stage)
+    return left
 
 
 def crops(batch: Ragged, crop_BN: Tensor) -> Ragged:

@@ -15,7 +15,7 @@ from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, View
 from foveate.reducers import aim
 from foveate.reducers.aim import AIM, walk
 from foveate.tokens import Layout, TokenMap, budget
-from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, edges, keeps, kept, make
+from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, edges, keeps, kept, make
 from tests.reducers.test_tome import oracle as merging
 
 quick = settings(max_examples=25, deadline=None)
@@ -64,7 +64,7 @@ def test_196_tokens_are_98_and_49() -> None:
     halved = AIM(0.5).reduce(View.of(x)).map
     assert halved.target.shape[1] == 98
     assert AIM(0.25).reduce(View.of(x)).map.target.shape[1] == 49
-    assert AIM(0.25).count(196, 196) == 49
+    assert counted(AIM(0.25), 196, 196) == 49
 
 
 def test_copies_of_one_token_stay_that_token() -> None:
@@ -96,7 +96,7 @@ def test_merging_each_image_of_a_ragged_batch(batch: Ragged, keep: Any, weighted
         for (_, members), token in zip(found, expected, strict=True):
             assert [m for m, _ in members] == [slots[s] for s in sorted(token.sources)]
             np.testing.assert_allclose([w for _, w in members], [token.sources[s] for s in sorted(token.sources)], rtol=1e-6)
-        assert reducer.count(len(slots), len(slots)) == len(expected)
+        assert counted(reducer, len(slots), len(slots)) == len(expected)
     if order == "raster":
         check_raster(batch, token_map, [budget(keep, h * w) for h, w in batch.grids])
     check_rows(batch, token_map, [merged(reducer, row) for row in batch.rows])
@@ -191,7 +191,7 @@ def test_pruning_each_image_of_a_ragged_batch(batch: Ragged, stage: int, seed: i
         score = dict(zip(there, importance(attention, row, there).tolist(), strict=True))
         found = [i for i in kept(token_map, row) if i in slots]
         left = budget(1 - stage / 4, len(slots))
-        assert len(found) == left == reducer.count(len(slots), len(slots), stage)
+        assert len(found) == left == counted(reducer, len(slots), len(slots), stage)
         dropped = [i for i in slots if i not in found]
         # Rounding may tell apart what the oracle calls equal, no more.
         assert all(score[d] <= score[k] * (1 + 1e-4) + 1e-9 for d in dropped for k in found)
@@ -240,7 +240,7 @@ def test_the_last_stage_drops_every_visual_token() -> None:
     reducer, view = pruning(batch, 8)
     token_map = reducer.reduce(view, 8).map
     check_raster(batch, token_map, [0])
-    assert reducer.count(4, 4, 8) == 0
+    assert counted(reducer, 4, 4, 8) == 0
 
 
 def test_shares_are_of_the_tokens_after_merging() -> None:
@@ -256,7 +256,7 @@ def test_shares_are_of_the_tokens_after_merging() -> None:
         token_map = reducer.reduce(view, stage).map
         tokens, layout = token_map.apply(tokens), token_map.target
         assert [int((layout.visual & (layout.image == i)).sum()) for i in (0, 1)] == numbers
-        assert [reducer.count(n, whole, stage) for n, whole in ((99, 32), (99, 8))] == numbers
+        assert [counted(reducer, n, whole, stage) for n, whole in ((99, 32), (99, 8))] == numbers
     assert layout.valid.sum() == 3
 
 

@@ -14,7 +14,7 @@ from foveate.contract import BeforeLM, FromLayer, View
 from foveate.reducers.avgpool2d import AvgPool2d
 from foveate.reducers.divprune import DivPrune
 from foveate.tokens import Layout, TokenMap
-from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, edges, make
+from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, edges, make
 
 quick = settings(max_examples=25, deadline=None)
 
@@ -48,7 +48,7 @@ def test_count_of_a_square_and_of_whole_cells(side: int, stride: int) -> None:
     for grid in ((side, side), (stride * side, 2 * stride)):
         if min(grid) >= stride:
             target = pooled(stride, make([[grid]])).target
-            assert int(target.visual.sum()) == reducer.count(grid[0] * grid[1], grid[0] * grid[1])
+            assert int(target.visual.sum()) == counted(reducer, grid[0] * grid[1], grid[0] * grid[1])
 
 
 def test_places_are_the_upper_left_of_the_four_in_the_middle() -> None:

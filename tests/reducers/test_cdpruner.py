@@ -14,7 +14,7 @@ from foveate import FoveateError
 from foveate.contract import View
 from foveate.reducers.cdpruner import CDPruner, Relevance, greedy_map, min_max
 from foveate.tokens import TokenMap, budget
-from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, keeps, kept, make
+from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, keeps, kept, make
 
 quick = settings(max_examples=25, deadline=None)
 RELEVANCE = torch.tensor([1, 0.95, 0.6, 0.5])
@@ -114,7 +114,7 @@ def test_each_image_of_a_ragged_batch(narrow: Ragged, keep: Any) -> None:
         left = budget(keep, len(slots))
         picks = [slots[i] for i in oracle(batch.tokens[row, slots], asked(batch, row)[slots], left)]
         assert [i for i in kept(token_map, row) if i in slots] == sorted(picks)
-        assert reducer.count(len(slots), len(slots)) == left
+        assert counted(reducer, len(slots), len(slots)) == left
     check_raster(batch, token_map, [budget(keep, r * c) for r, c in batch.grids])
     check_rows(batch, token_map, [reduced(reducer, row) for row in batch.rows])
 

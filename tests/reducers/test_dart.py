@@ -16,6 +16,7 @@ from foveate.contract import FromLayer, Keys, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.dart import DART
 from foveate.tokens import Layout, TokenMap, budget, top
+from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, images, keeps, survivors
 from tests.test_tokens import layouts
 
@@ -38,7 +39,7 @@ def oracle(layout: Layout, tokens: Tensor, keys: Tensor, reducer: DART, b: int) 
     text = [s for s in valid if not bool(layout.visual[b, s])]
     kept = list(text)
     for slots in images(layout, b):
-        total = reducer.count(len(slots), len(slots))
+        total = counted(reducer, len(slots), len(slots))
         chosen = sorted(slots, key=lambda s: (-norm[s], s))[: min(reducer.visual_pivots, total)]
         pivots = chosen + sorted((s for s in text if s > slots[-1]), key=lambda s: (-norm[s], s))[: reducer.text_pivots]
         left = total - len(chosen)
@@ -66,7 +67,7 @@ def test_the_rule_is_the_cards_in_ragged_batches(
         one, slots = alone(layout, b)
         single = reducer.reduce(view(one, tokens[b, slots][None], keys[b, slots][None])).map
         assert [int(slots[s]) for s in survivors(single)] == survivors(m, b)
-    assert m.target.lengths() == [reducer.count(n, n) for n in layout.lengths()]
+    assert m.target.lengths() == [counted(reducer, n, n) for n in layout.lengths()]
     if rounding == "exact":
         assert m.target.lengths() == [budget(keep, n) for n in layout.lengths()]
 
@@ -117,18 +118,18 @@ def test_text_before_the_image_other_images_and_the_answer_are_no_pivots() -> No
 
 @pytest.mark.parametrize(("keep", "stays"), [(192, 196), (128, 132), (64, 68), (0.222, 124), (1.0, 576), (576, 576), (575, 572), (3, 4)])
 def test_counts_of_the_code(keep: float | int, stays: int) -> None:
-    assert DART(keep, rounding="code").count(576, 576) == stays
+    assert counted(DART(keep, rounding="code"), 576, 576) == stays
     counts = DART(keep, rounding="code").visual_tokens(576, 4)
     assert counts == [576, 576, stays, stays]
-    assert DART(keep).count(576, 576) == (keep if isinstance(keep, int) else {0.222: 128, 1.0: 576}[keep])
+    assert counted(DART(keep), 576, 576) == (keep if isinstance(keep, int) else {0.222: 128, 1.0: 576}[keep])
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.222, 1 / 3, 0.7])
 def test_shares_of_the_code_are_free_of_float_traps(keep: float) -> None:
     for n in range(1, 600, 13):
         t = math.floor(Fraction(str(keep)).limit_denominator(1000) * n / 8)
-        assert DART(keep, rounding="code").count(n, n) == min(n, 8 * t + 4)
-        assert DART(keep, rounding="code", visual_pivots=10, text_pivots=5).count(n, n) == min(
+        assert counted(DART(keep, rounding="code"), n, n) == min(n, 8 * t + 4)
+        assert counted(DART(keep, rounding="code", visual_pivots=10, text_pivots=5), n, n) == min(
             n, 15 * math.floor(Fraction(str(keep)).limit_denominator(1000) * n / 15) + 10
         )
 
@@ -168,7 +169,7 @@ def test_of_original_counts_what_was_there_before_another_cut() -> None:
     later = replace(view(cut.target, torch.randn(1, 14, 4), torch.rand(1, 14, 2)), first=first)
     assert DART(0.5, of="original").reduce(later).map.target.lengths() == [9]
     assert DART(0.5).reduce(later).map.target.lengths() == [6]
-    assert (DART(0.5, of="original").count(12, 18), DART(0.5).count(12, 18), DART(0.9, of="original").count(12, 18)) == (9, 6, 12)
+    assert (counted(DART(0.5, of="original"), 12, 18), counted(DART(0.5), 12, 18), counted(DART(0.9, of="original"), 12, 18)) == (9, 6, 12)
 
 
 def test_states_without_length_do_no_harm() -> None:

@@ -14,7 +14,7 @@ from foveate import FoveateError
 from foveate.contract import View
 from foveate.reducers.divprune import DivPrune, spread
 from foveate.tokens import TokenMap, budget
-from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, keeps, kept, make
+from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, keeps, kept, make
 
 quick = settings(max_examples=25, deadline=None)
 
@@ -76,7 +76,7 @@ def test_each_image_of_a_ragged_batch(batch: Ragged, keep: Any, order: str) -> N
         picks = [slots[i] for i in oracle(batch.tokens[row, slots], left)]
         expected = picks if order == "pick" and left < len(slots) else sorted(picks)
         assert [i for i in kept(token_map, row) if i in slots] == expected
-        assert reducer.count(len(slots), len(slots)) == left
+        assert counted(reducer, len(slots), len(slots)) == left
     if order == "raster":
         check_raster(batch, token_map, [budget(keep, r * c) for r, c in batch.grids])
     check_rows(batch, token_map, [reduced(reducer, row) for row in batch.rows])
@@ -111,7 +111,7 @@ def test_scope() -> None:
 
 
 def test_the_cards_budget_and_defaults() -> None:
-    assert DivPrune().count(576, 576) == 56
+    assert counted(DivPrune(), 576, 576) == 56
     assert DivPrune().positions == "renumber"
     assert str(DivPrune()) == "divprune"
 

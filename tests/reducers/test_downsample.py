@@ -9,6 +9,7 @@ from transformers import CLIPImageProcessorPil, Qwen2VLImageProcessorPil
 from foveate import FoveateError
 from foveate.contract import BeforeProcessor, View
 from foveate.reducers import Downsample, parse, prepare, spell
+from tests.reducers.ragged import counted
 
 
 def picture(width: int, height: int, mode: str = "RGB") -> Image.Image:
@@ -81,7 +82,7 @@ def test_it_acts_nowhere_in_the_model() -> None:
     assert reducer.sites(32) == [BeforeProcessor()]
     assert reducer.visual_tokens(144, 4) == [144] * 4  # of the tokens that the processor made of the smaller image
     with pytest.raises(FoveateError, match="the processor makes them of the smaller image"):
-        reducer.count(576, 576)
+        counted(reducer, 576, 576)
     with pytest.raises(FoveateError, match=r"call foveate.reducers.prepare before the processor"):
         reducer.reduce(View.of(torch.zeros(1, 4, 2)))
 

@@ -12,6 +12,7 @@ from foveate import FoveateError
 from foveate.contract import ClsAttention, Cut, Signal, View
 from foveate.reducers.fastervlm import FasterVLM
 from foveate.tokens import Layout, TokenMap, budget
+from tests.reducers.ragged import counted
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -146,7 +147,7 @@ def test_the_best_of_each_crop_are_kept_and_nothing_is_mixed(layout: Layout, kee
     reducer, score = FasterVLM(keep), scores(seed, layout)
     view = view_of(layout, {ClsAttention(-2): score})
     m = reducer.reduce(view).map
-    expected = set().union(*(best(g, score, reducer.count(len(g), len(g))) for g in members(layout)))
+    expected = set().union(*(best(g, score, counted(reducer, len(g), len(g))) for g in members(layout)))
     assert set(map(tuple, kept_of(view, m).nonzero().tolist())) == expected
     assert m.member.shape[-1] == 1
     assert view.tokens is not None
@@ -176,7 +177,7 @@ def test_two_heads_over_four_patches() -> None:
 
 
 def test_budgets_of_the_paper() -> None:
-    assert [FasterVLM(keep).count(576, 576) for keep in (0.25, 0.1, 0.05, 29, 1.0)] == [144, 58, 29, 29, 576]
+    assert [counted(FasterVLM(keep), 576, 576) for keep in (0.25, 0.1, 0.05, 29, 1.0)] == [144, 58, 29, 29, 576]
 
 
 def test_an_integer_is_per_tile() -> None:

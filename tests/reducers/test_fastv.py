@@ -14,6 +14,7 @@ from foveate.contract import Attention, AttentionRows, FromLayer, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.fastv import FastV
 from foveate.tokens import Layout, TokenMap, budget, top
+from tests.reducers.ragged import counted
 from tests.test_tokens import layouts
 
 quick = settings(max_examples=40, deadline=None)
@@ -82,7 +83,7 @@ def test_the_rule_is_the_cards_in_ragged_batches(layout: Layout, keep: float | i
         one, slots = alone(layout, b)
         single = reducer.reduce(view(one, weights[b][None, :, slots][..., slots])).map
         assert [int(slots[s]) for s in survivors(single)] == survivors(m, b)
-        assert [len(i) for i in images(m.target, b)] == [reducer.count(len(i), len(i)) for i in images(layout, b)]
+        assert [len(i) for i in images(m.target, b)] == [counted(reducer, len(i), len(i)) for i in images(layout, b)]
     assert m.target.lengths() == [budget(keep, n) for n in layout.lengths()]
 
 
@@ -173,7 +174,7 @@ def test_of_original_counts_what_was_there_before_another_cut() -> None:
     later = replace(view(cut.target, torch.rand(B, 1, M, M)), first=first)
     for of, lengths in (("original", [3, 2, 2]), ("arriving", [2, 2, 2])):
         reducer = FastV(0.5, of=of)
-        assert reducer.reduce(later).map.target.lengths() == lengths == [reducer.count(3, n) for n in (8, 4, 4)]
+        assert reducer.reduce(later).map.target.lengths() == lengths == [counted(reducer, 3, n) for n in (8, 4, 4)]
     assert FastV(4, of="original").reduce(later).map.target.lengths() == [3, 3, 3]
 
 

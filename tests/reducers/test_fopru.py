@@ -9,6 +9,7 @@ from foveate import FoveateError
 from foveate.contract import ReceivedAttention, View
 from foveate.reducers.fopru import FoPru
 from foveate.tokens import Layout, budget
+from tests.reducers.ragged import counted
 from tests.reducers.test_fastervlm import (
     IMAGES,
     batch,
@@ -38,7 +39,7 @@ def test_rank_keeps_the_best_of_each_image(layout: Layout, keep: float, seed: in
     reducer, score = FoPru(keep), scores(seed, layout)
     view = view_of(layout, {RECEIVED: score})
     m = reducer.reduce(view).map
-    expected = set().union(*(best(g, score, reducer.count(len(g), len(g))) for g in members(layout, (0,))))
+    expected = set().union(*(best(g, score, counted(reducer, len(g), len(g))) for g in members(layout, (0,))))
     assert set(map(tuple, kept_of(view, m).nonzero().tolist())) == expected
     check_sane(view, m)
     check_alone(view, m, reducer.reduce)
@@ -99,14 +100,14 @@ def test_a_budget_between_rows_is_rounded_down_and_one_row_always_stays() -> Non
 @pytest.mark.parametrize("strategy", ["rank", "row"])
 def test_counts_of_square_grids(side: int, keep: float, strategy: str) -> None:
     n = side * side
-    assert len(kept(torch.rand(n).tolist(), (side, side), keep, strategy)) == FoPru(keep, strategy).count(n, n)
+    assert len(kept(torch.rand(n).tolist(), (side, side), keep, strategy)) == counted(FoPru(keep, strategy), n, n)
 
 
 def test_a_count_without_a_known_grid_is_the_budget() -> None:
-    assert FoPru(0.5, "row").count(576, 576) == 288
-    assert FoPru(100, "row").count(576, 576) == 96
-    assert FoPru(100, "row").count(500, 576) == 100
-    assert FoPru(0.25, "row").count(0, 0) == FoPru(0.25).count(0, 0) == 0
+    assert counted(FoPru(0.5, "row"), 576, 576) == 288
+    assert counted(FoPru(100, "row"), 576, 576) == 96
+    assert counted(FoPru(100, "row"), 500, 576) == 100
+    assert counted(FoPru(0.25, "row"), 0, 0) == counted(FoPru(0.25), 0, 0) == 0
 
 
 def test_scale_does_not_matter() -> None:

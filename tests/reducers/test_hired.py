@@ -13,6 +13,7 @@ from foveate import FoveateError
 from foveate.contract import ClsAttention, View
 from foveate.reducers.hired import HiRED
 from foveate.tokens import Layout, budget
+from tests.reducers.ragged import counted
 from tests.reducers.test_fastervlm import (
     IMAGES,
     Patches,
@@ -99,7 +100,7 @@ def test_the_rule(layout: Layout, keep: float, seed: int, share: str, regions: s
             own |= best([at for at, p in zip(image, patches, strict=True) if p[0] == crop], fine, T)
         if unspent == "give":
             own |= best([at for at in image if at not in own], fine, N_b - len(own))
-        assert 1 <= len(own) <= reducer.count(len(image), len(image))
+        assert 1 <= len(own) <= counted(reducer, len(image), len(image))
         assert len(own) == N_b or (unspent == "leave" and len(quota) > 1)
         expected |= own
     assert set(map(tuple, kept_of(view, m).nonzero().tolist())) == expected
@@ -206,7 +207,7 @@ def test_keeping_everything_is_the_identity(keep: float) -> None:
 def test_images_without_tiles_need_no_grid() -> None:
     view = View.of(torch.randn(2, 9, 3), text=1, signals={FINE: torch.rand(2, 8), COARSE: torch.rand(2, 8)})
     assert HiRED(0.5).reduce(view).map.target.shape == (2, 5)
-    assert HiRED(0.5).count(8, 8) == 4
+    assert counted(HiRED(0.5), 8, 8) == 4
 
 
 def test_a_mosaic_must_be_known() -> None:

@@ -16,6 +16,7 @@ from foveate.contract import Attention, AttentionRows, FromLayer, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.pyramiddrop import PyramidDrop
 from foveate.tokens import Layout, TokenMap
+from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, grades, images, ranked, survivors
 from tests.test_tokens import layouts
 
@@ -44,9 +45,9 @@ def test_counts_of_576_and_575(of: str) -> None:
 def test_the_paper_removes_a_ceiling_and_the_code_keeps_a_floor(keep: float) -> None:
     share = Fraction(str(keep)).limit_denominator(1000)
     for v in range(1, 700, 7):
-        assert PyramidDrop(keep).count(v, 999) == max(1, v - ceil((1 - share) * v))
+        assert counted(PyramidDrop(keep), v, 999) == max(1, v - ceil((1 - share) * v))
         for stage in range(3):
-            assert PyramidDrop(keep, of="original").count(v, v, stage) == max(1, int(v * share ** (stage + 1)))
+            assert counted(PyramidDrop(keep, of="original"), v, v, stage) == max(1, int(v * share ** (stage + 1)))
 
 
 def test_the_two_rules_differ_in_the_last_token() -> None:
@@ -93,7 +94,7 @@ def test_three_stages_of_ragged_batches(layout: Layout, keep: float | int, of: s
             score = weights[b, :, int(here.valid[b].nonzero()[-1])].double().mean(0).numpy()
             kept = (here.valid[b] & ~here.visual[b]).nonzero()[:, 0].tolist()
             for slots in images(here, b):
-                kept += ranked(np.asarray(score), slots, reducer.count(len(slots), next(lengths), stage))
+                kept += ranked(np.asarray(score), slots, counted(reducer, len(slots), next(lengths), stage))
             assert survivors(m, b) == sorted(kept)
             if of == "arriving":
                 one, at = alone(here, b)

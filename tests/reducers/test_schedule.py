@@ -18,6 +18,7 @@ from foveate.reducers.pyramiddrop import PyramidDrop
 from foveate.reducers.schedule import Schedule
 from foveate.reducers.uniform import Uniform
 from foveate.tokens import Layout, budget
+from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, grades, images, ranked, survivors, view
 from tests.test_tokens import layouts
 
@@ -51,7 +52,7 @@ def test_three_cuts_of_ragged_batches(layout: Layout, keep: list[float], seed: i
             kept = (here.valid[b] & ~here.visual[b]).nonzero()[:, 0].tolist()
             had = [next(lengths) for _ in images(here, b)]
             for slots, n in zip(images(here, b), had, strict=True):
-                assert reducer.count(len(slots), n, stage) == budget(share, n)
+                assert counted(reducer, len(slots), n, stage) == budget(share, n)
                 kept += ranked(np.asarray(score), slots, budget(share, n))
             assert survivors(m, b) == sorted(kept)
             if stage == 0:

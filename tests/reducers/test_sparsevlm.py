@@ -15,6 +15,7 @@ from foveate.contract import Attention, AttentionRows, FromLayer, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.sparsevlm import LISTS, SparseVLM, peaks, raters, relevance
 from foveate.tokens import Layout, TokenMap, budget, top
+from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, grades, images, keeps, ranked, survivors, view
 from tests.test_tokens import layouts
 
@@ -93,7 +94,7 @@ def test_the_rule_is_the_cards_in_ragged_batches(layout: Layout, keep: float | i
         assert {int(slots[r]): [int(slots[s]) for s in sources] for r, sources in targets(single).items()} == targets(m, b)
         lives = m.target.valid[b].nonzero()[:, 0]
         torch.testing.assert_close(single.apply(tokens[b, slots][None])[0], m.apply(tokens)[b, lives], rtol=0, atol=1e-5)
-    assert m.target.lengths() == [reducer.count(n, n) for n in layout.lengths()]
+    assert m.target.lengths() == [counted(reducer, n, n) for n in layout.lengths()]
     if not recycle:
         assert m.target.lengths() == [budget(keep, n) for n in layout.lengths()]
 
@@ -200,8 +201,8 @@ def test_the_codes_lists_by_name(name: str, budgets: tuple[int, ...]) -> None:
 def test_counts_of_recycled_tokens_have_no_float_traps() -> None:
     for n in range(1, 3000):
         candidates = math.floor(n * 3 / 10 + 1e-9) + 1
-        assert one(keep=1).count(n + 1, n + 1) == 1 + candidates // 10 + 1
-        assert one(keep=1).count(n + 1, n + 1) <= n + 1
+        assert counted(one(keep=1), n + 1, n + 1) == 1 + candidates // 10 + 1
+        assert counted(one(keep=1), n + 1, n + 1) <= n + 1
 
 
 def test_sum_or_mean_and_raster_or_appended() -> None:
@@ -244,7 +245,7 @@ def test_appended_tokens_stand_behind_their_own_image_and_mean_leaves_equal_toke
         for b in range(B):  # images stay in one piece and in order
             seen = [int(i) for i in m.target.image[b][m.target.visual[b]]]
             assert seen == sorted(seen)
-    assert raster.target.lengths() == appended.target.lengths() == [one(keep=keep).count(n, n) for n in layout.lengths()]
+    assert raster.target.lengths() == appended.target.lengths() == [counted(one(keep=keep), n, n) for n in layout.lengths()]
 
 
 @quick
@@ -294,7 +295,7 @@ def test_of_original_counts_what_was_there_before_another_cut() -> None:
     later = replace(view(cut.target, torch.rand(1, 1, 14, 14), tokens=torch.randn(1, 14, 3)), first=first)
     for of, kept in (("original", 10), ("arriving", 6)):
         reducer = one(keep=0.5, of=of)
-        assert reducer.reduce(later).map.target.lengths() == [reducer.count(12, 20)] == [kept + 1]
+        assert reducer.reduce(later).map.target.lengths() == [counted(reducer, 12, 20)] == [kept + 1]
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from foveate import FoveateError
 from foveate.contract import TowerKeys, View
-from foveate.reducers.tome import ToMe, bipartite, copies, mean, merge_until
+from foveate.reducers.tome import ToMe, bipartite, mean, merge_until
 from foveate.tokens import TokenMap, budget
-from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, edges, keeps, make
+from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, edges, keeps, make
 
 quick = settings(max_examples=25, deadline=None)
 
@@ -82,7 +82,7 @@ def test_the_matching_of_the_card() -> None:
     assert size.tolist() == [1, 2, 2, 1]
     torch.testing.assert_close(y, torch.stack([x[4], (x[0] + x[1]) / 2, (x[2] + x[3]) / 2, x[5]]))
     torch.testing.assert_close((y * size[:, None]).sum(0), x.sum(0))
-    assert torch.equal(copies(y, matching)[[0, 1, 4]], y[[1, 1, 0]])
+    assert torch.equal(y[matching.group][[0, 1, 4]], y[[1, 1, 0]])
 
 
 def test_the_order_of_the_unmerged_is_by_similarity_and_ascending_behind_a_protected_token() -> None:
@@ -133,7 +133,7 @@ def test_each_image_of_a_ragged_batch(batch: Ragged, keep: Any, r: int, order: s
         at = [i for i in range(applied.shape[1]) if token_map.target.valid[row, i] and int(token_map.representative[row, i]) in slots]
         np.testing.assert_allclose(applied[row, at].numpy(), np.stack([t.state for t in expected]), atol=1e-5)
         assert token_map.target.size[row, at].tolist() == [t.size for t in expected]
-        assert reducer.count(len(slots), len(slots)) == len(expected)
+        assert counted(reducer, len(slots), len(slots)) == len(expected)
     assert token_map.target.size.sum() == batch.layout.size.sum()
     if order == "raster":
         check_raster(batch, token_map, [budget(keep, h * w) for h, w in batch.grids])

@@ -12,7 +12,7 @@ from foveate import FoveateError
 from foveate.contract import BeforeLM, FromLayer, View
 from foveate.reducers.uniform import Uniform, subgrid
 from foveate.tokens import Layout, TokenMap, budget
-from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, crops, keeps, kept, make
+from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, keeps, kept, make
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -59,7 +59,7 @@ def test_each_image_of_a_ragged_batch(batch: Ragged, keep: Any) -> None:
     for (row, slots), (rows, columns) in zip(batch.images(), batch.grids, strict=True):
         cells = subgrid(rows, columns, budget(keep, len(slots)))
         assert [i for i in kept(token_map, row) if i in slots] == [slots[r * columns + c] for r, c in cells]
-        assert reducer.count(len(slots), len(slots)) == len(cells)
+        assert counted(reducer, len(slots), len(slots)) == len(cells)
     check_raster(batch, token_map, [budget(keep, r * c) for r, c in batch.grids])
     check_rows(batch, token_map, [reduced(reducer, row) for row in batch.rows])
 
@@ -99,8 +99,8 @@ def test_what_the_share_is_of(of: str) -> None:
     target = reducer.reduce(view).map.target
     numbers = [3, 2] if of == "arriving" else [6, 3]
     assert [int((target.visual & (target.image == i)).sum()) for i in (0, 1)] == numbers
-    assert [reducer.count(8, 16), reducer.count(4, 8)] == numbers
-    assert Uniform(10, of=of).count(8, 16) == 8
+    assert [counted(reducer, 8, 16), counted(reducer, 4, 8)] == numbers
+    assert counted(Uniform(10, of=of), 8, 16) == 8
 
 
 @pytest.mark.parametrize("keep", [1.0, 16, 99])

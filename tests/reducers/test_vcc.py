@@ -11,6 +11,7 @@ from foveate import FoveateError
 from foveate.contract import View
 from foveate.reducers import VCC
 from foveate.tokens import Layout, TokenMap
+from tests.reducers.ragged import counted
 from tests.tiny import LAYERS, PATCHES, ROWS, Batch, llava
 
 
@@ -180,7 +181,7 @@ def test_10_images_are_pooled_each_on_its_own() -> None:
 def test_11_the_remainder_is_dropped() -> None:
     m = pooled(Layout.sequence(torch.ones(1, 257, dtype=torch.bool)), 8)
     assert m.target.shape == (1, 32)
-    assert VCC(0, 8).count(257, 257) == 32
+    assert counted(VCC(0, 8), 257, 257) == 32
     assert 256 not in {s for t in range(32) for s in m.sources(0, t)}
 
 

@@ -14,6 +14,7 @@ from foveate.contract import ClsAttention, TowerKeys, View
 from foveate.reducers.fastervlm import FasterVLM
 from foveate.reducers.visionzip import VisionZip
 from foveate.tokens import Layout, TokenMap, budget
+from tests.reducers.ragged import counted
 from tests.reducers.test_fastervlm import IMAGES, batch, batches, best, check_alone, check_sane, members, mosaic, quick, scores, view_of
 
 CLS, KEYS = ClsAttention(-2), TowerKeys(-2)
@@ -79,7 +80,7 @@ def test_the_steps(layout: Layout, dominant: float, contextual: float, seed: int
     made = {}
     for group in members(layout):
         made |= groups_of(group, view, dominant, contextual)
-        assert sum(at in made for at in group) == reducer.count(len(group), len(group))
+        assert sum(at in made for at in group) == counted(reducer, len(group), len(group))
     merged_tiles = [layout.place[at][:2].tolist() for at, group in made.items() if len(group) > 1]
     for b in range(layout.shape[0]):
         keys: dict[int, tuple[int, int, int]] = {}
@@ -157,11 +158,11 @@ def test_without_contextual_tokens_it_is_fastervlm(layout: Layout, dominant: flo
 
 
 def test_the_settings_of_the_paper() -> None:
-    assert VisionZip().count(576, 576) == 221
-    assert VisionZip(54, 10).count(576, 576) == 64
-    assert VisionZip(0.65, 0.05).count(1000, 1000) == 700
-    assert VisionZip(54, 10).count(60, 60) == 60  # fewer than C remain
-    assert VisionZip(54, 10).count(20, 20) == 20
+    assert counted(VisionZip(), 576, 576) == 221
+    assert counted(VisionZip(54, 10), 576, 576) == 64
+    assert counted(VisionZip(0.65, 0.05), 1000, 1000) == 700
+    assert counted(VisionZip(54, 10), 60, 60) == 60  # fewer than C remain
+    assert counted(VisionZip(54, 10), 20, 20) == 20
     assert len(on(torch.rand(60), torch.randn(60, 4), dominant=54, contextual=10).representative[0]) == 60
 
 

@@ -19,7 +19,7 @@ from foveate.accounting.stack import Stack, decoder, lora_per_layer
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
 from foveate.reducers import Reducer
-from foveate.reducers import visual_tokens as visual_tokens
+from foveate.reducers.base import tokens_by_layer
 from foveate.tokens import ImagePlan
 
 
@@ -63,8 +63,8 @@ def predict(
         calls = encodings_of(config, image_size, grid, images)
         prompts = [prompt_of(config, calls, images, per_image, text_tokens)]
     layers = len(decoder(config).linear)
-    left = {image.tokens: visual_tokens(reducers, image.tokens, layers) for prompt in prompts for image in prompt.images}
-    visual = [[sum(left[image.tokens][layer] for image in prompt.images) for prompt in prompts] for layer in range(layers)]
+    left = {images: tokens_by_layer(reducers, images, layers) for images in {tuple(prompt.images) for prompt in prompts}}
+    visual = [[sum(left[tuple(prompt.images)][layer]) for prompt in prompts] for layer in range(layers)]
     total = [[count + prompt.text for count, prompt in zip(row, prompts, strict=True)] for row in visual]
     if mode == "decode":
         return _decode(config, visual, total, new_tokens, dtype_bytes)

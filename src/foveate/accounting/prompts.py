@@ -18,7 +18,6 @@ from foveate.contract import ImageSize
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.probes.encoding import Encoded
-from foveate.reducers import visual_tokens as visual_tokens
 from foveate.tokens import ImagePlan
 
 Calls = Sequence[tuple[Encoded, Fraction]]

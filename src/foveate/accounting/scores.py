@@ -10,11 +10,10 @@ from foveate.accounting.dry_run import encode, skeleton
 from foveate.accounting.prompts import Calls, Prompt, vision_of
 from foveate.accounting.stack import decoder, stack_of
 from foveate.anatomy import read
-from foveate.contract import ImageSize, InEncoder, ThroughLayer, Workload
+from foveate.contract import ImageSize, InEncoder, Workload
 from foveate.probes.tower import TOWER_SIGNALS, blocks
 from foveate.reducers import Reducer
-from foveate.reducers import visual_tokens as visual_tokens
-from foveate.reducers.base import Step, acting
+from foveate.reducers.base import Step, acting, passing
 
 
 def decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt], calls: Calls) -> tuple[int, int]:
@@ -29,7 +28,7 @@ def decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt],
         for crops, tokens, beside in counted.crops if any(isinstance(site, InEncoder) for site, _, _ in steps) else ():
             spent, less = _in_tower(config, steps, tokens, beside, width)
             scores, saved = scores + share * crops * spent, saved + share * crops * less
-    return round(scores + sum(_in_lm(config, steps, prompt, width) for prompt in prompts if prompt.images)), round(saved)
+    return round(scores + sum(_in_lm(config, reducers, prompt, width) for prompt in prompts if prompt.images)), round(saved)
 
 
 def _in_tower(config: Any, steps: Sequence[Step], tokens: int, beside: int, width: int) -> tuple[int, int]:
@@ -42,32 +41,29 @@ def _in_tower(config: Any, steps: Sequence[Step], tokens: int, beside: int, widt
         for site, reducer, stage in steps:
             if isinstance(site, InEncoder) and site.block == block:
                 score += reducer.score_flops(Workload((image,), (left,), beside, tower_width=width), stage)
-                left = reducer.count(left, image.tokens, stage)
+                (left,) = reducer.count(Workload((image,), (left,)), stage)
         n = left + beside
         saved += 2 * (tokens - n) * macs + 4 * (tokens**2 - n**2) * attention
     return score, saved
 
 
-def _in_lm(config: Any, steps: Sequence[Step], prompt: Prompt, tower_width: int) -> int:
+def _in_lm(config: Any, reducers: Sequence[Reducer], prompt: Prompt, tower_width: int) -> int:
     """FLOPs of the scores of one prompt in front of and inside the language model."""
     stack, text = decoder(config), config.get_text_config()
-    counts = [[image.tokens] * len(stack.linear) for image in prompt.images]
+    counts = [[image.tokens for image in prompt.images]] * len(stack.linear)
     score = 0
-    for site, reducer, stage in steps:
+    for site, reducer, stage in passing(reducers, prompt.images, counts):
         at, before = site.layer, max(0, site.layer - 1)
         if not isinstance(site, InEncoder):
             sizes = Workload(
                 tuple(prompt.images),
-                tuple(count[at] for count in counts),
+                tuple(counts[at]),
                 prompt.text,
                 width=text.hidden_size,
                 heads=text.num_attention_heads,
                 query_width=stack.attention_width[before],
-                keys=sum(count[before] for count in counts) + prompt.text,
+                keys=sum(counts[before]) + prompt.text,
                 tower_width=tower_width,
             )
             score += reducer.score_flops(sizes, stage)
-        end = at + 1 if isinstance(site, ThroughLayer) else len(stack.linear)
-        for count, image in zip(counts, prompt.images, strict=True):
-            count[at:end] = [reducer.count(count[at], image.tokens, stage)] * (end - at)
     return score

@@ -19,7 +19,6 @@ from foveate.accounting.ledger import Trained
 from foveate.accounting.prompts import image_of, vision_of
 from foveate.anatomy import attends, read
 from foveate.errors import FoveateError
-from foveate.reducers import visual_tokens as visual_tokens
 
 _EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 

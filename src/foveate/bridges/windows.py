@@ -27,13 +27,6 @@ def window_partition(x: Tensor, grid: Grid, window: int) -> Tensor:
     return x.permute(0, 1, 3, 2, 4, 5).reshape(-1, window * window, x.shape[-1])
 
 
-def window_merge(y: Tensor, grid: Grid, window: int) -> Tensor:
-    """The exact inverse of `window_partition`."""
-    down, across = window_grid(grid, window)
-    y = y.reshape(-1, down, across, window, window, y.shape[-1])
-    return y.permute(0, 1, 3, 2, 4, 5).reshape(-1, grid[0] * grid[1], y.shape[-1])
-
-
 def window_boxes(grid: Grid, window: int) -> list[Box]:
     """(row0, column0, row1, column1) of each window in raster order, in patches, half-open."""
     down, across = window_grid(grid, window)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,12 @@ _CHUNK = 256  # words of an image that are hashed as one
 
 @dataclass(frozen=True)
 class Signal:
-    """Base of all signals. What one says about slots that it does not apply to (text, for the tower's) has no meaning."""
+    """Base of all signals. What one says about slots that it does not apply to (text, for the tower's) has no meaning.
+
+    words: what a model must have for it, as `foveate list` says it; "" where every model has it
+    """
+
+    words: ClassVar[str] = ""
 
     def compute(self, view: View) -> Any:
         raise FoveateError(f"{self} is not provided here: attach to a model that has it, or hand it in by View.of(..., signals={{...}})")
@@ -48,6 +53,7 @@ class ClsAttention(Signal):
     the block whose output LLaVA takes), mean over heads, softmax over [CLS] and patches. A token made of several patches has their mean.
     In a tower without [CLS]: what `ReceivedAttention` gives."""
 
+    words: ClassVar[str] = "the tower's [CLS] attention (without [CLS]: attention received)"
     layer: int = -2
 
 
@@ -55,6 +61,7 @@ class ClsAttention(Signal):
 class ReceivedAttention(Signal):
     """(B, N) attention that each token receives in the tower's block `layer`, mean over heads and over all queries of its crop."""
 
+    words: ClassVar[str] = "the tower's attention"
     layer: int = -2
 
 
@@ -62,6 +69,7 @@ class ReceivedAttention(Signal):
 class TowerKeys(Signal):
     """(B, N, h) keys of the tower's block `layer`, mean over heads; of a token made of several patches, their mean."""
 
+    words: ClassVar[str] = "the tower's keys"
     layer: int = -2
 
 
@@ -69,6 +77,7 @@ class TowerKeys(Signal):
 class Attention(Signal):
     """The `AttentionRows` of decoder layer index `layer`: any of its rows, none of them computed before it is asked for."""
 
+    words: ClassVar[str] = "attention of a decoder layer"
     layer: int
 
 
@@ -76,6 +85,7 @@ class Attention(Signal):
 class Keys(Signal):
     """(B, N, G * h) keys of decoder layer index `layer` after the rotary embedding, its key heads side by side."""
 
+    words: ClassVar[str] = "keys of a decoder layer"
     layer: int
 
 

@@ -1,33 +1,58 @@
-"""The sizes of what a reducer meets, as far as the cost of its scores depends on them. FLOPs are 2 per multiply-add of a matrix product."""
+"""The sizes of what a reducer meets: how many tokens leave a site, and what its scores cost, follow from them. FLOPs are 2 per multiply-add
+of a matrix product."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class ImageSize:
-    """Visual tokens of one image or video in front of the first decoder layer, by its crops (tiles) and by its frames."""
+    """Visual tokens of one image or video in front of the first decoder layer, by its crops (tiles) and by its frames.
+
+    grids  the (rows, columns) of each crop of each frame; () where one of them is no full raster, or nothing is known of it
+    """
 
     crops: tuple[int, ...]
     frames: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def of(cls, place_L: Tensor) -> ImageSize:
-        """From the crop and the frame (L, 2 or more) of its tokens."""
-        crops, frames = (column.unique(return_counts=True)[1].tolist() for column in place_L[:, :2].unbind(1))
-        return cls(tuple(crops), tuple(frames))
+    def of(cls, place_L4: Tensor) -> ImageSize:
+        """From the crop, frame, row and column (L, 4) of its tokens."""
+        crops, frames = (column.unique(return_counts=True)[1].tolist() for column in place_L4[:, :2].unbind(1))
+        return cls(tuple(crops), tuple(frames), _grids(place_L4))
 
     @classmethod
     def whole(cls, tokens: int) -> ImageSize:
+        """An image of one crop, of whose rows and columns nothing is known."""
         return cls((tokens,), (tokens,))
 
     @property
     def tokens(self) -> int:
         return sum(self.crops)
+
+    def groups(self, scope: str) -> tuple[int, ...]:
+        """Tokens of each of its groups of the scope "crop", "frame" or "image"."""
+        return self.crops if scope == "crop" else self.frames if scope == "frame" else (self.tokens,)
+
+
+def _grids(place_L4: Tensor) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of each crop of each frame, () unless all are full rasters."""
+    if not len(place_L4) or int(place_L4[:, 2:].min()) < 0 or len(place_L4.unique(dim=0)) < len(place_L4):
+        return ()
+    found, owner = [], torch.unique(place_L4[:, :2], dim=0, return_inverse=True)[1]
+    for part in range(int(owner.max()) + 1):
+        cells = place_L4[owner == part][:, 2:]
+        rows, columns = (len(axis.unique()) for axis in cells.unbind(1))
+        if rows * columns != len(cells):
+            return ()
+        found.append((rows, columns))
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -60,14 +85,19 @@ class Workload:
         """Tokens of each group of the scope. Where some have gone before, an image's groups are taken to have lost the same share."""
         if scope == "sample":
             return [sum(self.arriving)]
-        if scope == "image":
-            return list(self.arriving)
-        found = []
-        for image, left in zip(self.images, self.arriving, strict=True):
-            parts = image.crops if scope == "crop" else image.frames
-            ends = [sum(parts[: i + 1]) * left // image.tokens for i in range(len(parts))] if image.tokens else []
-            found += [end - start for start, end in zip([0, *ends], ends, strict=False)]
-        return found
+        return [arriving for parts in self._parts(scope) for arriving, _ in parts]
+
+    def leaving(self, left: Callable[[int, int], int], scope: str = "image") -> list[int]:
+        """Of each image what `left(arriving, original)` says of its groups of the scope, added up. Which images of a sample lose their
+        tokens is not known from sizes: they are taken to lose the same share."""
+        if scope != "sample":
+            return [sum(left(*part) for part in parts) for parts in self._parts(scope)]
+        return _dealt(left(sum(self.arriving), sum(image.tokens for image in self.images)), self.arriving)
+
+    def _parts(self, scope: str) -> list[list[tuple[int, int]]]:
+        """(arriving, original) of each group of each image."""
+        parts = [image.groups(scope) for image in self.images]
+        return [list(zip(_dealt(left, before), before, strict=True)) for before, left in zip(parts, self.arriving, strict=True)]
 
     def rows(self, count: int) -> int:
         """FLOPs of `count` rows of attention."""
@@ -77,3 +107,10 @@ class Workload:
 def products(pairs: Iterable[tuple[int, int]], width: int) -> int:
     """FLOPs of comparing a with b vectors of `width`, for each (a, b)."""
     return sum(2 * a * b * width for a, b in pairs)
+
+
+def _dealt(tokens: int, over: tuple[int, ...]) -> list[int]:
+    """`tokens` in proportion to `over`, to the token."""
+    total = sum(over)
+    ends = [sum(over[: i + 1]) * tokens // total if total else 0 for i in range(len(over))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from foveate.contract import GROUPS, BeforeLM, Cut, Noise, Signal, Site, View, content_keys
+from foveate.contract import GROUPS, BeforeLM, Cut, Noise, Signal, Site, View, Workload, content_keys
 from foveate.engine.replay import ReplayInTower, decide
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.hooks import Hook
@@ -303,5 +303,5 @@ class Carried(Reducer):
         weight = (home == torch.arange(len(home), device=home.device)) | ~layout.visual.flatten()
         return Cut(into(layout, home, weight.to(torch.float64)))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
         raise FoveateError("what the tower leaves is counted by the reducer that acts in it")

@@ -10,16 +10,9 @@ from rich.table import Table
 
 from foveate.anatomy import TESTED
 from foveate.bridges import BRIDGES
-from foveate.contract import Attention, BeforeLM, BeforeProcessor, ClsAttention, Keys, ReceivedAttention, Signal, TowerKeys
+from foveate.contract import BeforeLM, BeforeProcessor
 from foveate.reducers import METHODS, Reducer
 
-_NEEDS: dict[type[Signal], str] = {
-    ClsAttention: "the tower's [CLS] attention (without [CLS]: attention received)",
-    ReceivedAttention: "the tower's attention",
-    TowerKeys: "the tower's keys",
-    Attention: "attention of a decoder layer",
-    Keys: "keys of a decoder layer",
-}
 _DEPTH = 32  # decoder layers of the 7B models that the papers speak of
 
 
@@ -34,15 +27,15 @@ def acts(method: type[Reducer]) -> str:
 
 def needs(method: type[Reducer]) -> str:
     """What a method's default setting has to know of the model."""
-    signals = {type(signal) for site in method().sites(_DEPTH) for signal in site.needs}
-    return "; ".join(text for kind, text in _NEEDS.items() if kind in signals)
+    return "; ".join(dict.fromkeys(signal.words for site in method().sites(_DEPTH) for signal in site.needs if signal.words))
 
 
 def print_catalogue() -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     reducers = Table("reducer", "arXiv", "acts (defaults, 32 layers)", "needs", "what it does", box=None, pad_edge=False)
     for name, method in METHODS.items():
-        reducers.add_row(name, method.paper, acts(method), needs(method), _first(method))
+        mark = "experimental: " if method.experimental else ""
+        reducers.add_row(name, method.paper, acts(method), needs(method), mark + _first(method))
     bridges = Table("bridge", "arXiv", "what it does", box=None, pad_edge=False)
     for name, bridge in BRIDGES.items():
         cited = re.search(r"arXiv (\d{4}\.\d{5})", sys.modules[bridge.__module__].__doc__ or "")

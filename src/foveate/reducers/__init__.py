@@ -1,4 +1,4 @@
-"""The methods, one file each. A new method is listed in METHODS, and the common tests and the command line find it there."""
+"""The methods, one file each, one line below each. The common tests, the command line, recipes and `foveate.json` find a method by it."""
 
 from __future__ import annotations
 
@@ -10,30 +10,42 @@ from typing import Any
 from transformers.utils import cached_file
 
 from foveate.errors import FoveateError
-from foveate.reducers.aim import AIM
-from foveate.reducers.avgpool2d import AvgPool2d
-from foveate.reducers.base import SAVED_NAME, Reducer, parse_with, save_reducers, visual_tokens
-from foveate.reducers.cdpruner import CDPruner
-from foveate.reducers.dart import DART
-from foveate.reducers.divprune import DivPrune
-from foveate.reducers.downsample import Downsample
-from foveate.reducers.fastervlm import FasterVLM
-from foveate.reducers.fastv import FastV
-from foveate.reducers.fopru import FoPru
-from foveate.reducers.hired import HiRED
-from foveate.reducers.preparing import Preparing, before_processor, in_model, prepare
-from foveate.reducers.pyramiddrop import PyramidDrop
-from foveate.reducers.random import Random
-from foveate.reducers.schedule import Schedule
-from foveate.reducers.sparsevlm import SparseVLM
-from foveate.reducers.tome import ToMe
-from foveate.reducers.uniform import Uniform
-from foveate.reducers.vcc import VCC
-from foveate.reducers.visionzip import VisionZip
+from foveate.reducers.base import SAVED_NAME as SAVED_NAME
+from foveate.reducers.base import Reducer as Reducer
+from foveate.reducers.base import parse_with as parse_with
+from foveate.reducers.base import save_reducers as save_reducers
+from foveate.reducers.base import visual_tokens as visual_tokens
+from foveate.reducers.preparing import Preparing as Preparing
+from foveate.reducers.preparing import before_processor as before_processor
+from foveate.reducers.preparing import in_model as in_model
+from foveate.reducers.preparing import prepare as prepare
+from foveate.reducers.ranker import Ranker as Ranker
 
-BASELINES = (Random, Uniform, AvgPool2d, Downsample)
-PAPERS = (ToMe, FastV, VCC, HiRED, SparseVLM, PyramidDrop, FoPru, Schedule, FasterVLM, AIM, VisionZip, DART, DivPrune, CDPruner)  # by date
-METHODS: dict[str, type[Reducer]] = {method.name: method for method in (*BASELINES, *PAPERS)}
+# The methods in the order of tables: baselines, then papers by date. A line both exports a method and lists it.
+# isort: off
+from foveate.reducers.random import Random as Random
+from foveate.reducers.uniform import Uniform as Uniform
+from foveate.reducers.avgpool2d import AvgPool2d as AvgPool2d
+from foveate.reducers.downsample import Downsample as Downsample
+from foveate.reducers.tome import ToMe as ToMe
+from foveate.reducers.fastv import FastV as FastV
+from foveate.reducers.vcc import VCC as VCC
+from foveate.reducers.hired import HiRED as HiRED
+from foveate.reducers.sparsevlm import SparseVLM as SparseVLM
+from foveate.reducers.pyramiddrop import PyramidDrop as PyramidDrop
+from foveate.reducers.fopru import FoPru as FoPru
+from foveate.reducers.schedule import Schedule as Schedule
+from foveate.reducers.fastervlm import FasterVLM as FasterVLM
+from foveate.reducers.aim import AIM as AIM
+from foveate.reducers.visionzip import VisionZip as VisionZip
+from foveate.reducers.dart import DART as DART
+from foveate.reducers.divprune import DivPrune as DivPrune
+from foveate.reducers.cdpruner import CDPruner as CDPruner
+# isort: on
+
+_LISTED = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Reducer) and "name" in vars(kind)]
+METHODS: dict[str, type[Reducer]] = {method.name: method for method in _LISTED}
+BASELINES = tuple(method for method in METHODS.values() if method.paper == "-")
 
 
 def parse(text: str) -> list[Reducer]:
@@ -91,37 +103,3 @@ def load_reducers(model: str | Path) -> list[Reducer]:
         name = str(model) or "the model"
         raise FoveateError(f"{name} has no {SAVED_NAME}: the model was not trained with a reducer; name one, as in attach(model, VCC())")
     return found
-
-
-__all__ = [
-    "AIM",
-    "DART",
-    "METHODS",
-    "VCC",
-    "AvgPool2d",
-    "CDPruner",
-    "DivPrune",
-    "Downsample",
-    "FastV",
-    "FasterVLM",
-    "FoPru",
-    "HiRED",
-    "Preparing",
-    "PyramidDrop",
-    "Random",
-    "Reducer",
-    "Schedule",
-    "SparseVLM",
-    "ToMe",
-    "Uniform",
-    "VisionZip",
-    "before_processor",
-    "in_model",
-    "load_reducers",
-    "parse",
-    "prepare",
-    "save_reducers",
-    "saved_reducers",
-    "spell",
-    "visual_tokens",
-]

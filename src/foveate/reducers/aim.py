@@ -49,6 +49,10 @@ class AIM(Reducer):
 
     name: ClassVar[str] = "aim"
     paper: ClassVar[str] = "2412.03248"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention", "states"})
+    examples: ClassVar[tuple[str, ...]] = ("aim:keep=0.5,steps=2", "aim:keep=0.5,start=1,stop=3,steps=3")
+    keeps_all: ClassVar[tuple[str, ...]] = ("aim:keep=1.0,steps=0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("aim:keep=0.5,steps=2",)
     beyond: ClassVar[bool] = True
     keep: float | int = 0.125
     start: float | int = 0.5
@@ -61,8 +65,8 @@ class AIM(Reducer):
     scope: str = "frame"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         budget(self.keep, 1)
         integers(self, steps=0, walks=1)
         if max(self.steps, self.walks) > MOST:
@@ -112,10 +116,13 @@ class AIM(Reducer):
 
         return Cut(TokenMap.keep(layout, top(layout, asked(self.name, view, score), share, original_BN=self._merged(view))))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
         if stage == 0:
-            return budget(self.keep, arriving)
-        return min(arriving, budget(self.share(stage), budget(self.keep, original))) if stage < self.steps else 0
+            return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
+        if stage >= self.steps:
+            return [0] * len(work.images)
+        merged = self.count(replace(work, arriving=tuple(image.tokens for image in work.images)))
+        return [min(arriving, budget(self.share(stage), n)) for arriving, n in zip(work.arriving, merged, strict=True)]
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """In the language model that of one prompt alone: a batch may be too large to hold its attention maps between the steps."""

@@ -13,10 +13,10 @@ from typing import ClassVar, Self
 
 import torch
 
-from foveate.contract import BeforeLM, Cut, FromLayer, Site, View
+from foveate.contract import Cut, Site, View, Workload
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import integers, into, nearest_stride
+from foveate.reducers.common import in_front_of, integers, into, nearest_stride
 from foveate.tokens import PLACE, TokenMap
 
 GRID = [PLACE.index("image"), PLACE.index("crop"), PLACE.index("frame")]
@@ -25,20 +25,19 @@ CELL = [PLACE.index("row"), PLACE.index("column")]
 
 @dataclass(frozen=True)
 class AvgPool2d(Reducer):
-    """Pools every crop and frame of each image by `stride` in both directions, in front of decoder layer `layer` (0: before the LM).
-
-    `count` knows a number of tokens and no grid: it is exact for square grids, and for others whose sides `stride` divides.
-    """
+    """Pools every crop and frame of each image by `stride` in both directions, in front of decoder layer `layer` (0: before the LM)."""
 
     name: ClassVar[str] = "avgpool2d"
     paper: ClassVar[str] = "-"
     amounts: ClassVar[tuple[str, ...]] = ("stride",)
+    examples: ClassVar[tuple[str, ...]] = ("avgpool2d:stride=2",)
+    keeps_all: ClassVar[tuple[str, ...]] = ("avgpool2d:stride=1",)
     stride: int = 2
     layer: int = 0
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         integers(self, layer=0, stride=1)
 
     def at(self, keep: float) -> Self:
@@ -46,7 +45,7 @@ class AvgPool2d(Reducer):
         return replace(self, stride=nearest_stride(self.name, keep, power=2))
 
     def sites(self, layers: int) -> list[Site]:
-        return [FromLayer(self.layer) if self.layer else BeforeLM()]
+        return [in_front_of(self.layer)]
 
     def reduce(self, view: View, stage: int = 0) -> Cut:
         layout, s = view.layout, self.stride
@@ -77,6 +76,17 @@ class AvgPool2d(Reducer):
         weight = torch.where(layout.visual, 1.0 / (s * s), 1.0).to(torch.float64)
         return Cut(into(layout, home, weight))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        side = isqrt(arriving)
-        return (side // self.stride) ** 2 if side * side == arriving else arriving // self.stride**2
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        """Where the grids are not known, or an earlier method has changed them: as if they were squares."""
+        left = []
+        for image, arriving in zip(work.images, work.arriving, strict=True):
+            side = isqrt(arriving)
+            square = ((side, side),) if side * side == arriving else ()
+            grids = image.grids if arriving == image.tokens and image.grids else square
+            cells = [(rows // self.stride) * (columns // self.stride) for rows, columns in grids]
+            left.append(sum(cells) if cells else arriving // self.stride**2)
+        return left
+
+    def exact(self, work: Workload) -> bool:
+        """Where the grids are known."""
+        return all(image.grids and arriving == image.tokens for image, arriving in zip(work.images, work.arriving, strict=True))

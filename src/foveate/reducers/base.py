@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from PIL.Image import Image
 
-from foveate.contract import BeforeProcessor, Decision, Site, ThroughLayer, View, Workload
+from foveate.contract import BeforeProcessor, Decision, ImageSize, InEncoder, Site, ThroughLayer, View, Workload
 from foveate.errors import FoveateError, nearest
 
 SAVED_NAME = "foveate.json"
@@ -22,18 +22,48 @@ SAVED_NAME = "foveate.json"
 @dataclass(frozen=True)
 class Reducer(ABC):
     """One method. Subclasses are frozen dataclasses whose fields are the method's options; `positions` is one of them:
-    "keep" leaves each survivor its original position, "renumber" closes the gaps."""
+    "keep" leaves each survivor its original position, "renumber" closes the gaps.
+
+    What a class says of its method:
+
+    name, paper   its spelling, and its arXiv number ("-": a baseline); version is raised when the same options decide otherwise
+    experimental  whether its rule rests on an abstract or another's words alone, and may change when the source can be read
+    beyond        whether it ignores layers that the model does not have, instead of refusing the model
+    amounts       the options that say how many tokens stay, which `at` sets
+    looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", what its choice follows
+
+    What the common tests run, on images of 16 tokens in a model of four decoder layers and more:
+
+    examples      spellings that reduce, one for each way in which the method works; the first acts on every family of models
+    keeps_all     spellings that keep everything; the first does so on every family of models
+    multiplies    spellings that multiply matrices in order to decide: a counter checks `score_flops` on them. (): the method never does
+    """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     version: ClassVar[int] = 1
-    beyond: ClassVar[bool] = False  # whether a layer that the model does not have is none to act at, and no error
-    amounts: ClassVar[tuple[str, ...]] = ("keep",)  # the options that say how many tokens stay, which `at` sets
+    experimental: ClassVar[bool] = False
+    beyond: ClassVar[bool] = False
+    amounts: ClassVar[tuple[str, ...]] = ("keep",)
+    looks_at: ClassVar[frozenset[str]] = frozenset()
+    examples: ClassVar[tuple[str, ...]] = ()
+    keeps_all: ClassVar[tuple[str, ...]] = ()
+    multiplies: ClassVar[tuple[str, ...]] = ()
     positions: str = field(default="keep", kw_only=True)
 
     def __post_init__(self) -> None:
+        self.check()
+        for option, value in self.canonical().items():
+            object.__setattr__(self, option, value)
+
+    def check(self) -> None:
+        """Raises FoveateError where an option is not possible."""
         if self.positions not in ("keep", "renumber"):
             raise FoveateError(f'{self.name}: positions={self.positions!r} is not possible; choose "keep" or "renumber"')
+
+    def canonical(self) -> dict[str, Any]:
+        """The options that are written in another way than they were given, as they are written: one setting has one spelling."""
+        return {}
 
     @abstractmethod
     def sites(self, layers: int) -> list[Site]:
@@ -44,8 +74,13 @@ class Reducer(ABC):
         """The decision at one site; `stage` is its place in `sites`."""
 
     @abstractmethod
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        """Visual tokens of one image that leave the site, when `arriving` of its `original` tokens come to it."""
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        """Visual tokens of each image of a prompt that leave the site (in the vision tower: of each crop). To the token where all of an
+        image's tokens arrive and `exact` says so; of what an earlier method has left, how it lies in crops and frames is not known."""
+
+    def exact(self, work: Workload) -> bool:
+        """Whether sizes alone decide how many tokens leave; where not, `count` says how many leave at most."""
+        return True
 
     def prepare(self, image: Image) -> Image:
         """What becomes of an image at `BeforeProcessor`."""
@@ -64,9 +99,9 @@ class Reducer(ABC):
 
     # ---- cost
 
-    def visual_tokens(self, per_image: int, num_layers: int) -> list[int]:
+    def visual_tokens(self, image: int | ImageSize, num_layers: int) -> list[int]:
         """Visual tokens of one image in each decoder layer."""
-        return visual_tokens([self], per_image, num_layers)
+        return visual_tokens([self], image, num_layers)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """What its own matrix products at one site take for one prompt; what the signals of the vision tower take is not in it."""
@@ -148,21 +183,48 @@ Step = tuple[Site, Reducer, int]
 
 
 def acting(reducers: Sequence[Reducer], num_layers: int) -> list[Step]:
-    """(site, reducer, stage) in the order in which they act in the model."""
+    """(site, reducer, stage) in the order in which they act in the model: the tower's by block, then by decoder layer."""
     sites = [(site, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers))]
     sites = [at for at in sites if at[0].layer < num_layers and not isinstance(at[0], BeforeProcessor)]
-    ordered = sorted(sites, key=lambda at: (at[0].layer, isinstance(at[0], ThroughLayer), *at[1:]))
-    return [(site, reducers[i], stage) for site, i, stage in ordered]
+
+    def order(at: tuple[Site, int, int]) -> tuple[int, ...]:
+        site, i, stage = at
+        block = site.block if isinstance(site, InEncoder) else -1
+        return (site.layer, isinstance(site, ThroughLayer), block < 0, block, i, stage)
+
+    return [(site, reducers[i], stage) for site, i, stage in sorted(sites, key=order)]
 
 
-def visual_tokens(reducers: Sequence[Reducer], per_image: int, num_layers: int) -> list[int]:
-    """Visual tokens of one image in each decoder layer under several reducers, applied in order of their layers."""
-    counts = [per_image] * num_layers
-    for site, reducer, stage in acting(reducers, num_layers):
-        left = reducer.count(counts[site.layer], per_image, stage)
-        end = site.layer + 1 if isinstance(site, ThroughLayer) else num_layers
+def passing(reducers: Sequence[Reducer], images: Sequence[ImageSize], counts: list[list[int]]) -> Iterator[Step]:
+    """The steps in the order in which they act. `counts` are, by decoder layer, the tokens of each image of one prompt that go through it:
+    after each step what it has left."""
+    crops = [image.crops if len(image.crops) > 1 else image.frames for image in images]  # each is one sequence in the tower
+    whole = tuple(ImageSize.whole(tokens) for parts in crops for tokens in parts)
+    in_tower = [size.tokens for size in whole]
+    for site, reducer, stage in acting(reducers, len(counts)):
+        yield site, reducer, stage
+        if isinstance(site, InEncoder):
+            in_tower = reducer.count(Workload(whole, tuple(in_tower)), stage)
+            each = iter(in_tower)
+            left = [sum(next(each) for _ in parts) for parts in crops]
+        else:
+            left = reducer.count(Workload(tuple(images), tuple(counts[site.layer])), stage)
+        end = site.layer + 1 if isinstance(site, ThroughLayer) else len(counts)
         counts[site.layer : end] = [left] * (end - site.layer)
+
+
+def tokens_by_layer(reducers: Sequence[Reducer], images: Sequence[ImageSize], num_layers: int) -> list[list[int]]:
+    """By decoder layer, the visual tokens of each image of one prompt that go through it, under several reducers."""
+    counts = [[image.tokens for image in images]] * num_layers
+    for _ in passing(reducers, images, counts):
+        pass
     return counts
+
+
+def visual_tokens(reducers: Sequence[Reducer], image: int | ImageSize, num_layers: int) -> list[int]:
+    """Visual tokens of one image (its size, or how many tokens in one crop) in each decoder layer under several reducers."""
+    size = ImageSize.whole(image) if isinstance(image, int) else image
+    return [left for (left,) in tokens_by_layer(reducers, [size], num_layers)]
 
 
 def save_reducers(reducers: Sequence[Reducer], folder: Path) -> None:

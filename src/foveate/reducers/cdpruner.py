@@ -56,17 +56,20 @@ class CDPruner(Reducer):
     """Keeps `keep` of each crop's tokens, relevant and diverse, in raster order.
 
     scope: whose tokens compete, and what `keep` counts: "crop" (the paper's: T per tile), "image", "frame" or "sample".
-    `count` speaks of an image of one crop; of more it is right for shares, up to the rounding in each crop.
     """
 
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "2506.10967"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"text", "states"})
+    examples: ClassVar[tuple[str, ...]] = ("cdpruner:keep=0.5", "cdpruner:keep=5")
+    keeps_all: ClassVar[tuple[str, ...]] = ("cdpruner:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("cdpruner:keep=0.5",)
     keep: float | int = 64
     scope: str = "crop"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         budget(self.keep, 1)
         choose(self, scope=SCOPES)
 
@@ -88,8 +91,8 @@ class CDPruner(Reducer):
             kept[slots] = True
         return Cut(TokenMap.keep(layout, kept.view(layout.shape)))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return budget(self.keep, arriving)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         reduced = [(n, left) for n in sizes.groups(self.scope) if (left := budget(self.keep, n)) < n]

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from foveate.contract import AttentionRows, Question, View
+from foveate.contract import AttentionRows, BeforeLM, FromLayer, Question, Signal, Site, View
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.tokens import Layout, TokenMap
@@ -76,6 +76,11 @@ def meant(share: float) -> Fraction:
     return Fraction(str(share)).limit_denominator(1_000_000)
 
 
+def in_front_of(layer: int, *needs: Signal) -> Site:
+    """The site in front of decoder layer index `layer`; 0 is before the language model."""
+    return FromLayer(layer, needs) if layer else BeforeLM(needs)
+
+
 # ---- what a view is asked for
 
 
@@ -116,18 +121,24 @@ def attention_before(reducer: Reducer, view: View, stage: int) -> AttentionRows:
     return rows
 
 
-def leaving(view: View, count: Callable[[int, int], int]) -> Tensor:
-    """(B, N) int64, at each visual slot: what `count(arriving, original)` says of its image (0 for all other slots)."""
+def leaving(view: View, left: Callable[[int, int], int], scope: str = "image") -> Tensor:
+    """(B, N) int64, at each visual slot: what `left(arriving, original)` says of its group of the scope (0 for all other slots)."""
     layout, first = view.layout, (view.first or view).layout
-    visual, arriving, seen = layout.visual, layout.image_length, first.visual
-    number = torch.zeros_like(arriving)
+    visual = layout.visual
+    number = torch.zeros_like(layout.image)
     if not bool(visual.any()):
         return number
-    original = torch.zeros(int(max(layout.image.max(), first.image.max())) + 1, dtype=torch.int64, device=number.device)
-    original[first.image[seen]] = first.image_length[seen]
-    before = original[layout.image.clamp(min=0)]
-    for a, o in torch.unique(torch.stack([arriving, before], -1)[visual], dim=0).tolist():
-        number[visual & (arriving == a) & (before == o)] = count(a, o)
+    if scope == "image":
+        arriving, seen = layout.image_length, first.visual
+        original = torch.zeros(int(max(layout.image.max(), first.image.max())) + 1, dtype=torch.int64, device=number.device)
+        original[first.image[seen]] = first.image_length[seen]
+        sizes = torch.stack([arriving, original[layout.image.clamp(min=0)]], -1)[visual]
+    else:
+        both = torch.cat([one.owners(scope)[one.visual] for one in (layout, first)])
+        owner, before = torch.unique(both, dim=0, return_inverse=True)[1].split([int(one.visual.sum()) for one in (layout, first)])
+        sizes = torch.stack([count.bincount(minlength=int(both.shape[0]))[owner] for count in (owner, before)], -1)
+    pairs, which = torch.unique(sizes, dim=0, return_inverse=True)
+    number[visual] = torch.tensor([left(a, o) for a, o in pairs.tolist()], device=number.device)[which]
     return number
 
 

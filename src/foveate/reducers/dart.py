@@ -47,6 +47,10 @@ class DART(Reducer):
 
     name: ClassVar[str] = "dart"
     paper: ClassVar[str] = "2502.11494"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"text", "keys", "positions", "states"})
+    examples: ClassVar[tuple[str, ...]] = ("dart:keep=0.5,layer=2", "dart:keep=0.5,visual_pivots=2,text_pivots=2")
+    keeps_all: ClassVar[tuple[str, ...]] = ("dart:keep=1.0,layer=2",)
+    multiplies: ClassVar[tuple[str, ...]] = ("dart:keep=0.5,layer=1,text_pivots=1",)
     keep: float | int = 0.25
     layer: int = 2
     visual_pivots: int = 4
@@ -54,8 +58,8 @@ class DART(Reducer):
     rounding: str = "exact"
     of: str = "arriving"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         budget(self.keep, 1)
         choose(self, rounding=("exact", "code"), of=OF)
         integers(self, ", the keys of the layer before it are needed", layer=1)
@@ -71,7 +75,7 @@ class DART(Reducer):
             raise FoveateError("dart: needs the tokens' states; make the view by View.of, or give View(tokens=…)")
         asked = questions(self.name, view)
         norm = view.signal(Keys(self.layer - 1)).abs().sum(-1)
-        number = leaving(view, self.count)
+        number = leaving(view, self._left)
         kept = torch.zeros_like(layout.visual)
         for b, visual in images(layout):
             text = next(q.text for q in asked if bool(q.about[b, visual[0]]))[b].nonzero()[:, 0]
@@ -83,7 +87,10 @@ class DART(Reducer):
             kept[b, visual[picks]] = True
         return Cut(TokenMap.keep(layout, kept))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return work.leaving(self._left)
+
+    def _left(self, arriving: int, original: int) -> int:
         base = original if self.of == "original" else arriving
         total = budget(self.keep, base)
         if self.rounding == "code" and total < base:
@@ -96,7 +103,7 @@ class DART(Reducer):
         """Where at least `text_pivots` text tokens follow each image."""
         pairs = []
         for image, arriving in zip(sizes.images, sizes.arriving, strict=True):
-            own = min(self.visual_pivots, self.count(arriving, image.tokens, stage))
+            own = min(self.visual_pivots, self._left(arriving, image.tokens))
             pairs.append((own + min(self.text_pivots, sizes.text), arriving))
         return products(pairs, sizes.width)
 

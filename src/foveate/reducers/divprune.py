@@ -34,13 +34,17 @@ class DivPrune(Reducer):
 
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "2503.02175"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"states"})
+    examples: ClassVar[tuple[str, ...]] = ("divprune:keep=0.5", "divprune:keep=0.3", "divprune:keep=0.3,order=pick")
+    keeps_all: ClassVar[tuple[str, ...]] = ("divprune:keep=1.0", "divprune:keep=1.0,order=pick")
+    multiplies: ClassVar[tuple[str, ...]] = ("divprune:keep=0.5",)
     keep: float | int = 0.098
     order: str = "raster"
     scope: str = "image"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         budget(self.keep, 1)
         choose(self, order=("raster", "pick"), scope=SCOPES)
 
@@ -58,8 +62,8 @@ class DivPrune(Reducer):
             place[picks] = picks.sort().values  # the k-th pick takes the k-th place that survives
         return Cut(into(layout, home, place=place if self.order == "pick" else None))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return budget(self.keep, arriving)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return products(((n, n) for n in sizes.groups(self.scope) if budget(self.keep, n) < n), sizes.width)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from PIL.Image import Image, Resampling
 
-from foveate.contract import BeforeProcessor, Cut, Site, View
+from foveate.contract import BeforeProcessor, Cut, Site, View, Workload
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import meant
@@ -34,8 +34,8 @@ class Downsample(Reducer):
     paper: ClassVar[str] = "-"
     keep: float = 0.25
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         if type(self.keep) is not float:
             raise FoveateError(f"downsample: keep={self.keep!r} is not possible; give a share of the pixels in (0, 1] as a float")
         budget(self.keep, 1)
@@ -61,5 +61,5 @@ class Downsample(Reducer):
             "or call foveate.reducers.prepare before the processor"
         )
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
         raise FoveateError("downsample has no number of tokens of its own: the processor makes them of the smaller image")

@@ -15,14 +15,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from foveate.contract import BeforeLM, ClsAttention, Cut, Site, View
-from foveate.reducers.base import Reducer
+from torch import Tensor
+
+from foveate.contract import BeforeLM, ClsAttention, Site, View
 from foveate.reducers.common import choose, integers
-from foveate.tokens import TokenMap, budget, top
+from foveate.reducers.ranker import Ranker
 
 
 @dataclass(frozen=True)
-class FasterVLM(Reducer):
+class FasterVLM(Ranker):
     """Keeps the `keep` (share or number) patches of each tile with the highest [CLS] attention in tower block `layer`.
 
     scope: what `keep` counts in, "crop" (tile, the paper's), "image" or "frame".
@@ -30,24 +31,23 @@ class FasterVLM(Reducer):
 
     name: ClassVar[str] = "fastervlm"
     paper: ClassVar[str] = "2412.01818"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
+    examples: ClassVar[tuple[str, ...]] = ("fastervlm:keep=0.5", "fastervlm:keep=0.7")
+    keeps_all: ClassVar[tuple[str, ...]] = ("fastervlm:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("fastervlm:keep=0.5",)
     keep: float | int = 0.25
     layer: int = -2
     scope: str = "crop"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        budget(self.keep, 1)
+    def check(self) -> None:
+        super().check()
         integers(self, layer=None)
         choose(self, scope=("crop", "image", "frame"))
 
     def sites(self, layers: int) -> list[Site]:
         return [BeforeLM((ClsAttention(self.layer),))]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
-        score = view.signal(ClsAttention(self.layer))
-        return Cut(TokenMap.keep(view.layout, top(view.layout, score, self.keep, scope=self.scope)))
-
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        """Of one crop (or frame) where `scope` says so: an image of several has the sum."""
-        return budget(self.keep, arriving)
+    def score(self, view: View, stage: int = 0) -> Tensor:
+        scores: Tensor = view.signal(ClsAttention(self.layer))
+        return scores

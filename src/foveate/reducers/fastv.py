@@ -23,15 +23,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.contract import BLOCK, Attention, AttentionRows, Cut, FromLayer, Question, Site, View, Workload
+from foveate.contract import BLOCK, Attention, AttentionRows, FromLayer, Question, Site, View, Workload
 from foveate.errors import FoveateError
-from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, asked, choose, leaving
-from foveate.tokens import TokenMap, budget, top
+from foveate.reducers.common import asked, choose
+from foveate.reducers.ranker import Ranker
 
 
 @dataclass(frozen=True)
-class FastV(Reducer):
+class FastV(Ranker):
     """Keeps `keep` of each image's tokens in front of decoder layer index `layer` (0-based, at least 1).
 
     rows  "last": the row of the last prompt token; "all": the mean of all other prompt tokens' rows
@@ -40,15 +39,18 @@ class FastV(Reducer):
 
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "2403.06764"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention"})
+    examples: ClassVar[tuple[str, ...]] = ("fastv:keep=0.5,layer=2", "fastv:keep=0.3", "fastv:keep=0.3,layer=1,rows=all,positions=renumber")
+    keeps_all: ClassVar[tuple[str, ...]] = ("fastv:keep=1.0,layer=2", "fastv:keep=16,rows=all")
+    multiplies: ClassVar[tuple[str, ...]] = ("fastv:keep=0.5,layer=1", "fastv:keep=0.5,layer=1,rows=all")
     keep: float | int = 0.5
     layer: int = 2
     rows: str = "last"
     of: str = "arriving"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        budget(self.keep, 1)
-        choose(self, rows=("last", "all"), of=OF)
+    def check(self) -> None:
+        super().check()
+        choose(self, rows=("last", "all"))
         if type(self.layer) is not int or self.layer < 1:
             raise FoveateError(
                 f"fastv: layer={self.layer!r} is not possible, the attention of the layer before it is needed; give an integer >= 1, "
@@ -58,13 +60,9 @@ class FastV(Reducer):
     def sites(self, layers: int) -> list[Site]:
         return [FromLayer(self.layer, (Attention(self.layer - 1),))]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
+    def score(self, view: View, stage: int = 0) -> Tensor:
         attention: AttentionRows = view.signal(Attention(self.layer - 1))
-        score = asked(self.name, view, lambda q: attention.row(q.asking) if self.rows == "last" else _from_others(attention, q))
-        return Cut(TokenMap.keep(view.layout, top(view.layout, score, 1.0, original_BN=leaving(view, self.count))))
-
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return min(arriving, budget(self.keep, original if self.of == "original" else arriving))
+        return asked(self.name, view, lambda q: attention.row(q.asking) if self.rows == "last" else _from_others(attention, q))
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return sizes.rows(1 if self.rows == "last" else sizes.slots)

@@ -22,15 +22,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.contract import BeforeLM, Cut, ReceivedAttention, Site, View
+from foveate.contract import BeforeLM, Cut, ReceivedAttention, Site, View, Workload
 from foveate.errors import NotApplicable, Reason
-from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, integers
-from foveate.tokens import Layout, TokenMap, budget, top
+from foveate.reducers.ranker import Ranker
+from foveate.tokens import Layout, TokenMap, budget
 
 
 @dataclass(frozen=True)
-class FoPru(Reducer):
+class FoPru(Ranker):
     """Keeps `keep` (share or number) of each image's patches by attention received in tower block `layer`.
 
     strategy: "rank" keeps single patches, "row" keeps complete rows of the grid. Formulas unverified, see the module.
@@ -38,32 +38,50 @@ class FoPru(Reducer):
 
     name: ClassVar[str] = "fopru"
     paper: ClassVar[str] = "2411.14164"
+    experimental: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
+    examples: ClassVar[tuple[str, ...]] = ("fopru:keep=0.5", "fopru:keep=0.7", "fopru:keep=0.5,strategy=row")
+    keeps_all: ClassVar[tuple[str, ...]] = ("fopru:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("fopru:keep=0.5",)
     keep: float | int = 0.25
     strategy: str = "rank"
     layer: int = -2
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        budget(self.keep, 1)
+    def check(self) -> None:
+        super().check()
         integers(self, layer=None)
         choose(self, strategy=("rank", "row"))
 
     def sites(self, layers: int) -> list[Site]:
         return [BeforeLM((ReceivedAttention(self.layer),))]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
-        score = view.signal(ReceivedAttention(self.layer))
-        kept = top(view.layout, score, self.keep) if self.strategy == "rank" else self._rows(view.layout, score)
-        return Cut(TokenMap.keep(view.layout, kept))
+    def score(self, view: View, stage: int = 0) -> Tensor:
+        scores: Tensor = view.signal(ReceivedAttention(self.layer))
+        return scores
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        """Exact for "rank". For "row" exact where the image is a whole square grid; else the grid is not known here and this is the budget,
-        which rows do not exceed unless one row does."""
-        T, W = budget(self.keep, arriving), isqrt(arriving)
-        if self.strategy == "rank" or arriving != original or arriving != W * W:
-            return T
-        return max(1, T // W) * W if W else 0
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        if self.strategy == "rank":
+            return super().reduce(view, stage)
+        return Cut(TokenMap.keep(view.layout, self._rows(view.layout, self.score(view))))
+
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        """Of rows that are not equally long the budget, which they do not exceed; of an unknown grid as if it were a square."""
+        allowed = super().count(work)
+        if self.strategy == "rank":
+            return allowed
+        found = []
+        for image, arriving, T in zip(work.images, work.arriving, allowed, strict=True):
+            square = {isqrt(arriving)} if isqrt(arriving) ** 2 == arriving else set()
+            lengths = set() if arriving != image.tokens else {columns for _, columns in image.grids} or square
+            W = lengths.pop() if len(lengths) == 1 else 1
+            found.append(max(1, T // W) * W if W else 0)
+        return found
+
+    def exact(self, work: Workload) -> bool:
+        """In whole rows: where the grids are known and all rows of an image are equally long."""
+        whole = work.arriving == tuple(image.tokens for image in work.images)
+        return self.strategy == "rank" or (whole and all(len({columns for _, columns in image.grids}) == 1 for image in work.images))
 
     def _rows(self, layout: Layout, score_BN: Tensor) -> Tensor:
         """(B, N) bool: the patches of the best rows. R: rows of all images; n: visual slots of the batch."""

@@ -30,7 +30,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from foveate.contract import BeforeLM, ClsAttention, Cut, Site, View
+from foveate.contract import BeforeLM, ClsAttention, Cut, Site, View, Workload
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, integers
@@ -46,6 +46,10 @@ class HiRED(Reducer):
 
     name: ClassVar[str] = "hired"
     paper: ClassVar[str] = "2408.10945"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
+    examples: ClassVar[tuple[str, ...]] = ("hired:keep=0.5", "hired:keep=0.7", "hired:keep=0.5,unspent=give")
+    keeps_all: ClassVar[tuple[str, ...]] = ("hired:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("hired:keep=0.5",)
     keep: float | int = 0.2
     alpha: float = 0.5
     layer: int = -2
@@ -55,8 +59,8 @@ class HiRED(Reducer):
     unspent: str = "leave"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         budget(self.keep, 1)
         if type(self.alpha) not in (float, int) or not 0 <= self.alpha <= 1:
             raise FoveateError(f"hired: alpha={self.alpha!r} is not possible; give the base image's share of the budget, 0 to 1")
@@ -83,9 +87,13 @@ class HiRED(Reducer):
             kept = top(layout, torch.where(kept, float("inf"), score), 1.0, original_BN=whole)
         return Cut(TokenMap.keep(layout, kept))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        """Exact with unspent="give" and for images of one crop; else the budget, of which floors and full crops may leave some unspent."""
-        return budget(self.keep, arriving)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return work.leaving(lambda arriving, _: budget(self.keep, arriving))
+
+    def exact(self, work: Workload) -> bool:
+        """With unspent="give", and for images of one crop. Else floors and full crops leave some of the budget unspent, and how much
+        follows from where [CLS] looks."""
+        return self.unspent == "give" or all(len(image.crops) == 1 for image in work.images)
 
     def _quotas(self, place_L5: Tensor, coarse_L: Tensor, N_b: int) -> Tensor:
         """(L,) int64: at each patch of one image how many patches its crop may keep."""

@@ -18,17 +18,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from foveate.contract import Attention, Cut, FromLayer, Site, View, Workload
+from torch import Tensor
+
+from foveate.contract import Attention, FromLayer, Site, View, Workload
 from foveate.errors import FoveateError
-from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, asked, attention_before, choose, integers, leaving, meant, numbers, spelled
-from foveate.tokens import TokenMap, budget, top
+from foveate.reducers.common import asked, attention_before, integers, meant, numbers, spelled
+from foveate.reducers.ranker import Ranker
+from foveate.tokens import budget
 
 
 @dataclass(frozen=True)
-class PyramidDrop(Reducer):
+class PyramidDrop(Ranker):
     """Drops at the `stages` - 1 inner boundaries of `stages` equal parts of the depth.
 
     keep  one share: λ, kept of what arrives at every drop (with of="original" λ, λ², λ³ … of what the image had); or one entry a drop,
@@ -38,15 +40,18 @@ class PyramidDrop(Reducer):
 
     name: ClassVar[str] = "pyramiddrop"
     paper: ClassVar[str] = "2410.17247"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention"})
+    examples: ClassVar[tuple[str, ...]] = ("pyramiddrop:keep=0.5",)
+    keeps_all: ClassVar[tuple[str, ...]] = ("pyramiddrop:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("pyramiddrop:stages=2",)
     keep: float | int | str | Sequence[float | int] = 0.5
     stages: int = 4
     of: str = "arriving"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         integers(self, stages=2)
-        choose(self, of=OF)
         entries = numbers(self.name, "keep", self.keep)
         for entry in entries:
             budget(entry, 1)
@@ -55,7 +60,9 @@ class PyramidDrop(Reducer):
                 f"pyramiddrop: keep={self.keep!r} has {len(entries)} entries, but {self.stages} stages have {self.stages - 1} drops; "
                 "give one entry for each drop, or a single share for all"
             )
-        object.__setattr__(self, "keep", spelled(entries))
+
+    def canonical(self) -> dict[str, Any]:
+        return {"keep": spelled(numbers(self.name, "keep", self.keep))}
 
     def sites(self, layers: int) -> list[Site]:
         if layers < self.stages:
@@ -65,13 +72,11 @@ class PyramidDrop(Reducer):
         boundaries = [layers * s // self.stages for s in range(1, self.stages)]
         return [FromLayer(k, (Attention(k - 1),)) for k in boundaries]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
+    def score(self, view: View, stage: int = 0) -> Tensor:
         attention = attention_before(self, view, stage)
-        score = asked(self.name, view, lambda question: attention.row(question.asking))
-        number = leaving(view, lambda arriving, original: self.count(arriving, original, stage))
-        return Cut(TokenMap.keep(view.layout, top(view.layout, score, 1.0, original_BN=number)))
+        return asked(self.name, view, lambda question: attention.row(question.asking))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def left(self, arriving: int, original: int, stage: int = 0) -> int:
         entries = numbers(self.name, "keep", self.keep)
         entry = entries[0] if len(entries) == 1 else entries[stage]
         if isinstance(entry, int):

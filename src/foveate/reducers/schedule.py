@@ -19,18 +19,20 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar, Self
 
-from foveate.contract import Attention, BeforeLM, ClsAttention, Cut, FromLayer, Noise, Signal, Site, View, Workload
+from torch import Tensor
+
+from foveate.contract import Attention, ClsAttention, Cut, Noise, Signal, Site, View, Workload
 from foveate.errors import FoveateError
-from foveate.reducers.base import Reducer
-from foveate.reducers.common import asked, choose, integers, leaving
+from foveate.reducers.common import asked, choose, in_front_of, integers
+from foveate.reducers.ranker import Ranker
 from foveate.reducers.uniform import Uniform
-from foveate.tokens import TokenMap, budget, top
+from foveate.tokens import budget
 
 SIGNALS = ("attention", "cls", "random", "uniform")
 
 
 @dataclass(frozen=True)
-class Schedule(Reducer):
+class Schedule(Ranker):
     """Keeps a share of each image's tokens in front of each of some decoder layers, by layer:share pairs.
 
     keeps   "2:0.5/4:0.25" or [(2, 0.5), (4, 0.25)]: layer indices (0-based), ascending, and shares in (0, 1], which do not rise; pairs
@@ -41,12 +43,24 @@ class Schedule(Reducer):
 
     name: ClassVar[str] = "schedule"
     paper: ClassVar[str] = "2412.00556"
+    experimental: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention"})
+    examples: ClassVar[tuple[str, ...]] = (
+        "schedule:keeps=1:0.75/3:0.4",
+        "schedule:keeps=1:0.7/2:0.5/3:0.2",
+        "schedule:keeps=0:0.7/2:0.3,signal=cls,positions=renumber",
+        "schedule:keeps=0:0.7/3:0.3,signal=random",
+        "schedule:keeps=1:0.7/2:0.3,signal=uniform",
+    )
+    # Of fewer than 2,500 tokens 0.9998 are all.
+    keeps_all: ClassVar[tuple[str, ...]] = ("schedule:keeps=1:0.9999/3:0.9998", "schedule:keeps=1:0.99/2:0.98")
+    multiplies: ClassVar[tuple[str, ...]] = ("schedule:keeps=1:0.5",)
     keeps: str | Sequence[tuple[int, float]] = "2:0.5"
     signal: str = "attention"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         choose(self, signal=SIGNALS)
         integers(self, seed=0)
         cuts = _read(self.keeps)
@@ -55,8 +69,9 @@ class Schedule(Reducer):
                 f"schedule: keeps={self.keeps!r} is not possible, no layer's attention can be read in front of layer 0; begin at layer 1, "
                 "or choose signal=cls, random or uniform"
             )
-        spelled = "/".join(f"{layer}:{Decimal(str(share)).normalize():f}" for layer, share in cuts)
-        object.__setattr__(self, "keeps", spelled or "0:1")
+
+    def canonical(self) -> dict[str, Any]:
+        return {"keeps": "/".join(f"{layer}:{Decimal(str(share)).normalize():f}" for layer, share in self.cuts) or "0:1"}
 
     @classmethod
     def of_counts(cls, counts: Sequence[int], per_image: int, **options: Any) -> Self:
@@ -69,27 +84,25 @@ class Schedule(Reducer):
         return _read(self.keeps)
 
     def sites(self, layers: int) -> list[Site]:
-        return [FromLayer(layer, self._needs(layer)) if layer else BeforeLM(self._needs(layer)) for layer, _ in self.cuts]
+        return [in_front_of(layer, *self._needs(layer)) for layer, _ in self.cuts]
 
     def _needs(self, layer: int) -> tuple[Signal, ...]:
         if self.signal == "attention":
             return (Attention(layer - 1),)
         return (ClsAttention(),) if self.signal == "cls" else (Noise(self.seed),) if self.signal == "random" else ()
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
-        layer, share = self.cuts[stage]
-        if self.signal == "uniform":
-            return Uniform(share, of="original").reduce(view)
-        (signal,) = self._needs(layer)
-        score = view.signal(signal)
-        if self.signal == "attention":
-            rows = score
-            score = asked(self.name, view, lambda question: rows.row(question.asking))
-        number = leaving(view, lambda arriving, original: self.count(arriving, original, stage))
-        return Cut(TokenMap.keep(view.layout, top(view.layout, score, 1.0, original_BN=number)))
+    def score(self, view: View, stage: int = 0) -> Tensor:
+        (signal,) = self._needs(self.cuts[stage][0])
+        scores = view.signal(signal)
+        return asked(self.name, view, lambda question: scores.row(question.asking)) if self.signal == "attention" else scores
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def left(self, arriving: int, original: int, stage: int = 0) -> int:
         return min(arriving, budget(self.cuts[stage][1], original))
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        if self.signal == "uniform":  # is no score
+            return Uniform(self.cuts[stage][1], of="original").reduce(view)
+        return super().reduce(view, stage)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return sizes.rows(1) if self.signal == "attention" else 0

@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,6 +66,14 @@ class SparseVLM(Reducer):
     name: ClassVar[str] = "sparsevlm"
     paper: ClassVar[str] = "2410.04417"
     beyond: ClassVar[bool] = True
+    looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention", "states"})
+    examples: ClassVar[tuple[str, ...]] = (
+        "sparsevlm:keep=0.5,layers=3",
+        "sparsevlm:keep=8-4,layers=1-3",
+        "sparsevlm:keep=8-4,layers=1-3,merge=mean,order=append,positions=keep",
+    )
+    keeps_all: ClassVar[tuple[str, ...]] = ("sparsevlm:keep=1.0,layers=3", "sparsevlm:keep=1.0,layers=1-3,order=append")
+    multiplies: ClassVar[tuple[str, ...]] = ("sparsevlm:keep=0.5,layers=1",)
     keep: float | int | str | Sequence[float | int] = "v1-192"
     layers: int | str | Sequence[int] = "3-7-16"
     recycle: bool = True
@@ -74,12 +82,11 @@ class SparseVLM(Reducer):
     of: str = "original"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         layers = numbers(self.name, "layers", self.layers)
         if any(type(k) is not int or k < 1 for k in layers) or any(a >= b for a, b in pairwise(layers)):
             raise FoveateError(f"sparsevlm: layers={self.layers!r} is not possible; give ascending integers >= 1, as in layers=3-7-16")
-        object.__setattr__(self, "layers", spelled(layers))
         if isinstance(self.keep, str) and self.keep.startswith("v") and self.keep not in LISTS:
             raise FoveateError(f"sparsevlm: keep={self.keep!r} is no list of the code's; choose one of {', '.join(LISTS)}, or give numbers")
         entries = self._entries
@@ -87,12 +94,14 @@ class SparseVLM(Reducer):
             budget(entry, 1)
         if len(entries) not in (1, len(layers)):
             raise FoveateError(
-                f"sparsevlm: keep={self.keep!r} has {len(entries)} entries, layers={self.layers} has {len(layers)}; "
+                f"sparsevlm: keep={self.keep!r} has {len(entries)} entries, layers={spelled(layers)} has {len(layers)}; "
                 "give one entry for each layer"
             )
-        if self.keep not in LISTS:
-            object.__setattr__(self, "keep", spelled(entries))
         choose(self, recycle=(True, False), merge=("sum", "mean"), order=("raster", "append"), of=OF)
+
+    def canonical(self) -> dict[str, Any]:
+        keep = self.keep if isinstance(self.keep, str) and self.keep in LISTS else spelled(self._entries)
+        return {"keep": keep, "layers": spelled(self._layers)}
 
     @property
     def _entries(self) -> list[int | float]:
@@ -112,9 +121,12 @@ class SparseVLM(Reducer):
             return Cut(TokenMap.keep(view.layout, kept))
         return Cut(self._recycled(view, kept, score))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        kept = self._kept(arriving, original, stage)
-        return kept + (_clusters(arriving - kept) if self.recycle else 0)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        def left(arriving: int, original: int) -> int:
+            kept = self._kept(arriving, original, stage)
+            return kept + (_clusters(arriving - kept) if self.recycle else 0)
+
+        return work.leaving(left)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """At most: as if all text came behind every image and rated it. How much does is known only after looking."""

@@ -3,7 +3,7 @@
     A: tokens at even places, B: at odd ones; every token of A finds its most similar token of B (cosine);
     the r most similar pairs become one token each, the size-weighted mean; repeated until `keep` is met.
 
-One pass at most halves the tokens. The functions `bipartite`, `mean` and `copies` know nothing of layouts.
+One pass at most halves the tokens. The functions `bipartite` and `mean` know nothing of layouts.
 
 In the paper each block of the tower merges r tokens between attention and MLP: the metric is its keys' mean over heads, the [CLS] token
 is protected, and attention adds log(size) to its logits from then on.
@@ -60,6 +60,10 @@ class ToMe(Reducer):
 
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "2210.09461"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"states"})
+    examples: ClassVar[tuple[str, ...]] = ("tome:keep=0.5", "tome:keep=0.3", "tome:keep=0.4,metric=keys,order=matching,positions=keep")
+    keeps_all: ClassVar[tuple[str, ...]] = ("tome:keep=1.0", "tome:keep=1.0,metric=keys,order=matching")
+    multiplies: ClassVar[tuple[str, ...]] = ("tome:keep=0.3", "tome:keep=0.3,metric=keys", "tome:keep=0.5,site=tower,blocks=1")
     keep: float | int = 0.25
     r: int = 0
     metric: str = "states"
@@ -71,8 +75,8 @@ class ToMe(Reducer):
     proportional: bool = True
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         budget(self.keep, 1)
         integers(self, r=0, layer=None, blocks=1)
         if self.blocks > MOST_BLOCKS:
@@ -95,8 +99,10 @@ class ToMe(Reducer):
         metric = view.signal(TowerKeys(self.layer)) if self.metric == "keys" else states(self.name, view)
         return Cut(merge_groups(view.layout, metric, self.keep, r=self.r, scope=self.scope, raster=self.order == "raster"))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return arriving - self._merged(arriving, original, stage) if self.site == "tower" else budget(self.keep, arriving)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        if self.site == "tower":
+            return work.leaving(lambda arriving, original: arriving - self._merged(arriving, original, stage))
+        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         if self.site == "tower":
@@ -161,11 +167,6 @@ def mean(x_ND: Tensor, matching: Matching, weight_N: Tensor) -> tuple[Tensor, Te
     goes = one_hot(matching.group, matching.keeper.shape[-1]).transpose(-1, -2).to(x_ND.dtype) * weight_N[..., None, :].to(x_ND.dtype)
     total = goes.sum(-1)
     return goes @ x_ND / total[..., None], total
-
-
-def copies(y_MD: Tensor, matching: Matching) -> Tensor:
-    """(..., N - r, D) -> (..., N, D): every token receives its group's state."""
-    return y_MD.gather(-2, matching.group[..., None].expand(*matching.group.shape, y_MD.shape[-1]))
 
 
 def merge_until(metric_ND: Tensor, size_N: Tensor, left: int, *, r: int = 0, weighted: bool = True) -> tuple[Matching, Tensor]:

@@ -13,9 +13,9 @@ from typing import ClassVar
 
 import torch
 
-from foveate.contract import BeforeLM, Cut, FromLayer, Site, View
+from foveate.contract import Cut, Site, View, Workload
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, choose, integers, leaving
+from foveate.reducers.common import OF, choose, in_front_of, integers, leaving
 from foveate.tokens import TokenMap, budget
 
 
@@ -28,24 +28,26 @@ class Uniform(Reducer):
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "-"
+    examples: ClassVar[tuple[str, ...]] = ("uniform:keep=0.5", "uniform:keep=0.3")
+    keeps_all: ClassVar[tuple[str, ...]] = ("uniform:keep=1.0",)
     keep: float | int = 0.25
     layer: int = 0
     of: str = "arriving"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         budget(self.keep, 1)
         integers(self, layer=0)
         choose(self, of=OF)
 
     def sites(self, layers: int) -> list[Site]:
-        return [FromLayer(self.layer) if self.layer else BeforeLM()]
+        return [in_front_of(self.layer)]
 
     def reduce(self, view: View, stage: int = 0) -> Cut:
         layout = view.layout
         rows, slots = layout.visual.nonzero(as_tuple=True)
-        place, number = layout.place[rows, slots].tolist(), leaving(view, self.count)[rows, slots].tolist()
+        place, number = layout.place[rows, slots].tolist(), leaving(view, self._left)[rows, slots].tolist()
         images: dict[int, dict[tuple[int, int], list[int]]] = {}
         for at, (image, crop, frame, _, _) in enumerate(place):
             images.setdefault(image, {}).setdefault((crop, frame), []).append(at)
@@ -63,7 +65,10 @@ class Uniform(Reducer):
         kept[rows[picked], slots[picked]] = True
         return Cut(TokenMap.keep(layout, kept))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return work.leaving(self._left)
+
+    def _left(self, arriving: int, original: int) -> int:
         return min(arriving, budget(self.keep, original if self.of == "original" else arriving))
 
 

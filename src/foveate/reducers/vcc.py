@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from foveate.contract import Cut, FromLayer, Site, View
+from foveate.contract import Cut, FromLayer, Site, View, Workload
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import integers, nearest_stride
 from foveate.tokens import TokenMap
@@ -33,11 +33,22 @@ class VCC(Reducer):
     paper: ClassVar[str] = "2406.20092"
     beyond: ClassVar[bool] = True
     amounts: ClassVar[tuple[str, ...]] = ("stride",)
+    examples: ClassVar[tuple[str, ...]] = (
+        "vcc:layer=2,stride=2",
+        "vcc:layer=0,stride=4",
+        "vcc:layer=2,stride=4",
+        "vcc:layer=2,stride=3",
+        "vcc:layer=0,stride=8,positions=renumber",
+        "vcc:layer=1,stride=2,positions=renumber+vcc:layer=3,stride=4,positions=renumber",
+        "vcc:layer=1,stride=2+vcc:layer=3,stride=4",
+    )
+    # No model has a layer 999.
+    keeps_all: ClassVar[tuple[str, ...]] = ("vcc:layer=2,stride=1", "vcc:layer=0,stride=1", "vcc:layer=999,stride=8")
     layer: int = 2
     stride: int = 8
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         integers(self, layer=0, stride=1)
 
     def at(self, keep: float) -> Self:
@@ -50,5 +61,5 @@ class VCC(Reducer):
     def reduce(self, view: View, stage: int = 0) -> Cut:
         return Cut(TokenMap.pool(view.layout, self.stride))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return arriving // self.stride
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        return [arriving // self.stride for arriving in work.arriving]

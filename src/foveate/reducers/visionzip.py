@@ -42,6 +42,14 @@ class VisionZip(Reducer):
     name: ClassVar[str] = "visionzip"
     paper: ClassVar[str] = "2412.04467"
     amounts: ClassVar[tuple[str, ...]] = ("dominant", "contextual")
+    looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
+    examples: ClassVar[tuple[str, ...]] = (
+        "visionzip:dominant=0.4,contextual=0.2",
+        "visionzip:dominant=4,contextual=3",
+        "visionzip:dominant=4,contextual=3,merge=sum,order=appended,positions=keep",
+    )
+    keeps_all: ClassVar[tuple[str, ...]] = ("visionzip:dominant=1.0,contextual=1",)
+    multiplies: ClassVar[tuple[str, ...]] = ("visionzip:dominant=0.3,contextual=0.2",)
     dominant: float | int = 191
     contextual: float | int = 30
     layer: int = -2
@@ -50,8 +58,8 @@ class VisionZip(Reducer):
     order: str = "raster"
     positions: str = field(default="renumber", kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        super().check()
         for option, least in (("dominant", 1), ("contextual", 0)):
             value = getattr(self, option)
             number = type(value) is int and value >= least
@@ -100,10 +108,12 @@ class VisionZip(Reducer):
             place[slots[target[slots]]] = 2 * slots[-1] + 1  # behind the image's last
         return Cut(into(layout, home, weight, place if self.order == "appended" else None))
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        """Of one crop (or frame) where `scope` says so: an image of several has the sum."""
-        D = budget(self.dominant, arriving)
-        return D + min(self._contextual(arriving), arriving - D)
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        def left(arriving: int, _: int) -> int:
+            D = budget(self.dominant, arriving)
+            return D + min(self._contextual(arriving), arriving - D)
+
+        return work.leaving(left, self.scope)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         merged = ((n - budget(self.dominant, n), self._contextual(n)) for n in sizes.groups(self.scope))

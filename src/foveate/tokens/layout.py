@@ -122,17 +122,22 @@ class Layout:
 
         scope: "image", "crop" (tiles of one image apart), "frame" (frames of one video apart) or "sample" (a row's images together).
         """
+        owners, visual = self.owners(scope), self.visual
+        group = torch.full(self.shape, -1, dtype=torch.int64, device=owners.device)
+        group[visual] = torch.unique(owners[visual], dim=0, return_inverse=True)[1]
+        return group
+
+    def owners(self, scope: str) -> Tensor:
+        """(B, N, 1 to 3) int64: the group of a visual slot by row, image, crop or frame: what stays the same when others are dropped."""
         if scope not in SCOPES:
             raise FoveateError(f"scope={scope!r} is not possible; choose one of {', '.join(SCOPES)}")
         B, N = self.shape
-        row = torch.arange(B, device=self.kind.device)[:, None].expand(B, N)
-        parts = [row] if scope == "sample" else [row, self.image]
+        parts = [torch.arange(B, device=self.kind.device)[:, None].expand(B, N)]
+        if scope != "sample":
+            parts.append(self.image)
         if scope in ("crop", "frame"):
             parts.append(self.place[..., PLACE.index(scope)])
-        visual = self.visual
-        group = torch.full((B, N), -1, dtype=torch.int64, device=row.device)
-        group[visual] = torch.unique(torch.stack(parts, -1)[visual], dim=0, return_inverse=True)[1]
-        return group
+        return torch.stack(parts, -1)
 
     @cached_property
     def image_length(self) -> Tensor:

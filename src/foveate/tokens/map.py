@@ -231,9 +231,6 @@ class TokenMap:
         """The source slots that made target `slot` of batch row `row`, ascending."""
         return sorted(int(s) for s in self.member[row, slot] if s >= 0)
 
-    def with_positions(self, position_BM: Tensor) -> TokenMap:
-        return replace(self, target=replace(self.target, position=position_BM))
-
 
 def _mixed(x_BND: Tensor, rows: Tensor, sources: Tensor, weights: Tensor) -> Tensor:
     """(T, D) weighted sums of the `sources` (T, E) of some targets in batch rows `rows`.

@@ -25,7 +25,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 from foveate.accounting import CONVENTION, image_shape, parameters, predict, trainable
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
-from foveate.reducers import parse, visual_tokens
+from foveate.reducers import parse
 from foveate.train.recipe import Stage, load_recipe
 from foveate.train.schedule import stage_steps
 from foveate.train.stages import Setup, naming, read_config, walk
@@ -142,17 +142,17 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
 
 
 def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) -> PartPlan:
-    reducers, layers = parse(spelled), setup.config.get_text_config().num_hidden_layers
-    counts = visual_tokens(reducers, per_image := setup.image.visual, layers)
+    reducers, per_image = parse(spelled), setup.image.visual
     given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
     head_tokens = setup.image.tokens + text_tokens
     forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
+    counts = list(forward.visual_tokens)
     return PartPlan(
         share,
         spelled,
         counts,
         sum(counts),
-        float(compression_ratio(counts, per_image, layers)),
+        float(compression_ratio(counts, per_image, len(counts))),
         forward.flops,
         training.flops,
         sum(forward.visual_kv_bytes),
