@@ -5,7 +5,10 @@ What other pages list and count is compared with what there is.
 
 import importlib.util
 import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,3 +132,54 @@ def test_the_bench_pages_photographs_are_a_task(tmp_path: Path) -> None:
     assert found.samples[2].group == "text"
     assert found.samples[1].question.endswith("\nAnswer with a single word or phrase.")
     assert (found.metric.name, found.max_new_tokens) == ("exact", METRICS["exact"].new_tokens)
+
+
+def test_the_page_of_methods_names_every_reducer_and_marks_what_is_experimental() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\|(?:.*\breducer)? `(\w+)`(.*)$", page, re.MULTILINE))
+    named = set(re.findall(r"`(\w+)`", " ".join(line for line in page.splitlines() if line.startswith("|"))))
+    assert METHODS.keys() <= named
+    for name, method in METHODS.items():
+        assert ("experimental: " in rows.get(name, "")) == method.experimental, name
+
+
+# ---- the three touches
+
+
+CELLS = """
+import pytest
+from tests.conformance.checks import CHECKS
+from tests.conformance.test_conformance import SETTINGS, outcome
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_meandistance_conforms(check):
+    assert SETTINGS["meandistance"] == ("meandistance:keep=0.5", "meandistance:keep=1.0")
+    assert outcome("llava", "meandistance", check) == "ok"
+"""
+
+
+def test_a_file_and_a_line_are_all_that_the_common_tests_need(tmp_path: Path) -> None:
+    """A copy of the package with the page's file and the page's line; the common tests, as they are, find the method in it and hold."""
+    shutil.copytree(Path(foveate.__file__).parent, tmp_path / "foveate", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    (line,) = re.findall(r"^    (from foveate\.reducers\.mean_distance import .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    (tmp_path / "foveate" / "reducers" / "mean_distance.py").write_text(BLOCKS[0], encoding="utf-8")
+    listed = tmp_path / "foveate" / "reducers" / "__init__.py"
+    before = listed.read_text(encoding="utf-8")
+    assert before.count("# isort: on\n") == 1
+    listed.write_text(before.replace("# isort: on\n", f"{line}\n# isort: on\n"), encoding="utf-8")
+    (tmp_path / "test_cells.py").write_text(CELLS, encoding="utf-8")
+    suites = ["tests/test_attach.py", "tests/reducers/test_at.py", str(tmp_path / "test_cells.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "meandistance and not foveate-", *suites]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+    (passed,) = re.findall(r"(\d+) passed", ran.stdout)
+    assert int(passed) >= 30
+    assert "skipped" not in ran.stdout
+
+
+def test_the_pages_row_is_a_row_of_the_table() -> None:
+    (row,) = re.findall(r"^    (\| `meandistance` .*)$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    (head,) = re.findall(r"^\| method \| paper \| what it does .*$", table, re.MULTILINE)
+    assert row.count("|") == head.count("|")

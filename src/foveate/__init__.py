@@ -20,6 +20,8 @@ from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError, NotApplicable
 from foveate.reducers.base import Reducer
+from foveate.reducers.plain import Kept, reduce
+from foveate.reducers.ranker import Ranker
 from foveate.tokens import Kind, Layout, TokenMap
 
 __version__ = "0.1.0"
@@ -31,10 +33,12 @@ __all__ = [
     "FoveateError",
     "FromLayer",
     "InEncoder",
+    "Kept",
     "Kind",
     "Layout",
     "NotApplicable",
     "Question",
+    "Ranker",
     "Reducer",
     "Run",
     "Signal",
@@ -42,4 +46,5 @@ __all__ = [
     "TokenMap",
     "View",
     "attach",
+    "reduce",
 ]

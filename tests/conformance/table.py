@@ -83,9 +83,13 @@ def render(data: dict[str, Any]) -> str:
         table="\n".join([head, *rows]),
         key="; ".join(f"**{letter}** {reason}" for reason, letter in LETTERS.items()) + ".",
         reasons="\n".join(f"| {reason} | {count} |" for reason, count in reasons.most_common()),
-        served="\n".join(f"| {method} | {served[method]} | {len(families)} |" for method in methods),
+        served="\n".join(f"| {_marked(method)} | {served[method]} | {len(families)} |" for method in methods),
         failing="\n".join(f"- {family}, {check}: {what}" for family, check, what in sorted(bare)) or "None.",
     )
+
+
+def _marked(method: str) -> str:
+    return f"{method} (experimental)" if METHODS[method].experimental else method
 
 
 def _cell(found: dict[str, str]) -> str:
