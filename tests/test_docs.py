@@ -169,7 +169,7 @@ def test_a_file_and_a_line_are_all_that_the_common_tests_need(tmp_path: Path) ->
     listed.write_text(before.replace("# isort: on\n", f"{line}\n# isort: on\n"), encoding="utf-8")
     (tmp_path / "test_cells.py").write_text(CELLS, encoding="utf-8")
     suites = ["tests/test_attach.py", "tests/reducers/test_at.py", str(tmp_path / "test_cells.py")]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "meandistance and not foveate-", *suites]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "meandistance and not foveate-", *suites]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
     ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
