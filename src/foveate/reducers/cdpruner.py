@@ -61,7 +61,7 @@ class CDPruner(Reducer):
     name: ClassVar[str] = "cdpruner"
     paper: ClassVar[str] = "2506.10967"
     looks_at: ClassVar[frozenset[str]] = frozenset({"text", "states"})
-    examples: ClassVar[tuple[str, ...]] = ("cdpruner:keep=0.5", "cdpruner:keep=5")
+    examples: ClassVar[tuple[str, ...]] = ("cdpruner:keep=0.5",)
     keeps_all: ClassVar[tuple[str, ...]] = ("cdpruner:keep=1.0",)
     multiplies: ClassVar[tuple[str, ...]] = ("cdpruner:keep=0.5",)
     keep: float | int = 64

@@ -48,7 +48,7 @@ class DART(Reducer):
     name: ClassVar[str] = "dart"
     paper: ClassVar[str] = "2502.11494"
     looks_at: ClassVar[frozenset[str]] = frozenset({"text", "keys", "positions", "states"})
-    examples: ClassVar[tuple[str, ...]] = ("dart:keep=0.5,layer=2", "dart:keep=0.5,visual_pivots=2,text_pivots=2")
+    examples: ClassVar[tuple[str, ...]] = ("dart:keep=0.5,layer=2",)
     keeps_all: ClassVar[tuple[str, ...]] = ("dart:keep=1.0,layer=2",)
     multiplies: ClassVar[tuple[str, ...]] = ("dart:keep=0.5,layer=1,text_pivots=1",)
     keep: float | int = 0.25

@@ -35,7 +35,7 @@ class DivPrune(Reducer):
     name: ClassVar[str] = "divprune"
     paper: ClassVar[str] = "2503.02175"
     looks_at: ClassVar[frozenset[str]] = frozenset({"states"})
-    examples: ClassVar[tuple[str, ...]] = ("divprune:keep=0.5", "divprune:keep=0.3", "divprune:keep=0.3,order=pick")
+    examples: ClassVar[tuple[str, ...]] = ("divprune:keep=0.5", "divprune:keep=0.3,order=pick")
     keeps_all: ClassVar[tuple[str, ...]] = ("divprune:keep=1.0", "divprune:keep=1.0,order=pick")
     multiplies: ClassVar[tuple[str, ...]] = ("divprune:keep=0.5",)
     keep: float | int = 0.098

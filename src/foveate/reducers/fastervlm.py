@@ -32,7 +32,7 @@ class FasterVLM(Ranker):
     name: ClassVar[str] = "fastervlm"
     paper: ClassVar[str] = "2412.01818"
     looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
-    examples: ClassVar[tuple[str, ...]] = ("fastervlm:keep=0.5", "fastervlm:keep=0.7")
+    examples: ClassVar[tuple[str, ...]] = ("fastervlm:keep=0.5",)
     keeps_all: ClassVar[tuple[str, ...]] = ("fastervlm:keep=1.0",)
     multiplies: ClassVar[tuple[str, ...]] = ("fastervlm:keep=0.5",)
     keep: float | int = 0.25

@@ -40,7 +40,7 @@ class FastV(Ranker):
     name: ClassVar[str] = "fastv"
     paper: ClassVar[str] = "2403.06764"
     looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention"})
-    examples: ClassVar[tuple[str, ...]] = ("fastv:keep=0.5,layer=2", "fastv:keep=0.3", "fastv:keep=0.3,layer=1,rows=all,positions=renumber")
+    examples: ClassVar[tuple[str, ...]] = ("fastv:keep=0.5,layer=2", "fastv:keep=0.3,layer=1,rows=all,positions=renumber")
     keeps_all: ClassVar[tuple[str, ...]] = ("fastv:keep=1.0,layer=2", "fastv:keep=16,rows=all")
     multiplies: ClassVar[tuple[str, ...]] = ("fastv:keep=0.5,layer=1", "fastv:keep=0.5,layer=1,rows=all")
     keep: float | int = 0.5

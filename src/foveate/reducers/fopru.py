@@ -40,7 +40,7 @@ class FoPru(Ranker):
     paper: ClassVar[str] = "2411.14164"
     experimental: ClassVar[bool] = True
     looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
-    examples: ClassVar[tuple[str, ...]] = ("fopru:keep=0.5", "fopru:keep=0.7", "fopru:keep=0.5,strategy=row")
+    examples: ClassVar[tuple[str, ...]] = ("fopru:keep=0.5", "fopru:keep=0.5,strategy=row")
     keeps_all: ClassVar[tuple[str, ...]] = ("fopru:keep=1.0",)
     multiplies: ClassVar[tuple[str, ...]] = ("fopru:keep=0.5",)
     keep: float | int = 0.25

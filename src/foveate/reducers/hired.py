@@ -47,7 +47,7 @@ class HiRED(Reducer):
     name: ClassVar[str] = "hired"
     paper: ClassVar[str] = "2408.10945"
     looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
-    examples: ClassVar[tuple[str, ...]] = ("hired:keep=0.5", "hired:keep=0.7", "hired:keep=0.5,unspent=give")
+    examples: ClassVar[tuple[str, ...]] = ("hired:keep=0.5", "hired:keep=0.5,unspent=give")
     keeps_all: ClassVar[tuple[str, ...]] = ("hired:keep=1.0",)
     multiplies: ClassVar[tuple[str, ...]] = ("hired:keep=0.5",)
     keep: float | int = 0.2

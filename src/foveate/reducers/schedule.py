@@ -47,7 +47,6 @@ class Schedule(Ranker):
     looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention"})
     examples: ClassVar[tuple[str, ...]] = (
         "schedule:keeps=1:0.75/3:0.4",
-        "schedule:keeps=1:0.7/2:0.5/3:0.2",
         "schedule:keeps=0:0.7/2:0.3,signal=cls,positions=renumber",
         "schedule:keeps=0:0.7/3:0.3,signal=random",
         "schedule:keeps=1:0.7/2:0.3,signal=uniform",

@@ -61,7 +61,7 @@ class ToMe(Reducer):
     name: ClassVar[str] = "tome"
     paper: ClassVar[str] = "2210.09461"
     looks_at: ClassVar[frozenset[str]] = frozenset({"states"})
-    examples: ClassVar[tuple[str, ...]] = ("tome:keep=0.5", "tome:keep=0.3", "tome:keep=0.4,metric=keys,order=matching,positions=keep")
+    examples: ClassVar[tuple[str, ...]] = ("tome:keep=0.5", "tome:keep=0.4,metric=keys,order=matching,positions=keep")
     keeps_all: ClassVar[tuple[str, ...]] = ("tome:keep=1.0", "tome:keep=1.0,metric=keys,order=matching")
     multiplies: ClassVar[tuple[str, ...]] = ("tome:keep=0.3", "tome:keep=0.3,metric=keys", "tome:keep=0.5,site=tower,blocks=1")
     keep: float | int = 0.25

@@ -28,7 +28,7 @@ class Uniform(Reducer):
 
     name: ClassVar[str] = "uniform"
     paper: ClassVar[str] = "-"
-    examples: ClassVar[tuple[str, ...]] = ("uniform:keep=0.5", "uniform:keep=0.3")
+    examples: ClassVar[tuple[str, ...]] = ("uniform:keep=0.5",)
     keeps_all: ClassVar[tuple[str, ...]] = ("uniform:keep=1.0",)
     keep: float | int = 0.25
     layer: int = 0

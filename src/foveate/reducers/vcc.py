@@ -36,7 +36,6 @@ class VCC(Reducer):
     examples: ClassVar[tuple[str, ...]] = (
         "vcc:layer=2,stride=2",
         "vcc:layer=0,stride=4",
-        "vcc:layer=2,stride=4",
         "vcc:layer=2,stride=3",
         "vcc:layer=0,stride=8,positions=renumber",
         "vcc:layer=1,stride=2,positions=renumber+vcc:layer=3,stride=4,positions=renumber",

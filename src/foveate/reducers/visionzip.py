@@ -45,7 +45,6 @@ class VisionZip(Reducer):
     looks_at: ClassVar[frozenset[str]] = frozenset({"tower"})
     examples: ClassVar[tuple[str, ...]] = (
         "visionzip:dominant=0.4,contextual=0.2",
-        "visionzip:dominant=4,contextual=3",
         "visionzip:dominant=4,contextual=3,merge=sum,order=appended,positions=keep",
     )
     keeps_all: ClassVar[tuple[str, ...]] = ("visionzip:dominant=1.0,contextual=1",)
