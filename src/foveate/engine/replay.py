@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from foveate.contract import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer, View
+from foveate.contract import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Workload
 from foveate.errors import FoveateError
 from foveate.probes.marker import scoring
 from foveate.reducers import Reducer
@@ -30,7 +30,7 @@ class _Recorded(Reducer):
     name: ClassVar[str] = "replay"
     paper: ClassVar[str] = "-"
 
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
         raise FoveateError("recorded maps have the counts of their batch, not of any image; see run.ledger")
 
 
