@@ -142,11 +142,11 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
 
 
 def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) -> PartPlan:
-    reducers = parse(spelled)
+    reducers, per_image = parse(spelled), setup.image.visual
     given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
     head_tokens = setup.image.tokens + text_tokens
     forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
-    counts, per_image = list(forward.visual_tokens), setup.image.visual
+    counts = list(forward.visual_tokens)
     return PartPlan(
         share,
         spelled,
