@@ -16,7 +16,7 @@ import torch
 import foveate
 from foveate.accounting import predict
 from foveate.anatomy import TESTED
-from foveate.evaluation.scorers import METRICS
+from foveate.evaluation.metrics import METRICS
 from foveate.evaluation.tasks import load_task
 from foveate.reducers import METHODS, Reducer
 from foveate.tokens import budget

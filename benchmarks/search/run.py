@@ -27,11 +27,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from foveate.errors import FoveateError
-from foveate.evaluation.bench import Asked, answered
+from foveate.evaluation.asking import Asked, answered
 from foveate.evaluation.cells import CELLS, Cell, load_cell, save_cell
 from foveate.evaluation.paired import Paired, compare
-from foveate.evaluation.run import answering, load_model, progress_bar
 from foveate.evaluation.tasks import load_task
+from foveate.inference import answering, load_model, progress_bar
 from foveate.machine import environment
 from foveate.reducers import FastV, PyramidDrop, Reducer, spell
 from foveate.reducers.common import meant
@@ -87,9 +87,8 @@ class Asker:
         if not path.is_file():
             with answering(self.model), progress_bar(True) as bar:
                 row = bar.add_task(f"{which}: {empty.reducer}", total=len(self.tasks[which].samples))
-                save_cell(
-                    self.work, answered(self.model, self.processor, self.asked[which], reducers, empty, lambda n: bar.advance(row, n))
-                )
+                found = answered(self.model, self.processor, self.asked[which], reducers, lambda n: bar.advance(row, n))
+            save_cell(self.work, found.cell(self.asked[which], empty))
         return load_cell(path)
 
     def best(self, options: Sequence[Reducer]) -> Reducer:

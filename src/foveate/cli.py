@@ -68,8 +68,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write all answers to this JSON file.")] = None,
 ) -> None:
     """Accuracy per family of questions, beside the majority answer."""
-    from foveate.evaluation.run import evaluate as run
-    from foveate.evaluation.run import print_result
+    from foveate.evaluation.evaluate import evaluate as run
+    from foveate.evaluation.evaluate import print_result
 
     result = run(model, data, reducers=reducers, limit=limit, batch_size=batch_size, blind=blind)
     if output is not None:
@@ -173,7 +173,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder to write to, new or empty.", metavar="OUT")],
 ) -> None:
     """Write a model as transformers' own LLaVA, which loads without foveate."""
-    from foveate.evaluation.run import load_model
+    from foveate.inference import load_model
     from foveate.model.export import export as run
 
     print(run(*load_model(model, "cpu", dtype="auto"), out))

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from foveate.errors import FoveateError
-from foveate.evaluation.run import Result, evaluate
+from foveate.evaluation.evaluate import Result, evaluate
 from foveate.report.demo import print_summary, write_report
 from foveate.report.runs import Arm
 from foveate.train.recipe import load_recipe

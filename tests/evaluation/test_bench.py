@@ -22,28 +22,31 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from foveate.accounting import Ledger, predict
+from foveate.accounting import predict
 from foveate.cli import main
 from foveate.data.pixels import open_image as load_image
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
+from foveate.evaluation import asking
 from foveate.evaluation import bench as benching
-from foveate.evaluation.bench import batches, bench, limited, model_hash, picture, plan
+from foveate.evaluation.asking import batches, limited
+from foveate.evaluation.bench import bench, plan
 from foveate.evaluation.cells import Bench, load_bench
-from foveate.evaluation.run import evaluate, load_model, prompts
+from foveate.evaluation.evaluate import evaluate
+from foveate.evaluation.samples import Metric, Sample, Task, picture
 from foveate.evaluation.table import CARD_BEGIN, CARD_END, markdown, print_table, push_to_model_card, rows
-from foveate.evaluation.tasks import Sample, Task
+from foveate.inference import load_model, model_hash, prompts
 from foveate.world import asset
 
 SIZE = 6  # of a batch
 
 
 class Counted:
-    """Stands in for the runner's `answer` and counts its calls; stops the run in front of call `stop`."""
+    """Stands in for the runner's `ask` and counts its calls; stops the run in front of call `stop`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int | None = None, error: type[FoveateError] = FoveateError) -> None:
-        self.calls, self.stop, self.error, self.answer = 0, stop, error, benching.answer
-        monkeypatch.setattr(benching, "answer", self)
+        self.calls, self.stop, self.error, self.answer = 0, stop, error, asking.ask
+        monkeypatch.setattr(asking, "ask", self)
 
     def __call__(self, *args: Any) -> Any:
         if self.calls == self.stop:
@@ -53,10 +56,10 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Length:
+class Length(Metric):
     """A metric of no sense that is a share: letters of the answer, at most ten."""
 
-    name: str = "length"
+    name = "length"
 
     def score(self, prediction: str, sample: Sample) -> float:
         return min(len(prediction), 10) / 10
@@ -205,7 +208,7 @@ def test_no_cost_where_it_cannot_be_predicted(given: tuple[Any, Any], world: Pat
     def refuse(*_: Any, **__: Any) -> None:
         raise FoveateError("no such model")
 
-    monkeypatch.setattr(Ledger, "observed", refuse)
+    monkeypatch.setattr("foveate.engine.record.observed", refuse)
     found = run(given, world, tmp_path / "out", [], [1])
     assert (found.cells[0].flops, found.cells[0].kv_bytes, found.cells[0].visual_tokens) == ({}, 0, [16, 16])
     assert rows(found)[0].flops is None
@@ -342,7 +345,7 @@ def test_a_picture_that_goes_missing_is_no_fault_of_the_method(
             raise FoveateError(f"cannot read the image {ref}")
         return load_image(ref)
 
-    monkeypatch.setattr(benching, "open_image", open_image)
+    monkeypatch.setattr(asking, "open_image", open_image)
     with pytest.raises(FoveateError, match=r"scenes, vcc:layer=1,stride=2: cannot read the image .*\.png"):
         run(given, world, tmp_path / "out", ["vcc:layer=1"], [0.5])
     assert [cell.reducer for cell in load_bench(tmp_path / "out").cells] == ["none"]

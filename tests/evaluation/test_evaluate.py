@@ -14,7 +14,9 @@ from tokenizers.processors import TemplateProcessing
 
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.evaluation.run import Result, answer, evaluate, load_model, print_result, prompts, read_questions
+from foveate.evaluation.evaluate import Result, evaluate, print_result
+from foveate.evaluation.sources import world_samples
+from foveate.inference import ask, load_model, prompts
 
 
 def answers(result: Result) -> dict[str, str]:
@@ -102,10 +104,10 @@ def test_printed_table_names_every_family(parrot: Any, processor: Any, world: Pa
 
 
 def test_limit_takes_the_families_in_turn(world: Path) -> None:
-    assert [question.id for question in read_questions(world, 4)] == ["0-0", "0-1", "0-2", "0-4"]
-    assert [question.family for question in read_questions(world, 4)] == ["presence", "count", "locating", "reading"]
-    assert len(read_questions(world, 6)) == 6
-    assert read_questions(world, 1000) == read_questions(world)
+    assert [question.id for question in world_samples(world, 4)] == ["0-0", "0-1", "0-2", "0-4"]
+    assert [question.group for question in world_samples(world, 4)] == ["presence", "count", "locating", "reading"]
+    assert len(world_samples(world, 6)) == 6
+    assert world_samples(world, 1000) == world_samples(world)
 
 
 def test_not_a_number_is_an_error(model: Any, processor: Any, world: Path) -> None:
@@ -125,19 +127,19 @@ def test_corrupt_image_is_named(model: Any, processor: Any, world: Path) -> None
 def test_missing_image_is_named(world: Path) -> None:
     (world / "images" / "test" / "000002.png").unlink()
     with pytest.raises(FoveateError, match=r"1 image\(s\) are missing .* test/000002\.png"):
-        read_questions(world)
+        world_samples(world)
 
 
 def test_data_folder_must_hold_questions(tmp_path: Path) -> None:
     with pytest.raises(FoveateError, match="no such data folder"):
-        read_questions(tmp_path / "nowhere")
+        world_samples(tmp_path / "nowhere")
     with pytest.raises(FoveateError, match=r"has no test\.json"):
-        read_questions(tmp_path)
+        world_samples(tmp_path)
     wrong = {"[]": "no questions", "{": "not JSON", "[3]": "row 0: expected an object", '[{"id": 3}]': "'id' must be a text"}
     for text, message in wrong.items():
         (tmp_path / "test.json").write_text(text)
         with pytest.raises(FoveateError, match=message):
-            read_questions(tmp_path)
+            world_samples(tmp_path)
 
 
 def test_unknown_family_is_named(world: Path) -> None:
@@ -145,7 +147,7 @@ def test_unknown_family_is_named(world: Path) -> None:
     rows[2]["family"] = "colour"
     (world / "test.json").write_text(json.dumps(rows))
     with pytest.raises(FoveateError, match="row 2: unknown family 'colour'"):
-        read_questions(world)
+        world_samples(world)
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"max_new_tokens": 0}, {"limit": 0}])
@@ -192,7 +194,7 @@ def test_what_the_template_has_written_the_tokenizer_does_not_write_again(
     seen = []
     monkeypatch.setattr(model, "generate", lambda **given: seen.append(given["input_ids"].tolist()) or given["input_ids"])
     for one in (processor, both):
-        answer(model, one, [Image.new("RGB", (16, 16))], [[0]], [text], 1)
+        ask(model, one, [Image.new("RGB", (16, 16))], [[0]], [text], 1)
     assert seen[0] == seen[1]
     assert both.tokenizer("a")["input_ids"][0] == 257
 

@@ -5,21 +5,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import FoveateError
-from foveate.evaluation import metrics
-from foveate.evaluation.metrics import (
-    RULER,
-    box_match,
-    check_truth,
-    exact_match,
-    iou,
-    majority,
-    normalise,
-    parse_box,
-    pope,
-    score_family,
-    wilson,
-    yes_no,
-)
+from foveate.evaluation.metrics.common import normalise, wilson
+from foveate.evaluation.metrics.exact import exact_match
+from foveate.evaluation.metrics.iou import iou
+from foveate.evaluation.metrics.scenes import FAMILY_RULES, box_match, check_truth, majority, score_family
+from foveate.evaluation.metrics.yes_no import pope, yes_no
+from foveate.world.questions import RULER, box_cells
 
 
 @pytest.mark.parametrize(
@@ -90,7 +81,7 @@ def test_pope_without_any_yes() -> None:
     ],
 )
 def test_parse_box(text: str, box: tuple[int, int, int, int] | None) -> None:
-    assert parse_box(text) == box
+    assert box_cells(text) == box
 
 
 def cells(box: tuple[int, int, int, int]) -> set[tuple[int, int]]:
@@ -118,7 +109,7 @@ def test_iou_counts_cells(a: tuple[int, int, int, int], b: tuple[int, int, int, 
 
 @given(boxes())
 def test_box_survives_its_spelling(box: tuple[int, int, int, int]) -> None:
-    assert parse_box(spell(box)) == box
+    assert box_cells(spell(box)) == box
     assert iou(box, box) == 1.0
 
 
@@ -197,4 +188,4 @@ def test_truth_that_cannot_be_scored_is_refused() -> None:
 
 
 def test_families_of_the_world() -> None:
-    assert list(metrics.FAMILIES) == ["presence", "count", "attribute", "relation", "reading", "locating"]
+    assert list(FAMILY_RULES) == ["presence", "count", "attribute", "relation", "reading", "locating"]

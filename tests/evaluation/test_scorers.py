@@ -10,25 +10,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import FoveateError
-from foveate.evaluation.metrics import iou
-from foveate.evaluation.scorers import METRICS, make
-from foveate.evaluation.scorers.anls import edit_distance, similarity
-from foveate.evaluation.scorers.base import Scorer
-from foveate.evaluation.scorers.choice import RULES, options_of
-from foveate.evaluation.scorers.iou import four_numbers, to_pixels
-from foveate.evaluation.scorers.mmbench import rotations
-from foveate.evaluation.scorers.mmstar import multimodal_gain, multimodal_leakage
-from foveate.evaluation.scorers.relaxed import relaxed
-from foveate.evaluation.scorers.vqa import CONTRACTIONS, evalai, normalise, soft
-from foveate.evaluation.scorers.yes_no import PARSERS
-from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics import METRICS, make
+from foveate.evaluation.metrics.anls import edit_distance, similarity
+from foveate.evaluation.metrics.choice import RULES, options_of
+from foveate.evaluation.metrics.iou import four_numbers, iou, to_pixels
+from foveate.evaluation.metrics.mmbench import rotations
+from foveate.evaluation.metrics.mmstar import multimodal_gain, multimodal_leakage
+from foveate.evaluation.metrics.relaxed import relaxed
+from foveate.evaluation.metrics.vqa import CONTRACTIONS, evalai, normalise, soft
+from foveate.evaluation.metrics.yes_no import PARSERS
+from foveate.evaluation.samples import Metric, Sample
 
 
 def sample(*answers: str, name: str = "0", images: tuple[Any, ...] = (), question: str = "?", group: str = "", **extra: Any) -> Sample:
     return Sample(name, images, question, answers, group, extra)
 
 
-def summary(metric: Scorer, samples: list[Sample], predictions: list[str]) -> dict[str, float]:
+def summary(metric: Metric, samples: list[Sample], predictions: list[str]) -> dict[str, float]:
     scores = [metric.score(prediction, one) for one, prediction in zip(samples, predictions, strict=True)]
     return metric.summary(samples, predictions, scores)
 

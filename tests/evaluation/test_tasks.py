@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
-from foveate.evaluation.tasks import Sample, Task, load_task, open_image
+from foveate.evaluation.samples import Sample, Task
+from foveate.evaluation.tasks import load_task
 from foveate.world.scenes import write_world
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_model
+from foveate.inference import load_model
 from foveate.integrations.lmms_eval import answering
 from foveate.integrations.lmms_eval.answering import Answer, Messages
 from foveate.reducers import METHODS, parse

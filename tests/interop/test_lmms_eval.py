@@ -20,7 +20,8 @@ from transformers import GenerationConfig
 
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.evaluation.run import Result, evaluate, load_model
+from foveate.evaluation.evaluate import Result, evaluate
+from foveate.inference import load_model
 from foveate.world.scenes import write_world
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +63,7 @@ metric_list:
   - {{metric: letters, aggregation: mean, higher_is_better: true}}
 """
 UTILS = """\
-from foveate.evaluation.metrics import FAMILIES
+from foveate.evaluation.metrics.scenes import FAMILY_RULES
 
 
 def visual(doc):
@@ -74,7 +75,7 @@ def visuals(doc):
 
 
 def score(doc, results):
-    return {"acc": float(FAMILIES[doc["family"]](results[0], doc["answer"]))}
+    return {"acc": float(FAMILY_RULES[doc["family"]](results[0], doc["answer"]))}
 
 
 def length(doc, results):

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from foveate.evaluation.metrics import FAMILIES, score_family
-from foveate.evaluation.run import Result, Row, read_questions
+from foveate.evaluation.evaluate import Result, Verdict
+from foveate.evaluation.metrics.scenes import FAMILY_RULES, score_family
+from foveate.evaluation.sources import world_samples
 from foveate.report.runs import Arm
 from foveate.world.scenes import write_world
 
@@ -45,14 +46,16 @@ def write_run(folder: Path, stages: list[Stage], bridges: list[tuple[int, dict[s
 def answers(world: Path, name: str, right: dict[str, float], seed: int = 0) -> Result:
     """A result that is right on a question with its family's probability, and otherwise gives another question's answer."""
     generator = random.Random(f"{name}/{seed}")
-    questions = read_questions(world)
+    questions = world_samples(world)
     rows = []
     for question in questions:
-        other = generator.choice([q.answer for q in questions if q.family == question.family])
-        said = question.answer if generator.random() < right[question.family] else other
-        rows.append(Row(**vars(question), prediction=said, correct=FAMILIES[question.family](said, question.answer)))
+        family, (answer,) = question.group, question.answers
+        other = generator.choice([q.answers[0] for q in questions if q.group == family])
+        said = answer if generator.random() < right[family] else other
+        image = Path(str(question.images[0])).relative_to(world / "images").as_posix()
+        rows.append(Verdict(question.id, image, family, question.question, answer, said, FAMILY_RULES[family](said, answer)))
     families = {}
-    for family in FAMILIES:
+    for family in FAMILY_RULES:
         own = [row for row in rows if row.family == family]
         families[family] = score_family(family, [row.prediction for row in own], [row.answer for row in own])
     return Result(name, str(world), "none", False, 64, None, 1.5, families, rows)
@@ -92,17 +95,17 @@ def make_arms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], list
             "All tokens": (
                 [("pretrain", all_tokens, 0.5, 2e11), ("finetune", all_tokens, 0.9, 4e11)],
                 [(64, flat), (64, flat)],
-                dict(zip(FAMILIES, (0.9, 0.8, 0.9, 0.4, 0.5, 0.2), strict=True)),
+                dict(zip(FAMILY_RULES, (0.9, 0.8, 0.9, 0.4, 0.5, 0.2), strict=True)),
             ),
             "Chain-of-Sight": (
                 [("pretrain", [("none", [8.0] * LAYERS)], 0.15, 5e10), ("finetune", [("none", [84.0] * LAYERS)], 1.0, 5e11)],
                 [(64, few), (64, many)],
-                dict(zip(FAMILIES, (0.9, 0.7, 0.9, 0.3, 0.6, 0.2), strict=True)),
+                dict(zip(FAMILY_RULES, (0.9, 0.7, 0.9, 0.3, 0.6, 0.2), strict=True)),
             ),
             "LLaVolta": (
                 [("pretrain", all_tokens, 0.5, 2e11), ("finetune", pooled, 0.7, 3e11)],
                 [(64, flat), (64, flat)],
-                dict(zip(FAMILIES, (0.8, 0.8, 0.8, 0.3, 0.5, 0.1), strict=True)),
+                dict(zip(FAMILY_RULES, (0.8, 0.8, 0.8, 0.3, 0.5, 0.1), strict=True)),
             ),
         }
         found = []

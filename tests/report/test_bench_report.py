@@ -16,9 +16,9 @@ from PIL import Image
 from foveate.errors import FoveateError
 from foveate.evaluation.bench import bench
 from foveate.evaluation.cells import Answer, Cell, load_bench, save_cell
-from foveate.evaluation.run import load_model
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
+from foveate.inference import load_model
 from foveate.report.bench import write_bench_report
 from foveate.report.compared import Line, families, lines, middle, signed
 from foveate.report.frontier import Mark, add_legend, looks, pareto, printable

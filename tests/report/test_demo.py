@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from foveate.errors import FoveateError
-from foveate.evaluation.metrics import FAMILIES
+from foveate.evaluation.metrics.scenes import FAMILY_RULES
 from foveate.report.demo import duration, findings, learned_families, print_summary, scene_svg, si, spell, write_report
 from foveate.report.figures import smooth
 from foveate.report.runs import Arm, read_bridges, read_log, split_stages
@@ -122,14 +122,14 @@ def test_nothing_learned_is_said(arms: list[Arm], world: Path, tmp_path: Path) -
     mute = [replace(arm, result=replace(arm.result, rows=rows, families=families)) for arm in arms]
     text = write_report(tmp_path / "report.html", mute, world).read_text()
     assert "no run has learned a family well enough" in text
-    assert text.count(" *<br>") == len(FAMILIES)
+    assert text.count(" *<br>") == len(FAMILY_RULES)
 
 
 def test_printed_summary(arms: list[Arm]) -> None:
     console = Console(file=io.StringIO(), width=110)
     print_summary(arms, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("30.0 s ×0.30", "3 min 20 s ×1.11", "majority", *FAMILIES, *(arm.name for arm in arms)):
+    for part in ("30.0 s ×0.30", "3 min 20 s ×1.11", "majority", *FAMILY_RULES, *(arm.name for arm in arms)):
         assert part in text
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 import foveate
 from foveate.cli import main
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_model, prompts
+from foveate.inference import load_model, prompts
 from foveate.inspect import look as looking
 from foveate.inspect.look import COLOURS, Panel, Patch, Raster, colours, draw, look, open_image, patches, rasters, with_keep
 from foveate.model import from_backbones

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from foveate.cli import main
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_model
+from foveate.inference import load_model
 from foveate.inspect.look import open_image
 from foveate.inspect.profile import TIMES, Profile, print_profiles, profile
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from foveate.evaluation.run import evaluate
+from foveate.evaluation.evaluate import evaluate
 from foveate.reducers import VCC, parse
 from foveate.report.demo import write_report
 from foveate.report.pretraining import aggregate, record

@@ -19,7 +19,8 @@ from foveate.accounting import predict
 from foveate.cli import main
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.evaluation.tasks import Sample, Task, load_task
+from foveate.evaluation.samples import Metric, Sample, Task
+from foveate.evaluation.tasks import load_task
 from foveate.reducers import load_reducers, parse, spell
 from foveate.reducers.schedule import Schedule
 from foveate.search import run
@@ -245,10 +246,10 @@ class Watched:
 
 
 @dataclass(frozen=True)
-class Sensitive:
+class Sensitive(Metric):
     """A metric of no sense that many tokens are good for: how many different answers there are, in percent of the questions."""
 
-    name: str = "sensitive"
+    name = "sensitive"
 
     def score(self, prediction: str, sample: Sample) -> float:
         return float(bool(prediction))

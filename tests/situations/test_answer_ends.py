@@ -18,7 +18,7 @@ from foveate.data.chat import Renderer
 from foveate.data.collate import Collator
 from foveate.data.conversations import Conversation
 from foveate.errors import FoveateError
-from foveate.evaluation.run import answer, model_inputs, prompts
+from foveate.inference import ask, model_inputs, prompts
 from foveate.inference.answering import without_thought
 from foveate.inspect.look import _ask
 from foveate.integrations.lmms_eval import answering as harness
@@ -302,7 +302,7 @@ def test_every_way_of_asking_closes_the_thought(backbones: Any, monkeypatch: pyt
 
     monkeypatch.setattr(type(model), "generate", generate)
     asked = prompts(made, ["what?"])
-    assert answer(model, made, [picture], [[0]], asked, 4).texts == ["red"]
+    assert ask(model, made, [picture], [[0]], asked, 4).texts == ["red"]
     assert _ask(model, made, [picture], asked[0], [], 4).answer == "red"
     [one] = harness.answer(model, made, None, [harness.conversation(harness.question("what?", [picture]))], {"max_new_tokens": 4})
     assert one.text == "red"

@@ -17,7 +17,7 @@ import foveate
 from foveate import FoveateError
 from foveate.accounting import predict
 from foveate.contract import BeforeProcessor, FromLayer
-from foveate.evaluation.run import load_model
+from foveate.inference import load_model
 from foveate.inspect.catalogue import acts, needs
 from foveate.reducers import METHODS, Downsample, Preparing, before_processor, in_model, parse, prepare
 from foveate.reducers.base import acting

@@ -16,8 +16,9 @@ from PIL import Image
 from foveate.data.conversations import Bad, Conversations, cache_file, find_bad, refuse_or_skip
 from foveate.data.rows import open_rows
 from foveate.errors import FoveateError
-from foveate.evaluation.run import read_questions
-from foveate.evaluation.tasks import Task, load_task
+from foveate.evaluation.samples import Task
+from foveate.evaluation.sources import world_samples
+from foveate.evaluation.tasks import load_task
 from foveate.train.plan import count_steps
 from foveate.train.recipe import Data, Stage
 
@@ -224,11 +225,11 @@ def test_other_encodings_are_refused_with_the_way_out(folder: Path, encoding: st
 def test_test_json_of_a_world_is_read_by_the_same_reader(folder: Path) -> None:
     held = [{"id": "q", "image": "0.png", "family": "count", "question": "how many?", "answer": "2"}]
     (folder / "test.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(held).encode())
-    assert [question.id for question in read_questions(folder)] == ["q"]
+    assert [question.id for question in world_samples(folder)] == ["q"]
     assert [sample.id for sample in load_task(str(folder), progress=False).samples] == ["q"]
     (folder / "test.json").write_bytes(json.dumps(held).encode("utf-16"))
     with pytest.raises(FoveateError, match=r"test\.json is text in utf-16, and must be UTF-8"):
-        read_questions(folder)
+        world_samples(folder)
 
 
 @pytest.mark.parametrize("line", [1, 2, 3])
@@ -494,7 +495,7 @@ def test_own_photographs_by_the_messages_alone(folder: Path) -> None:
         load_task(f"{mine}:metric=exact", progress=False)
     (mine / "questions.json").write_text(json.dumps(held))
     with pytest.raises(FoveateError, match=r"has no test\.json, so it is no world\. .*foveate bench MODEL --tasks FILE\.json:metric="):
-        read_questions(mine)
+        world_samples(mine)
     with pytest.raises(FoveateError, match="say how answers are scored, with metric="):
         load_task(str(mine), progress=False)
     with pytest.raises(FoveateError, match=r"it holds questions\.json: name one of them"):
@@ -509,13 +510,13 @@ def test_own_photographs_by_the_messages_alone(folder: Path) -> None:
 def test_own_questions_as_test_json(folder: Path) -> None:
     (folder / "test.json").write_text(json.dumps([{"id": "1", "image": "0.png", "question": "What?", "answer": "red"}]))
     with pytest.raises(FoveateError, match=r"'family' must be a text, got None\. A world is .* foveate bench|'family' must be a text"):
-        read_questions(folder)
+        world_samples(folder)
     assert len(task(folder / "test.json", folder / "images").samples) == 1
     for wrong, reason in {"\ud800": "no valid Unicode", "a\x00": "a NUL"}.items():
         held = {"id": "1", "image": "0.png", "family": "count", "question": wrong, "answer": "2"}
         (folder / "test.json").write_text(json.dumps([held]))
         with pytest.raises(FoveateError, match=f"row 0: the field 'question': its text .*{reason}"):
-            read_questions(folder)
+            world_samples(folder)
 
 
 @pytest.mark.parametrize(

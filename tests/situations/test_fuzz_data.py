@@ -29,7 +29,7 @@ from PIL import Image
 from foveate.data.conversations import Conversations, find_bad
 from foveate.data.pixels import PictureError, open_image
 from foveate.errors import FoveateError
-from foveate.evaluation.run import read_questions
+from foveate.evaluation.sources import world_samples
 from foveate.evaluation.tasks import load_task
 
 EXAMPLES = {"text": 150, "tables": 80, "pictures": 600}
@@ -171,7 +171,7 @@ def read_whole(path: Path, images: Path) -> str:
         assert len(data.source.fingerprint) >= 16
     reads = {"task": lambda: load_task(f"{path}:metric=exact,images={images}", progress=False)}
     if path.name == "test.json":
-        reads["world"] = lambda: read_questions(path.parent)
+        reads["world"] = lambda: world_samples(path.parent)
     for name, read in reads.items():
         with suppress(FoveateError):
             read()

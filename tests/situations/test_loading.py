@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 import foveate
 from foveate.errors import FoveateError
-from foveate.evaluation.run import evaluate
+from foveate.evaluation.evaluate import evaluate
 from foveate.model import FoveateForConditionalGeneration
 from foveate.reducers import METHODS, load_reducers, parse, save_reducers, saved_reducers
 from tests.model.tiny_backbones import save_clip, save_lm

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from foveate.evaluation.scorers import make
-from foveate.evaluation.scorers.relaxed import number, relaxed
-from foveate.evaluation.scorers.vqa import evalai, normalise
-from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics import make
+from foveate.evaluation.metrics.relaxed import number, relaxed
+from foveate.evaluation.metrics.vqa import evalai, normalise
+from foveate.evaluation.samples import Sample
 
 NO_NUMBERS = ["nan", "NaN", "-nan", "inf", "Infinity", "-inf", "1e999", "nan%", "inf%", "1e400%"]
 

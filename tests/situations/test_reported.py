@@ -13,10 +13,11 @@ import torch
 from rich.console import Console
 
 from foveate.errors import FoveateError
-from foveate.evaluation import run as evaluation
+from foveate.evaluation import asking
 from foveate.evaluation.bench import bench
-from foveate.evaluation.run import Answers, Result, evaluate, print_result
+from foveate.evaluation.evaluate import Result, evaluate, print_result
 from foveate.evaluation.table import markdown, print_table
+from foveate.inference import Answers
 from foveate.inspect.look import look
 from foveate.inspect.profile import print_profiles, profile
 from foveate.world.scenes import write_world
@@ -51,20 +52,26 @@ def test_tokens_are_of_all_questions_whatever_the_batches(
 ) -> None:
     """As where images have tokens by their size: of five questions the first has 10, the last 50."""
     counts = iter([10, 20, 30, 40, 50])
-    run = SimpleNamespace(last=SimpleNamespace(layouts=[]))
 
-    def answer(model: Any, processor: Any, images: Any, owners: Any, texts: Any, new: int) -> Answers:
+    def unknown(*_: Any, **__: Any) -> None:
+        raise FoveateError("what this costs is not known")
+
+    last = SimpleNamespace(layouts=[], visual_tokens=[], ledger=unknown)
+    run = SimpleNamespace(last=last, passes=[], config=None, anatomy=SimpleNamespace(layers=[None] * 3))
+
+    def ask(model: Any, processor: Any, images: Any, owners: Any, texts: Any, new: int) -> Answers:
         own = [next(counts) for _ in texts]
         visual = torch.arange(60) < torch.tensor(own)[:, None]
         run.last.layouts = [SimpleNamespace(visual=visual), SimpleNamespace(visual=visual[:, ::2]), SimpleNamespace(visual=visual[:, :10])]
+        run.passes.append(run.last)
         return Answers(["yes"] * len(texts), own, [60] * len(texts))
 
     @contextmanager
     def attach(*_: Any) -> Iterator[Any]:
         yield run
 
-    monkeypatch.setattr(evaluation, "answer", answer)
-    monkeypatch.setattr(evaluation, "attach", attach)
+    monkeypatch.setattr(asking, "ask", ask)
+    monkeypatch.setattr(asking, "attach", attach)
     net, processor = model
     how: dict[str, Any] = {"processor": processor, "reducers": "vcc:layer=1,stride=2", "limit": 5, "progress": False}
     result = evaluate(net, world, batch_size=batch_size, **how)

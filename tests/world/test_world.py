@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
 
 from foveate.errors import FoveateError
-from foveate.evaluation.run import evaluate
+from foveate.evaluation.evaluate import evaluate
 from foveate.world import asset, backbones, resolve
 from foveate.world.pictures import render, scene
 from foveate.world.scenes import write_world

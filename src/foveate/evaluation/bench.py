@@ -9,42 +9,30 @@ more reducers, budgets or tasks adds its cells to those that are there.
 
 from __future__ import annotations
 
-import hashlib
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import torch
-from PIL import Image
 from rich.console import Console
-from transformers.utils import cached_file
 
-from foveate.accounting import Ledger
-from foveate.accounting.predict import observed
-from foveate.data.pixels import open_image
-from foveate.engine.attach import attach
-from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.evaluation.cells import BENCH, CELLS, Answer, Bench, Cell, load_bench, save_cell
-from foveate.evaluation.run import answer, answering, load_model, progress_bar, prompts, shrunk, tell_cut_thoughts
+from foveate.evaluation.asking import Asked, answered, limited
+from foveate.evaluation.cells import BENCH, CELLS, Bench, Cell, load_bench, save_cell
+from foveate.evaluation.samples import Task
 from foveate.evaluation.table import print_table, write_tables
-from foveate.evaluation.tasks import Sample, Task, load_task
+from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import Broken
+from foveate.inference import Broken, answering, load_model, model_hash, progress_bar
 from foveate.machine import environment
-from foveate.reducers import Reducer, in_model, parse, prepare, spell
-from foveate.world import resolve
+from foveate.reducers import Reducer, parse, spell
 
 BASELINES = ("random", "uniform", "downsample")
 BARE = "none"
 _FIXED = ("model_hash", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------------------------
@@ -52,13 +40,14 @@ _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at a budget with a seed; `refused`: why it cannot be set to this budget."""
+    """A method at a budget with a seed; `refused`: why it cannot be set to this budget. `blind`: on grey pictures."""
 
     method: str
     keep: float
     seed: int | None
     reducers: tuple[Reducer, ...]
     refused: str = ""
+    blind: bool = False
 
     def cell(self, task: str) -> Cell:
         """Still empty."""
@@ -105,50 +94,6 @@ def _arm(method: str, parts: Sequence[Reducer], keep: float, seed: int | None) -
     except FoveateError as error:
         return Arm(method, keep, seed, (), str(error))
     return Arm(method, keep, seed, tuple(replace(part, **seeded) if hasattr(part, "seed") else part for part in found))
-
-
-def limited(task: Task, limit: int | None) -> Task:
-    """About `limit` questions of a task, its groups in turn. Pictures are taken with all of their questions, which some metrics belong to
-    together, so that there may be a few more."""
-    if limit is None or limit >= len(task.samples):
-        return task
-    if limit < 1:
-        raise FoveateError(f"limit must be at least 1 question, got {limit}")
-    pictures: dict[str, list[int]] = {}
-    for number, sample in enumerate(task.samples):
-        pictures.setdefault(picture(sample), []).append(number)
-    turns: dict[str, int] = {}
-    order = []
-    for own in pictures.values():
-        group = task.samples[own[0]].group
-        order.append((turns.get(group, 0), own))
-        turns[group] = turns.get(group, 0) + 1
-    chosen: list[int] = []
-    for _, own in sorted(order):
-        if len(chosen) < limit:
-            chosen += own
-    return replace(task, samples=tuple(task.samples[number] for number in sorted(chosen)))
-
-
-def picture(sample: Sample) -> str:
-    """The names of a sample's pictures, which are the same where the pictures are; its id where it has none."""
-    return " ".join(ref[1] if isinstance(ref, tuple) else str(ref) for ref in sample.images) or sample.id
-
-
-def model_hash(model: Any) -> str:
-    """SHA-256 of a model: by name, of its files (weights, configurations, processor); of a loaded one, of its weights."""
-    whole = hashlib.sha256()
-    if isinstance(model, str | Path):
-        source = resolve(str(model))
-        folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
-        for path in sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES):
-            with path.open("rb") as file:
-                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    else:
-        for name, weight in sorted(model.state_dict().items()):
-            whole.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            whole.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return whole.hexdigest()
 
 
 # ---- the run -------------------------------------------------------------------------------------------------------------------------
@@ -286,105 +231,16 @@ def _answer_all(model: Any, processor: Any, tasks: Sequence[Task], arms: Sequenc
         bar.update(shown, completed=done)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A task with its prompts, what tells the samples' pictures apart, and which samples are asked together."""
-
-    task: Task
-    prompts: list[str]
-    pictures: list[str]
-    batches: list[list[int]]
-
-    @classmethod
-    def of(cls, processor: Any, task: Task, batch_size: int) -> Self:
-        texts = prompts(processor, [sample.question for sample in task.samples], [len(sample.images) for sample in task.samples])
-        names = [picture(sample) for sample in task.samples]
-        return cls(task, texts, names, batches(task.samples, names, batch_size))
-
-
-def batches(samples: Sequence[Sample], pictures: Sequence[str], size: int) -> list[list[int]]:
-    """Numbers of samples that are asked together: neighbours share their pictures and, within a picture, are of similar length. Questions
-    without any are asked by themselves, since not every processor takes both at once."""
-
-    def place(number: int) -> tuple[bool, str, int]:
-        return bool(samples[number].images), pictures[number], len(samples[number].question)
-
-    found = []
-    for _, numbers in groupby(sorted(range(len(samples)), key=place), key=lambda number: bool(samples[number].images)):
-        own = list(numbers)
-        found += [own[at : at + size] for at in range(0, len(own), size)]
-    return found
-
-
 def _finished(model: Any, processor: Any, asked: Asked, arm: Arm, tell: Callable[[int], None]) -> Cell:
     """The cell, with answers or with the reason why there are none."""
     empty = arm.cell(asked.task.name)
     if empty.refused:
         return empty
     try:
-        return answered(model, processor, asked, arm.reducers, empty, tell)
+        return answered(model, processor, asked, arm.reducers, tell, blind=arm.blind).cell(asked, empty)
     except Broken as error:
         raise FoveateError(f"{empty.task}, {empty.reducer}: {error}") from error
     except FoveateError as error:
         if arm.method == BARE:
             raise
         return replace(empty, refused=str(error))  # model and data are sound: the bare model has answered
-
-
-def answered(
-    model: Any, processor: Any, asked: Asked, reducers: Sequence[Reducer], empty: Cell, tell: Callable[[int], None] = lambda number: None
-) -> Cell:
-    """`empty` with the answers under the reducers, inside of `answering(model)`. `tell` hears of each batch how many have been answered."""
-    task, samples, n = asked.task, asked.task.samples, len(asked.task.samples)
-    said, tokens, ledgers, cut = [""] * n, [], [], 0
-    start = time.perf_counter()
-    processor, before = shrunk(processor, reducers)
-    with attach(model, in_model(reducers)) as run:
-        for batch in asked.batches:
-            place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for number in batch for ref in samples[number].images))}
-            pictures = [prepare(before, _opened(ref)) for ref in place]
-            owners = [[place[ref] for ref in samples[number].images] for number in batch]
-            run.passes.clear()
-            answers = answer(model, processor, pictures, owners, [asked.prompts[number] for number in batch], task.max_new_tokens)
-            for number, text in zip(batch, answers.texts, strict=True):
-                said[number] = text
-            seen, ledger = _seen(run, answers.lengths, model.dtype.itemsize)
-            tokens.append(seen)
-            cut += answers.cut
-            ledgers.append(ledger)
-            tell(len(batch))
-    seconds = time.perf_counter() - start
-    tell_cut_thoughts(cut, n, task.max_new_tokens)
-    scores = [float(task.metric.score(text, sample)) for text, sample in zip(said, samples, strict=True)]
-    known = [ledger for ledger in ledgers if ledger is not None] if None not in ledgers else []
-    return replace(
-        empty,
-        answers=[
-            Answer(sample.id, name, sample.group, text, score)
-            for sample, name, text, score in zip(samples, asked.pictures, said, scores, strict=True)
-        ],
-        visual_tokens=[sum(layer) / n for layer in zip(*tokens, strict=True)],
-        flops={part: sum(ledger.flops[part] for ledger in known) / n for part in (known[0].flops if known else ())},
-        kv_bytes=sum(sum(ledger.kv_bytes) for ledger in known) / n,
-        seconds=seconds,
-        summary=task.metric.summary(samples, said, scores),
-    )
-
-
-def _opened(ref: Any) -> Image.Image:
-    try:
-        return open_image(ref)
-    except FoveateError as error:
-        raise Broken(str(error)) from error
-
-
-def _seen(run: Run, lengths: list[int], dtype_bytes: int) -> tuple[list[int], Ledger | None]:
-    """Of the batch just answered: visual tokens in each decoder layer, and the whole cost, None where this model's is not known."""
-    depth = len(run.anatomy.layers)
-    visual = run.last.visual_tokens if run.passes else [0] * depth
-    try:
-        if run.passes:
-            return visual, run.last.ledger(run.config, dtype_bytes=dtype_bytes)
-        return visual, observed(run.config, [[0] * len(lengths)] * depth, [lengths] * depth, images=0, dtype_bytes=dtype_bytes)
-    except FoveateError:
-        return visual, None

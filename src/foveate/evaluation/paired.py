@@ -16,7 +16,7 @@ from scipy.stats import binomtest
 
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import Cell
-from foveate.evaluation.metrics import normalise
+from foveate.evaluation.metrics.common import normalise
 
 RESAMPLES = 2000
 SEED = 0

@@ -1,5 +1,23 @@
-"""Asking a model."""
+"""Asking a model: loading it, writing its prompts, and its answers. What evaluates, looks, searches and serves asks through here."""
 
-from foveate.inference.answering import Broken, Said, answer, ends
+from foveate.inference.answering import Broken, Said, answer, answering, ends
+from foveate.inference.asking import Answers, ask, model_inputs, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference.loading import load_model, model_hash
+from foveate.inference.progress import progress_bar
 
-__all__ = ["Broken", "Said", "answer", "ends"]
+__all__ = [
+    "Answers",
+    "Broken",
+    "Said",
+    "answer",
+    "answering",
+    "ask",
+    "ends",
+    "load_model",
+    "model_hash",
+    "model_inputs",
+    "progress_bar",
+    "prompts",
+    "shrunk",
+    "warn_of_cut_thoughts",
+]

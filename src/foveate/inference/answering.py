@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -111,3 +113,15 @@ def without_thought(text: str) -> tuple[str, bool]:
         if text.lstrip().startswith(opening):
             return "", True
     return text.strip(), False
+
+
+@contextmanager
+def answering(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; after it the model is as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)

@@ -35,7 +35,7 @@ from foveate.data.chat import Renderer
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.evaluation.run import answering, load_model, model_inputs, prompts
+from foveate.inference import answering, load_model, model_inputs, prompts
 from foveate.reducers import METHODS, Reducer, in_model, parse, prepare
 from foveate.report import figures
 from foveate.report.demo import spell as said

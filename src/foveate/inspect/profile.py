@@ -20,7 +20,7 @@ from foveate.accounting import CONVENTION, Ledger, predict
 from foveate.accounting.counter import Counter, parameters_of, parts_of
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.evaluation.run import load_model, model_inputs, prompts
+from foveate.inference import load_model, model_inputs, prompts
 from foveate.inspect.look import open_image
 from foveate.machine import environment, peak, reset_peak, synchronize
 from foveate.reducers import in_model, parse, prepare, spell

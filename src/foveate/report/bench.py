@@ -21,10 +21,11 @@ from foveate.accounting import CONVENTION, PARTS
 from foveate.data.conversations import MARKER
 from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
-from foveate.evaluation.bench import BARE, model_hash
+from foveate.evaluation.bench import BARE
 from foveate.evaluation.cells import Answer, Bench, Cell, load_bench
-from foveate.evaluation.run import load_model
-from foveate.evaluation.tasks import Sample, Task, load_task
+from foveate.evaluation.samples import Sample, Task
+from foveate.evaluation.tasks import load_task
+from foveate.inference import load_model, model_hash
 from foveate.inspect.look import look
 from foveate.reducers import BASELINES
 from foveate.report.compared import RANDOM, Family, Line, budgets, families, findings, interval, lines, middle, signed

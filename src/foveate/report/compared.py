@@ -11,10 +11,10 @@ import numpy as np
 
 from foveate.evaluation.bench import BARE
 from foveate.evaluation.cells import Answer, Bench, Cell
-from foveate.evaluation.metrics import FAMILIES, majority, wilson
+from foveate.evaluation.metrics.common import wilson
+from foveate.evaluation.metrics.scenes import FAMILY_RULES, Scenes, majority
 from foveate.evaluation.paired import Paired, bootstrap, compare
-from foveate.evaluation.scorers.scenes import Scenes
-from foveate.evaluation.tasks import Sample, Task
+from foveate.evaluation.samples import Sample, Task
 
 RANDOM = "random"
 CONSTANTS = 100  # of the references, so many of the most frequent are tried as constant answers
@@ -74,7 +74,7 @@ def families(bare: Cell, task: Task | None) -> list[Family]:
     samples: dict[str, list[Sample]] = {}
     for sample in task.samples if task else ():
         samples.setdefault(sample.group, []).append(sample)
-    known = list(FAMILIES)
+    known = list(FAMILY_RULES)
     names = dict.fromkeys(answer.group for answer in bare.answers)
     found = []
     for name in sorted(names, key=lambda name: known.index(name) if name in known else len(known)):

@@ -16,12 +16,12 @@ import foveate
 from foveate.bridges import build_bridge
 from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
-from foveate.evaluation.metrics import RULER, parse_box
-from foveate.evaluation.run import Result, Row
+from foveate.evaluation.evaluate import Result, Verdict
 from foveate.machine import environment
 from foveate.report import figures
 from foveate.report.page import data_uri, write_page
 from foveate.report.runs import Arm, StageBridge, StageLog, read_bridges, read_log, split_stages
+from foveate.world.questions import RULER, box_cells
 
 Grid = tuple[int, int]
 Cell = tuple[str, str]
@@ -335,20 +335,20 @@ def _example(arms: Sequence[Arm], world: Path, image: str) -> dict[str, Any]:
     lines = []
     frames: list[tuple[tuple[int, int, int, int], str, bool]] = []
     for place in places:
-        rows: list[Row] = [arm.result.rows[place] for arm in arms]
+        rows: list[Verdict] = [arm.result.rows[place] for arm in arms]
         truth = rows[0]
         question = truth.question.replace("<image>", "").strip()
         lines.append({"question": question, "answer": spell(truth.answer), "cells": [(spell(row.prediction), row.correct) for row in rows]})
         if truth.family == "locating" and not frames:
-            drawn = [(parse_box(row.prediction), figures.COLOURS[i % len(figures.COLOURS)], False) for i, row in enumerate(rows)]
-            drawn.append((parse_box(truth.answer), "#ffffff", True))
+            drawn = [(box_cells(row.prediction), figures.COLOURS[i % len(figures.COLOURS)], False) for i, row in enumerate(rows)]
+            drawn.append((box_cells(truth.answer), "#ffffff", True))
             frames = [(box, colour, dashed) for box, colour, dashed in drawn if box is not None]
     return {"svg": scene_svg(data_uri(open_image(world / "images" / image)), frames, (RULER, RULER)), "rows": lines}
 
 
 def spell(answer: str) -> str:
     """An answer for people: a box as its rows and columns, both ends included, on the ruler; nothing as a dash."""
-    box = parse_box(answer)
+    box = box_cells(answer)
     if box is None:
         return answer or "–"
     return f"rows {box[0]} to {box[2] - 1}, columns {box[1]} to {box[3] - 1}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import FoveateError
-from foveate.evaluation.run import Result
+from foveate.evaluation.evaluate import Result
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from typing import Any
 
 from foveate.accounting.predict import observed
 from foveate.errors import FoveateError
-from foveate.evaluation.bench import Asked, answered, limited, model_hash
+from foveate.evaluation.asking import Asked, answered, limited
 from foveate.evaluation.cells import Cell
-from foveate.evaluation.run import answering, load_model, progress_bar
-from foveate.evaluation.tasks import Task, load_task
+from foveate.evaluation.samples import Task
+from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
+from foveate.inference import answering, load_model, model_hash, progress_bar
 from foveate.reducers import Reducer, save_reducers, spell
 from foveate.reducers.base import SAVED_NAME
 from foveate.reducers.common import meant
@@ -218,7 +219,8 @@ class _Trials:
         cells = []
         for asked in self.asked:
             empty = Cell(asked.task.name, name, 1.0, None, name)
-            cells.append(answered(self.model, self.processor, asked, reducers, empty, partial(self.bar.advance, self.row)))
+            found = answered(self.model, self.processor, asked, reducers, partial(self.bar.advance, self.row))
+            cells.append(found.cell(asked, empty))
         trial: dict[str, Any] = {"reducer": name, "score": fmean(cell.accuracy for cell in cells)}
         if not reducers:
             trial["prompt"] = asdict(_prompt(self.model, cells, self.images))

@@ -15,7 +15,9 @@ from foveate.world.pictures import COLOURS, SHAPES, Box, Scene, Thing
 
 FAMILIES = ("presence", "count", "attribute", "relation", "reading", "locating")
 RULER = 16
+BoxCells = tuple[int, int, int, int]
 DESCRIBE = "describe the image."
+_BOX = re.compile(r"\s*".join([r"<loc(0|[1-9]\d*)>"] * 4))
 _QUOTA = ("presence", "presence", "count", "count", "attribute", "attribute", "relation", "relation", "reading", "locating")
 _SPARE = ("attribute", "relation", "count", "locating", "attribute", "count")  # asked where the quota could not be filled
 _COUNT_WEIGHTS = (2, 2, 4, 8, 10, 12)
@@ -63,15 +65,28 @@ def conversation(scene: Scene, count: int = 10) -> list[Question]:
     return asked
 
 
-def parse_box(answer: str) -> Box | None:
-    """The box, in unit coordinates, that "<locR0><locC0><locR1><locC1>" names (last cells inclusive); None if it names none."""
-    match = re.fullmatch(r"\s*" + r"<loc(\d{1,2})>\s*" * 4, answer)
+def box_cells(text: str) -> BoxCells | None:
+    """The half-open box (row0, column0, row1, column1) in cells of the ruler, or None if `text` is not one well-formed box.
+
+    The text names the first and the last cell, so `<loc3><loc3><loc3><loc3>` is the single cell (3, 3, 4, 4). A cell beyond the ruler or
+    an end before its start is malformed.
+    """
+    match = _BOX.fullmatch(text.strip())
     if match is None:
         return None
-    top, left, bottom, right = (int(number) for number in match.groups())
-    if max(top, left, bottom, right) >= RULER or bottom < top or right < left:
+    row0, column0, row1, column1 = (int(cell) for cell in match.groups())
+    if max(row0, column0, row1, column1) >= RULER or row1 < row0 or column1 < column0:
         return None
-    return top / RULER, left / RULER, (bottom + 1) / RULER, (right + 1) / RULER
+    return row0, column0, row1 + 1, column1 + 1
+
+
+def parse_box(answer: str) -> Box | None:
+    """The same box in unit coordinates (top, left, bottom, right)."""
+    cells = box_cells(answer)
+    if cells is None:
+        return None
+    top, left, bottom, right = cells
+    return top / RULER, left / RULER, bottom / RULER, right / RULER
 
 
 def _cell(position: float) -> int:

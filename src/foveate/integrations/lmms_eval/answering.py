@@ -18,7 +18,7 @@ from foveate.data.conversations import MARKER
 from foveate.data.pixels import PictureError, open_image
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.evaluation.run import model_inputs
+from foveate.inference import model_inputs
 from foveate.reducers import Reducer, prepare
 
 Messages = list[dict[str, Any]]

@@ -21,7 +21,7 @@ from loguru import logger
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError, nearest
-from foveate.evaluation.run import load_model, shrunk
+from foveate.inference import load_model, shrunk
 from foveate.integrations.lmms_eval.answering import (
     Answer,
     Messages,

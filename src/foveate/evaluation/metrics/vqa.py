@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from foveate.errors import FoveateError
-from foveate.evaluation.scorers.base import Scorer, one_of
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics.common import one_of
+from foveate.evaluation.samples import Metric, Sample
 
 PEOPLE = 10
 VARIANTS = ("official", "both", "evalai")
@@ -67,7 +64,7 @@ def soft(prediction: str, answers: tuple[str, ...]) -> float:
 
 
 @dataclass(frozen=True)
-class Vqa(Scorer):
+class Vqa(Metric):
     """Needs ten references. `variant`:
 
     official  prediction and references are normalised where the ten differ, and neither where all ten are the same

@@ -20,14 +20,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foveate.errors import FoveateError
-from foveate.evaluation.metrics import IOU_THRESHOLD, Edges, iou
-from foveate.evaluation.scorers.base import Scorer, one_of, percent
+from foveate.evaluation.metrics.common import one_of
+from foveate.evaluation.samples import Metric, Sample, percent
 
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+IOU_THRESHOLD = 0.5
+Edges = tuple[float, float, float, float]
 
 FORMATS = {"fractions": 1.0, "padded": 1.0, "hundredths": 100.0, "thousandths": 1000.0, "pixels": 0.0, "guess": 0.0}
 """Every format with what the image's far edge is in it; 0 where that is not a constant."""
@@ -35,6 +35,16 @@ _ROUNDING = 1e-9  # an overlap of one half stays one half when fractions become 
 
 _NUMBER = r"(-?(?:\d+\.?\d*|\.\d+))"
 _FOUR = re.compile(r"[\[({<]\s*" + r"[\s,;<>()\[\]]+".join([_NUMBER] * 4) + r"\s*[\])}>]")
+
+
+def iou(a: Edges, b: Edges) -> float:
+    """Intersection over union of two half-open boxes, in any unit, that are not both empty."""
+    height = min(a[2], b[2]) - max(a[0], b[0])
+    width = min(a[3], b[3]) - max(a[1], b[1])
+    common = max(0, height) * max(0, width)
+    area_a = (a[2] - a[0]) * (a[3] - a[1])
+    area_b = (b[2] - b[0]) * (b[3] - b[1])
+    return common / (area_a + area_b - common)
 
 
 def four_numbers(text: str) -> Edges | None:
@@ -64,7 +74,7 @@ def to_pixels(numbers: Edges, form: str, size: tuple[int, int]) -> Edges:
 
 
 @dataclass(frozen=True)
-class Iou(Scorer):
+class Iou(Metric):
     """See the module. `mean_iou` counts 0 where there are no four numbers, and `unparsed` is the share of those."""
 
     format: str = ""

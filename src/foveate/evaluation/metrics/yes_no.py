@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foveate.errors import FoveateError
-from foveate.evaluation.metrics import pope, yes_no
-from foveate.evaluation.scorers.base import Scorer, one_of, percent, split
+from foveate.evaluation.metrics.common import normalise, one_of
+from foveate.evaluation.samples import Metric, Sample, percent, split
 
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+
+def yes_no(text: str) -> str | None:
+    """The word yes or no if the normalised text is exactly that, else None."""
+    plain = normalise(text)
+    return plain if plain in ("yes", "no") else None
 
 
 def llava(text: str) -> str:
@@ -45,6 +48,43 @@ def mme(text: str) -> str:
 PARSERS: dict[str, Callable[[str], str]] = {"llava": llava, "strict": strict, "words": words}
 
 
+@dataclass(frozen=True)
+class PopeFigures:
+    """POPE's figures with "yes" as the positive class.
+
+    A prediction that is neither yes nor no is wrong: a missed "yes" where the truth is yes, and neither a positive nor a true negative
+    where it is no. `yes_ratio` is the share of "yes" among the predictions. A share of nothing (no "yes" predicted) is 0.
+    """
+
+    accuracy: float
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+    unparsed: int
+
+
+def pope(predictions: Sequence[str], answers: Sequence[str]) -> PopeFigures:
+    """POPE's figures for yes/no questions; the two lists run in parallel and are not empty."""
+    if len(predictions) != len(answers) or not answers:
+        raise FoveateError(f"POPE figures need as many predictions as answers, and some: {len(predictions)} and {len(answers)}")
+    said = [yes_no(prediction) for prediction in predictions]
+    truth = [yes_no(answer) for answer in answers]
+    pairs = Counter(zip(said, truth, strict=True))
+    hits, right_no = pairs["yes", "yes"], pairs["no", "no"]
+    positives, truly_yes = said.count("yes"), truth.count("yes")
+    precision = hits / positives if positives else 0.0
+    recall = hits / truly_yes if truly_yes else 0.0
+    return PopeFigures(
+        accuracy=(hits + right_no) / len(answers),
+        precision=precision,
+        recall=recall,
+        f1=2 * precision * recall / (precision + recall) if hits else 0.0,
+        yes_ratio=positives / len(answers),
+        unparsed=said.count(None),
+    )
+
+
 def _complete(sample: Sample) -> Sample:
     if yes_no(sample.answers[0]) is None:
         raise FoveateError(f"its answer must be yes or no, found {sample.answers[0]!r}")
@@ -52,7 +92,7 @@ def _complete(sample: Sample) -> Sample:
 
 
 @dataclass(frozen=True)
-class Pope(Scorer):
+class Pope(Metric):
     """POPE (arXiv 2305.10355). Groups are its splits; all figures but those with a split's name are over all questions.
 
     Papers report the accuracy, or the F1, averaged over the splits: that is `mean f1` here. `yes_ratio` is that of the predictions.
@@ -90,7 +130,7 @@ COGNITION = ("commonsense", "numerical", "translation", "code")
 
 
 @dataclass(frozen=True)
-class Mme(Scorer):
+class Mme(Metric):
     """MME (arXiv 2306.13394): two questions about each image; groups are its subtasks.
 
     accuracy   of the questions

@@ -1,22 +1,40 @@
-"""What all metrics share."""
+"""What is asked and how it is scored: the nouns that metrics, tasks and their readers share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import fsum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from foveate.errors import FoveateError, nearest
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.data.pixels import Picture
+from foveate.errors import FoveateError
 
 
 @dataclass(frozen=True)
-class Scorer(ABC):
-    """A metric. Its dataclass fields are its options, all of them texts.
+class Sample:
+    """One question.
+
+    id        unique within its task
+    images    what `foveate.data.pixels.open_image` opens; may be empty
+    question  the prompt's text, suffix included; it holds no image marker, or as many as there are images
+    answers   the references, at least one
+    group     family, category or subtask, for tables
+    extra     what the metric needs beside: options, the question that a rotation belongs to, the image's size
+    """
+
+    id: str
+    images: tuple[Picture, ...]
+    question: str
+    answers: tuple[str, ...]
+    group: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Metric(ABC):
+    """How answers are scored. Its dataclass fields are its options, all of them texts.
 
     name             what `metric=` says
     figure           what its headline is called
@@ -33,7 +51,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, prediction: str, sample: Sample) -> float:
-        """In 0..1."""
+        """The score of one answer, in 0..1."""
 
     def references(self, value: Any) -> tuple[str, ...]:
         """The reference answers in a data set's field: a text, a number, or a list of these or of {"answer": text}."""
@@ -56,6 +74,33 @@ class Scorer(ABC):
         return {self.figure: percent(scores), **by_group(self.figure, samples, scores)}
 
 
+@dataclass(frozen=True)
+class Task:
+    """Samples with a metric. `hash`: SHA-256 over the samples and their images' bytes, so that two runs are known to have asked the same;
+    "" where nobody has looked at them."""
+
+    name: str
+    samples: tuple[Sample, ...]
+    metric: Metric
+    max_new_tokens: int
+    hash: str
+
+
+def picture(sample: Sample) -> str:
+    """The names of a sample's pictures, which are the same where the pictures are; its id where it has none."""
+    return " ".join(ref[1] if isinstance(ref, tuple) else str(ref) for ref in sample.images) or sample.id
+
+
+def in_turn(groups: Sequence[str]) -> list[int]:
+    """The numbers of items in the order in which their groups take turns: the first of each group, the second of each, …"""
+    turns: dict[str, int] = {}
+    order = []
+    for number, group in enumerate(groups):
+        turns[group] = turns.get(group, -1) + 1
+        order.append((turns[group], number))
+    return [number for _, number in sorted(order)]
+
+
 def percent(values: Iterable[float]) -> float:
     """100 times the mean, whatever the order of the values; 0 of none."""
     held = list(values)
@@ -73,10 +118,3 @@ def split(samples: Sequence[Sample], values: Sequence[Any]) -> dict[str, list[An
 def by_group(figure: str, samples: Sequence[Sample], values: Sequence[float]) -> dict[str, float]:
     """{"<figure>/<group>": percentage}; {} where there are not at least two groups."""
     return {f"{figure}/{group}": percent(own) for group, own in split(samples, values).items()}
-
-
-def one_of(metric: str, option: str, value: str, allowed: Iterable[str]) -> None:
-    """FoveateError for an option's value that is not among the allowed ones."""
-    allowed = list(allowed)
-    if value not in allowed:
-        raise FoveateError(f"metric {metric}: {option}={value}{nearest(value, allowed)}; choose one of {', '.join(allowed)}")

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from foveate.errors import FoveateError
-from foveate.evaluation.scorers.base import by_group, percent
-from foveate.evaluation.scorers.choice import LETTERS, Choice, options_of
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics.choice import LETTERS, Choice, options_of
+from foveate.evaluation.samples import Sample, by_group, percent
 
 ROTATION = 10**6  # a rotated row's index is the question's plus a multiple of this
 

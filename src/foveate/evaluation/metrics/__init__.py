@@ -16,10 +16,10 @@ A metric's headline is 100 x the mean of the samples' scores, but for scenes (ea
 | relaxed | ChartQA | a number within 5 %, else equal but for case | |
 | ocrbench | OCRBench | holds the reference | `formulas=GROUP` |
 | iou | RefCOCO and its kin | IoU >= 0.5 | `format=` (must be said), `truth=`, `corners=xyxy`, `xywh` |
-| scenes | the embedded world | by family, see `foveate.evaluation.metrics` | |
+| scenes | the embedded world | by family, see `foveate.evaluation.metrics.scenes` | |
 
 The first of the values is taken where none is said. Rules of choice: `generic` (the most telling place), `leading` (ScienceQA, AI2D),
-`first` (SEED), `mmstar`, `mmbench`. What the values mean stands in each metric's class, and of boxes in `foveate.evaluation.scorers.iou`.
+`first` (SEED), `mmstar`, `mmbench`. What the values mean stands in each metric's class, and of boxes in `foveate.evaluation.metrics.iou`.
 """
 
 from __future__ import annotations
@@ -28,31 +28,31 @@ from collections.abc import Mapping
 from dataclasses import fields
 
 from foveate.errors import FoveateError, nearest
-from foveate.evaluation.scorers.anls import Anls
-from foveate.evaluation.scorers.base import Scorer
-from foveate.evaluation.scorers.choice import Choice
-from foveate.evaluation.scorers.exact import Exact, Gqa
-from foveate.evaluation.scorers.iou import Iou
-from foveate.evaluation.scorers.mmbench import MMBench
-from foveate.evaluation.scorers.mmstar import MMStar
-from foveate.evaluation.scorers.ocrbench import OCRBench
-from foveate.evaluation.scorers.relaxed import Relaxed
-from foveate.evaluation.scorers.scenes import Scenes
-from foveate.evaluation.scorers.vqa import Vqa
-from foveate.evaluation.scorers.yes_no import Mme, Pope
+from foveate.evaluation.metrics.anls import Anls
+from foveate.evaluation.metrics.choice import Choice
+from foveate.evaluation.metrics.exact import Exact, Gqa
+from foveate.evaluation.metrics.iou import Iou
+from foveate.evaluation.metrics.mmbench import MMBench
+from foveate.evaluation.metrics.mmstar import MMStar
+from foveate.evaluation.metrics.ocrbench import OCRBench
+from foveate.evaluation.metrics.relaxed import Relaxed
+from foveate.evaluation.metrics.scenes import Scenes
+from foveate.evaluation.metrics.vqa import Vqa
+from foveate.evaluation.metrics.yes_no import Mme, Pope
+from foveate.evaluation.samples import Metric
 
-_ALL: tuple[type[Scorer], ...] = (Exact, Vqa, Gqa, Pope, Mme, Choice, MMBench, MMStar, Anls, Relaxed, OCRBench, Iou, Scenes)
-METRICS: dict[str, type[Scorer]] = {metric.name: metric for metric in _ALL}
+_ALL: tuple[type[Metric], ...] = (Exact, Vqa, Gqa, Pope, Mme, Choice, MMBench, MMStar, Anls, Relaxed, OCRBench, Iou, Scenes)
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in _ALL}
 
 
-def find(name: str) -> type[Scorer]:
+def find(name: str) -> type[Metric]:
     """The metric of a name; FoveateError if there is none."""
     if name not in METRICS:
         raise FoveateError(f"unknown metric {name!r}{nearest(name, METRICS)}; there are {', '.join(METRICS)}")
     return METRICS[name]
 
 
-def make(name: str, options: Mapping[str, str]) -> Scorer:
+def make(name: str, options: Mapping[str, str]) -> Metric:
     """The metric of a name with its options; FoveateError for an option or a value that it does not have."""
     metric = find(name)
     known = [field.name for field in fields(metric)]

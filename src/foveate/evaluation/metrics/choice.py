@@ -6,14 +6,11 @@ import re
 import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foveate.errors import FoveateError
-from foveate.evaluation.metrics import normalise
-from foveate.evaluation.scorers.base import Scorer, one_of
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics.common import normalise, one_of
+from foveate.evaluation.samples import Metric, Sample
 
 LETTERS = string.ascii_uppercase
 UNLISTED = dict.fromkeys(LETTERS[:8], "")  # the letters looked for where the options are not known
@@ -100,7 +97,7 @@ RULES: dict[str, Callable[[str, Mapping[str, str]], str | None]] = {
 
 
 @dataclass(frozen=True)
-class Choice(Scorer):
+class Choice(Metric):
     """One letter. What names no letter is wrong; none is ever drawn by chance.
 
     answer_is=letter  references are letters, texts of options, or numbers (not texts of digits), which count options from 0

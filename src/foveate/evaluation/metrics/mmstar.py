@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import TYPE_CHECKING
 
-from foveate.evaluation.scorers.base import by_group, percent
-from foveate.evaluation.scorers.choice import Choice
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics.choice import Choice
+from foveate.evaluation.samples import Sample, by_group, percent
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from foveate.evaluation.scorers.base import Scorer
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.samples import Metric, Sample
 
 TOLERANCE = 0.05
 
@@ -33,7 +29,7 @@ def relaxed(prediction: str, answer: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Relaxed(Scorer):
+class Relaxed(Metric):
     """Groups are the human and the machine-made questions."""
 
     name = "relaxed"

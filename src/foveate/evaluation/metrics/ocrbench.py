@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum
-from typing import TYPE_CHECKING
 
 from foveate.errors import FoveateError
-from foveate.evaluation.scorers.base import Scorer
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.samples import Metric, Sample
 
 
 @dataclass(frozen=True)
-class OCRBench(Scorer):
+class OCRBench(Metric):
     """One point a question, 1,000 in all. `formulas` is the group in which case counts and spaces do not; elsewhere it is the other way.
 
     Groups are the ten kinds of question; in the published data their column is `question_type`."""

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from foveate.evaluation.scorers.base import Scorer, one_of
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics.common import one_of
+from foveate.evaluation.samples import Metric, Sample
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -36,7 +33,7 @@ def similarity(prediction: str, answer: str, length: str = "raw") -> float:
 
 
 @dataclass(frozen=True)
-class Anls(Scorer):
+class Anls(Metric):
     """The similarity to the nearest reference."""
 
     length: str = "raw"

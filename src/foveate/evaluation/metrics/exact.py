@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from foveate.evaluation.metrics import exact_match
-from foveate.evaluation.scorers.base import Scorer
-
-if TYPE_CHECKING:
-    from foveate.evaluation.tasks import Sample
+from foveate.evaluation.metrics.common import normalise
+from foveate.evaluation.samples import Metric, Sample
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
+def exact_match(prediction: str, answer: str) -> bool:
+    return normalise(prediction) == normalise(answer)
+
+
 @dataclass(frozen=True)
-class Exact(Scorer):
+class Exact(Metric):
     """Equal to one of the references but for case, white space and one final full stop."""
 
     name = "exact"
@@ -26,7 +26,7 @@ class Exact(Scorer):
 
 
 @dataclass(frozen=True)
-class Gqa(Scorer):
+class Gqa(Metric):
     """GQA (arXiv 1902.09506): equal to the reference but for case and punctuation."""
 
     name = "gqa"

@@ -1,0 +1,180 @@
+"""A task put to a model under reducers: which samples are asked together, and what was answered at which cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any, Self
+
+from PIL import Image
+
+from foveate.accounting import Ledger
+from foveate.accounting.predict import observed
+from foveate.data.pixels import open_image
+from foveate.engine.attach import attach
+from foveate.engine.run import Run
+from foveate.errors import FoveateError
+from foveate.evaluation.cells import Answer, Cell
+from foveate.evaluation.samples import Sample, Task, in_turn, picture
+from foveate.inference import Broken, ask, prompts, shrunk, warn_of_cut_thoughts
+from foveate.reducers import Reducer, in_model, prepare
+
+GREY = (127, 127, 127)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task with its prompts, what tells the samples' pictures apart, and which samples are asked together."""
+
+    task: Task
+    prompts: list[str]
+    pictures: list[str]
+    batches: list[list[int]]
+
+    @classmethod
+    def of(cls, processor: Any, task: Task, batch_size: int) -> Self:
+        texts = prompts(processor, [sample.question for sample in task.samples], [len(sample.images) for sample in task.samples])
+        names = [picture(sample) for sample in task.samples]
+        return cls(task, texts, names, batches(task.samples, names, batch_size))
+
+
+@dataclass
+class Answered:
+    """What was answered to a task's samples, and at which cost.
+
+    texts      of the samples, in their order
+    entered    image tokens in each prompt, prompts in the order of the batches, as in `visual`
+    visual     visual tokens of each prompt in each decoder layer, (samples, layers); nothing where nothing was attached
+    totals     visual tokens of each batch in each decoder layer, (batches, layers), as they went through it
+    ledgers    of each batch; None where the model's cost is not known
+    cut        answers that are thoughts which were cut off
+    """
+
+    texts: list[str]
+    entered: list[int] = field(default_factory=list)
+    visual: list[tuple[int, ...]] = field(default_factory=list)
+    totals: list[list[int]] = field(default_factory=list)
+    ledgers: list[Ledger | None] = field(default_factory=list)
+    cut: int = 0
+    seconds: float = 0.0
+
+    def cell(self, asked: Asked, empty: Cell) -> Cell:
+        """The empty cell with these answers, scored."""
+        samples, metric, n = asked.task.samples, asked.task.metric, len(self.texts)
+        scores = [float(metric.score(text, sample)) for text, sample in zip(self.texts, samples, strict=True)]
+        known = [ledger for ledger in self.ledgers if ledger is not None] if None not in self.ledgers else []
+        return replace(
+            empty,
+            answers=[
+                Answer(sample.id, name, sample.group, text, score)
+                for sample, name, text, score in zip(samples, asked.pictures, self.texts, scores, strict=True)
+            ],
+            visual_tokens=[sum(layer) / n for layer in zip(*self.totals, strict=True)],
+            flops={part: sum(ledger.flops[part] for ledger in known) / n for part in (known[0].flops if known else ())},
+            kv_bytes=sum(sum(ledger.kv_bytes) for ledger in known) / n,
+            seconds=self.seconds,
+            summary=metric.summary(samples, self.texts, scores),
+        )
+
+
+def limited(task: Task, limit: int | None) -> Task:
+    """About `limit` questions of a task, its groups in turn. Pictures are taken with all of their questions, which some metrics belong to
+    together, so that there may be a few more."""
+    if limit is None or limit >= len(task.samples):
+        return task
+    if limit < 1:
+        raise FoveateError(f"limit must be at least 1 question, got {limit}")
+    pictures: dict[str, list[int]] = {}
+    for number, sample in enumerate(task.samples):
+        pictures.setdefault(picture(sample), []).append(number)
+    every = list(pictures.values())
+    chosen: list[int] = []
+    for at in in_turn([task.samples[numbers[0]].group for numbers in every]):
+        if len(chosen) < limit:
+            chosen += every[at]
+    return replace(task, samples=tuple(task.samples[number] for number in sorted(chosen)))
+
+
+def batches(samples: Sequence[Sample], pictures: Sequence[str], size: int) -> list[list[int]]:
+    """Numbers of samples that are asked together: neighbours share their pictures and, within a picture, are of similar length. Questions
+    without any are asked by themselves, since not every processor takes both at once."""
+
+    def place(number: int) -> tuple[bool, str, int]:
+        return bool(samples[number].images), pictures[number], len(samples[number].question)
+
+    found = []
+    for _, numbers in groupby(sorted(range(len(samples)), key=place), key=lambda number: bool(samples[number].images)):
+        own = list(numbers)
+        found += [own[at : at + size] for at in range(0, len(own), size)]
+    return found
+
+
+def answered(
+    model: Any,
+    processor: Any,
+    asked: Asked,
+    reducers: Sequence[Reducer],
+    tell: Callable[[int], None] = lambda number: None,
+    *,
+    blind: bool = False,
+    observe: bool = True,
+) -> Answered:
+    """Answers under the reducers, inside of `answering(model)`. `tell` hears of each batch how many samples have been answered.
+
+    blind: every picture is replaced by a plain grey one of its size. observe: tokens and costs are counted, for which the model is
+    attached to even where no reducer is.
+    """
+    samples = asked.task.samples
+    found = Answered([""] * len(samples))
+    start = time.perf_counter()
+    processor, before = shrunk(processor, reducers)
+    with attach(model, in_model(reducers)) if observe else nullcontext() as run:
+        for batch in asked.batches:
+            place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for number in batch for ref in samples[number].images))}
+            pictures = [prepare(before, _grey(image) if blind else image) for image in map(_opened, place)]
+            owners = [[place[ref] for ref in samples[number].images] for number in batch]
+            if run is not None:
+                run.passes.clear()
+            answers = ask(model, processor, pictures, owners, [asked.prompts[number] for number in batch], asked.task.max_new_tokens)
+            for number, text in zip(batch, answers.texts, strict=True):
+                found.texts[number] = text
+            found.entered += answers.placeholders
+            found.cut += answers.cut
+            if run is not None:
+                _observe(run, answers.lengths, model.dtype.itemsize, found)
+            tell(len(batch))
+    found.seconds = time.perf_counter() - start
+    warn_of_cut_thoughts(found.cut, len(samples), asked.task.max_new_tokens)
+    return found
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return Image.new("RGB", image.size, GREY)
+
+
+def _opened(ref: Any) -> Image.Image:
+    try:
+        return open_image(ref)
+    except FoveateError as error:
+        raise Broken(str(error)) from error
+
+
+def _observe(run: Run, lengths: list[int], dtype_bytes: int, found: Answered) -> None:
+    """Adds the tokens and the cost of the batch just answered."""
+    depth = len(run.anatomy.layers)
+    if run.passes:
+        found.visual += zip(*(layout.visual.sum(1).tolist() for layout in run.last.layouts), strict=True)
+        found.totals.append(run.last.visual_tokens)
+    else:
+        found.visual += [(0,) * depth] * len(lengths)
+        found.totals.append([0] * depth)
+    try:
+        if run.passes:
+            found.ledgers.append(run.last.ledger(run.config, dtype_bytes=dtype_bytes))
+        else:
+            found.ledgers.append(observed(run.config, [[0] * len(lengths)] * depth, [lengths] * depth, images=0, dtype_bytes=dtype_bytes))
+    except FoveateError:
+        found.ledgers.append(None)

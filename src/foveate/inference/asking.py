@@ -1,0 +1,97 @@
+"""Questions about pictures -> prompts -> inputs -> answers, as training writes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from foveate.data import conversations
+from foveate.data.chat import Renderer
+from foveate.errors import FoveateError
+from foveate.inference.answering import answer
+from foveate.reducers import Reducer, prepare
+
+log = logging.getLogger(__name__)
+
+
+def prompts(processor: Any, questions: Sequence[str], images: Sequence[int] | None = None) -> list[str]:
+    """The prompts of questions about so many `images` each (one, unless told), as training writes them: image, line break, question.
+    A thought that the template opens is closed, empty, where training writes it so.
+
+    A question that says itself where its images stand, by markers, is left as it is."""
+    renderer = Renderer(processor)
+    counts = [1] * len(questions) if images is None else images
+    marks = [f"{conversations.MARKER}\n" * count for count in counts]
+    texts = [text if conversations.MARKER in text else mark + text for mark, text in zip(marks, questions, strict=True)]
+    return [renderer.ask([("user", text)]) for text in texts]
+
+
+def model_inputs(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
+    """What the processor makes of prompts that `prompts` wrote, each about its own images, padded on the left."""
+    given: dict[str, Any] = {"images": [list(own) for own in images]} if any(images) else {}
+    start = processor.tokenizer.bos_token
+    if start and texts[0].startswith(start):
+        given["add_special_tokens"] = False  # the template has written them
+    try:
+        return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **given)
+    except ValueError as error:
+        raise FoveateError(f"{type(processor).__name__} does not take these images and prompts: {error}") from error
+
+
+def shrunk(processor: Any, reducers: Sequence[Reducer]) -> tuple[Any, Sequence[Reducer]]:
+    """The processor to use where reducers make images smaller, and those of them that are still to `prepare` each image.
+
+    A processor that makes all images one size would undo what they do; one that can be `resized` makes them all smaller instead."""
+    if not hasattr(processor, "resized"):
+        return processor, reducers
+    side = prepare(reducers, Image.new("RGB", (processor.image_size, processor.image_size))).width
+    return (processor if side == processor.image_size else processor.resized(side)), ()
+
+
+@dataclass(frozen=True)
+class Answers:
+    """To a batch of prompts: the `texts`, how many image tokens stand in each prompt, the `lengths` of the prompts in tokens, visual ones
+    included, and how many answers are thoughts that were `cut` off."""
+
+    texts: list[str]
+    placeholders: list[int]
+    lengths: list[int]
+    cut: int = 0
+
+
+def ask(
+    model: Any, processor: Any, images: Sequence[Image.Image], owners: Sequence[Sequence[int]], texts: Sequence[str], new: int
+) -> Answers:
+    """Greedy answers of at most `new` tokens to prompts that `prompts` wrote; prompt i is about images[k] for each k in owners[i].
+
+    What several prompts share goes through tower and bridge once, where the model takes encoded images, one entry an image.
+    FoveateError where the processor does not take them, and for logits that are not finite.
+    """
+    tokenizer = processor.tokenizer
+    shown = [k for owner in owners for k in owner]
+    inputs = model_inputs(processor, [[images[k] for k in owner] for owner in owners], texts).to(model.device, model.dtype)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    token = tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", conversations.MARKER))
+    plain = set(inputs) == {"input_ids", "attention_mask", "pixel_values"} and len(inputs["pixel_values"]) == len(shown)
+    if plain and len(images) < len(shown) and hasattr(model, "get_image_features"):
+        encoded = model.get_image_features(pixel_values=inputs["pixel_values"][[shown.index(k) for k in range(len(images))]])
+        features = encoded.pooler_output
+        if type(encoded) is BaseModelOutputWithPooling and features is not None and len(features) == len(images):
+            repeated = features[shown] if isinstance(features, Tensor) else [features[k] for k in shown]
+            inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=repeated)}
+            del inputs["pixel_values"]
+    said = answer(model, tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
+    cut = sum(one.thinking for one in said)
+    return Answers([one.text for one in said], (ids == token).sum(1).tolist(), mask.sum(1).tolist(), cut)
+
+
+def warn_of_cut_thoughts(count: int, total: int, new: int) -> None:
+    """Say that answers are missing because their thoughts took all of the tokens."""
+    if count:
+        log.warning("%d of %d answers are still thoughts after %d tokens and count as empty; allow for more new tokens", count, total, new)

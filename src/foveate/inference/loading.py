@@ -1,0 +1,56 @@
+"""A model with its processor from a folder, the hub or the shipped assets, and the hash that tells two models apart."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import cached_file
+
+import foveate.model  # noqa: F401  # registers the Auto classes
+from foveate.errors import FoveateError
+from foveate.world import resolve
+
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
+
+
+def load_model(name: str | Path, device: str | None = None, **options: Any) -> tuple[Any, Any]:
+    """A vision-language model and its processor, from a folder, a hub name or a shipped asset ("asset:vlm").
+
+    `device`: default the GPU if there is one, else the CPU. `options`: those of `from_pretrained`, with dtype float32 if it is not said;
+    a device_map among them stands in place of `device`.
+    """
+    source = resolve(str(name))
+    folder = Path(source)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FoveateError(f"{folder} holds no model (no config.json); a training run leaves its model in <output>/final")
+    if not folder.is_dir() and (folder.is_absolute() or source.count("/") != 1 or source.startswith(".")):
+        raise FoveateError(f"no such model folder: {source}")
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(source, **{"dtype": torch.float32, **options})
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FoveateError(f"cannot load a vision-language model and its processor from {source}: {reason}") from error
+    if "device_map" not in options:
+        model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return model, processor
+
+
+def model_hash(model: Any) -> str:
+    """SHA-256 of a model: by name, of its files (weights, configurations, processor); of a loaded one, of its weights."""
+    whole = hashlib.sha256()
+    if isinstance(model, str | Path):
+        source = resolve(str(model))
+        folder = Path(source) if Path(source).is_dir() else Path(str(cached_file(source, "config.json"))).parent
+        for path in sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES):
+            with path.open("rb") as file:
+                whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    else:
+        for name, weight in sorted(model.state_dict().items()):
+            whole.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            whole.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return whole.hexdigest()
