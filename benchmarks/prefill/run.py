@@ -51,7 +51,7 @@ HERE = Path(__file__).parent
 KEEP = (0.5, 0.25, 0.11, 0.05)
 KEEP_ALL = ("random:keep=1.0", "fastv:keep=1.0")
 BARE, TOWER, SHORT = "bare", "tower", "short prompt"
-CUT = "schedule"  # each of whose cuts is one of FastV's: measured where it is named
+CUT = "schedule"  # has no budget; each of its cuts is one of FastV's, which is measured
 
 
 @dataclass(frozen=True)
@@ -98,21 +98,6 @@ class Tower:
             self.base = reset_peak(self.device)
 
 
-def spelled(method: str, keep: float, more: str = "") -> str | None:
-    """The method at about the budget `keep`; None where its steps are too coarse for it."""
-    if method == "vcc":
-        return f"vcc:stride={round(1 / keep)}"
-    if method == "avgpool2d":
-        stride = round(keep**-0.5)
-        return f"avgpool2d:stride={stride}" if stride > 1 else None
-    options = f"keep={keep}"
-    if method == CUT:
-        options = f"keeps=2:{keep}"
-    if method == "visionzip":  # the paper's 54 dominant and 10 contextual of 64
-        options = f"dominant={keep * 54 / 64:.5g},contextual={keep * 10 / 64:.5g}"
-    return f"{method}:{options}" + (f",{more}" if more else "")
-
-
 def variants(
     methods: list[str], keeps: list[float], tokens: int, options: dict[str, str], layers: int
 ) -> tuple[list[Variant], dict[str, str]]:
@@ -127,10 +112,14 @@ def variants(
             found[f"{text} (no shortcuts)"] = Variant(f"{text} (no shortcuts)", text, shortcuts=False)
     for method in methods:
         for keep in keeps:
-            text = spelled(method, keep, options.get(method, ""))
-            if text is None:
-                skipped[f"{method} at {keep}"] = "its strides keep at most a quarter"
-            elif not in_model(parse(text)):
+            [reducer] = parse(":".join(filter(None, (method, options.get(method)))))
+            try:
+                reducer = reducer.at(keep)
+            except FoveateError as error:
+                skipped[f"{method} at {keep}"] = str(error)
+                continue
+            text = reducer.spelled(always=reducer.amounts)
+            if not in_model([reducer]):
                 skipped[text] = "it acts on the image, in front of the processor, where this benchmark begins"
             else:
                 found.setdefault(text, Variant(text, text, method, keep))

@@ -86,6 +86,7 @@ def bench(
     keep: Annotated[str, typer.Option(help="Budgets, as shares of the visual tokens; 1 is the bare model.")] = "1,0.5,0.25,0.11,0.05",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of methods that draw at random.")] = 3,
     baselines: Annotated[bool, typer.Option(help="Random, evenly spaced, and a smaller image beside the reducers.")] = True,
+    blind: Annotated[bool, typer.Option("--blind", help="Grey images, too: what the bare model guesses without looking.")] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only about so many questions of each task.")] = None,
     push_to_model_card: Annotated[
@@ -98,7 +99,8 @@ def bench(
     from foveate.evaluation.table import push_to_model_card as push
     from foveate.report.bench import write_bench_report
 
-    found = run(model, tasks, reduce or [], budgets(keep), out, seeds=seeds, baselines=baselines, batch_size=batch_size, limit=limit)
+    how: dict[str, Any] = {"seeds": seeds, "baselines": baselines, "blind": blind, "batch_size": batch_size, "limit": limit}
+    found = run(model, tasks, reduce or [], budgets(keep), out, **how)
     if push_to_model_card is not None:
         push(found, push_to_model_card)
     print(write_bench_report(found.folder))

@@ -16,7 +16,7 @@ from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.inference import load_model
 from foveate.integrations.lmms_eval import answering
-from foveate.integrations.lmms_eval.answering import Answer, Messages
+from foveate.integrations.lmms_eval.answering import Messages, Reply
 from foveate.reducers import METHODS, parse
 from foveate.world.pictures import render, scene
 
@@ -38,7 +38,7 @@ def asked(text: str, *pictures: int) -> Messages:
     return answering.conversation(answering.question(text, [picture(number) for number in pictures]))
 
 
-def answers(shipped: tuple[Any, Any], reducers: str, conversations: list[Messages], options: dict[str, Any] = GREEDY) -> list[Answer]:
+def answers(shipped: tuple[Any, Any], reducers: str, conversations: list[Messages], options: dict[str, Any] = GREEDY) -> list[Reply]:
     model, processor = shipped
     with attach(model, reducers) as run:
         return answering.answer(model, processor, run, conversations, options)

@@ -18,8 +18,9 @@ from foveate.cli import main
 from foveate.errors import FoveateError
 from foveate.inference import load_model, prompts
 from foveate.inspect import look as looking
-from foveate.inspect.look import COLOURS, Panel, Patch, Raster, colours, draw, look, open_image, patches, rasters, with_keep
+from foveate.inspect.look import COLOURS, Panel, Patch, Raster, at_budget, colours, draw, look, open_image, patches, rasters
 from foveate.model import from_backbones
+from foveate.reducers import parse
 from foveate.tokens import Layout, TokenMap
 from foveate.world import asset
 
@@ -205,13 +206,20 @@ def test_crops_are_drawn_side_by_side_also_without_a_picture(tmp_path: Path) -> 
 
 
 def test_another_budget() -> None:
-    assert with_keep("random", 0.5) == "random:keep=0.5"
-    assert with_keep("random:seed=3,keep=0.25", "7") == "random:keep=7,seed=3"
-    assert with_keep("random:keep=0.5+vcc:layer=2,stride=4", "0.1") == "random:keep=0.1+vcc:layer=2,stride=4"
-    with pytest.raises(FoveateError, match="vcc:stride=4 has no option keep"):
-        with_keep("vcc:stride=4", 0.5)
-    with pytest.raises(FoveateError, match="unknown reducer 'rndom'"):
-        with_keep("rndom", 0.5)
+    def spelled(text: str, keep: float) -> str:
+        written, reducers = at_budget(parse(text), keep)
+        assert parse(written) == reducers == [part.at(keep) for part in parse(text)]
+        return written
+
+    assert spelled("random", 0.5) == "random:keep=0.5"
+    assert spelled("random:seed=3,keep=0.1", 0.25) == "random:keep=0.25,seed=3"
+    assert spelled("random:keep=0.5+vcc:layer=2,stride=4", 0.1) == "random:keep=0.1+vcc:stride=10"
+    with pytest.raises(FoveateError, match="schedule has no option keep"):
+        at_budget(parse("schedule:keeps=1:0.5"), 0.5)
+    with pytest.raises(FoveateError, match="keep=7 is not possible"):
+        at_budget(parse("random"), 7)
+    with pytest.raises(FoveateError, match="the bare model has no budget"):
+        at_budget(parse("none"), 0.5)
 
 
 @pytest.mark.parametrize("spelling", ["random:keep=0.25", "vcc:layer=2,stride=3", "pyramiddrop", "tome:keep=0.2+random:keep=0.5,layer=3"])
@@ -240,7 +248,7 @@ def test_one_panel_for_each_reducer(vlm: tuple[Any, Any]) -> None:
 
 def test_budgets_are_columns(vlm: tuple[Any, Any]) -> None:
     model, processor = vlm
-    figure = look(model, ["scene:10"], QUESTION, ["random:seed=1", "divprune"], processor=processor, keep=["0.5", "0.25"])
+    figure = look(model, ["scene:10"], QUESTION, ["random:seed=1", "divprune"], processor=processor, keep=[0.5, 0.25])
     names = ["random:keep=0.5,seed=1", "random:keep=0.25,seed=1", "divprune:keep=0.5", "divprune:keep=0.25"]
     assert titles(figure) == names
     places = {axes.get_title(loc="left"): axes.get_position() for axes in figure.axes}
@@ -330,7 +338,7 @@ def test_what_is_the_model(words: list[str], model: str, images: list[str], tmp_
         (["scene:x", "--ask", "what?", "--reduce", "random"], "a scene is named by a number"),
         (["nowhere", "scene:1", "--ask", "what?", "--reduce", "random"], "no such model folder: nowhere"),
         (["scene:1", "--ask", "what?", "--reduce", "rndom"], "unknown reducer 'rndom' (did you mean 'random'?)"),
-        (["scene:1", "--ask", "what?", "--reduce", "vcc", "--keep", "0.5"], "vcc has no option keep"),
+        (["scene:1", "--ask", "what?", "--reduce", "schedule:keeps=1:0.5", "--keep", "0.5"], "schedule has no option keep"),
         (["scene:1", "--ask", "what?", "--reduce", "random", "--keep", "0.5,,1"], "--keep 0.5,,1 has an empty entry"),
         (["scene:1", "--ask", "what?", "--reduce", "random", "--keep", "most"], "keep='most' is not possible"),
         (["scene:1", "--ask", "what?"], "Missing option '--reduce'"),

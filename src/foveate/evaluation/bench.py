@@ -30,7 +30,7 @@ from foveate.machine import environment
 from foveate.reducers import Reducer, parse, spell
 
 BASELINES = ("random", "uniform", "downsample")
-BARE = "none"
+BARE, BLIND = "none", "blind"  # the latter: the bare model on grey pictures
 _FIXED = ("model_hash", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
 
@@ -63,8 +63,9 @@ def budgets(text: str) -> list[float]:
         raise FoveateError(f"keep={text} is not possible; give shares between commas, such as 0.5,0.25,0.11") from error
 
 
-def plan(reducers: Sequence[str], keep: Sequence[float], seeds: int, baselines: bool = True) -> list[Arm]:
-    """What every task is asked under: the bare model, then each method at each budget below 1, with each seed where it has one.
+def plan(reducers: Sequence[str], keep: Sequence[float], seeds: int, baselines: bool = True, blind: bool = False) -> list[Arm]:
+    """What every task is asked under: the bare model, with `blind` on grey pictures too, then each method at each budget below 1, with
+    each seed where it has one.
 
     A method is called by its spelling without what `Reducer.at` sets and without its seed.
     """
@@ -79,7 +80,7 @@ def plan(reducers: Sequence[str], keep: Sequence[float], seeds: int, baselines: 
         if not parts:
             raise FoveateError(f"the reducer {text!r} is the bare model, which is in every table; leave it out")
         methods.setdefault("+".join(part.spelled((*part.amounts, "seed")) for part in parts), parts)
-    arms = [Arm(BARE, 1.0, None, ())]
+    arms = [Arm(BARE, 1.0, None, ())] + ([Arm(BLIND, 1.0, None, (), blind=True)] if blind else [])
     for method, parts in methods.items():
         random = any(hasattr(part, "seed") for part in parts)
         for share in sorted({float(share) for share in keep if share < 1}, reverse=True):
@@ -109,6 +110,7 @@ def bench(
     processor: Any = None,
     seeds: int = 3,
     baselines: bool = True,
+    blind: bool = False,
     batch_size: int = 64,
     limit: int | None = None,
     device: str | None = None,
@@ -118,11 +120,12 @@ def bench(
 
     model: a folder, hub name or "asset:" name (loaded in float32), or a loaded model together with its `processor`.
     tasks: what `load_task` reads, or Tasks. reducers: spellings; what says how many tokens stay is set by each budget of `keep`.
-    seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers.
+    seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers. blind: the bare model on grey pictures,
+    which shows what the questions give away by themselves.
     limit: so many questions of each task, see `limited`. progress: shows a bar, and the table at the end.
     FoveateError for bad input, for a folder with another model's run, or for logits that are not finite. What is finished stays.
     """
-    arms = plan(reducers, keep, seeds, baselines)
+    arms = plan(reducers, keep, seeds, baselines, blind)
     if batch_size < 1:
         raise FoveateError(f"batch_size must be at least 1, got {batch_size}")
     folder = Path(out)
@@ -150,7 +153,7 @@ def bench(
             "batch_size": batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
-            "command": _command(name, tasks, reducers, keep, out, seeds, baselines, batch_size, limit),
+            "command": _command(name, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit),
             "environment": environment(),
             "order": [arm.cell(task.name).name for task in asked for arm in arms],
         },
@@ -174,6 +177,7 @@ def _command(
     out: str | Path,
     seeds: int,
     baselines: bool,
+    blind: bool,
     batch_size: int,
     limit: int | None,
 ) -> str:
@@ -185,6 +189,7 @@ def _command(
         words += ["--tasks", task if isinstance(task, str) else task.name]
     words += ["--out", str(out), "--seeds", str(seeds), "--batch-size", str(batch_size)]
     words += [] if limit is None else ["--limit", str(limit)]
+    words += ["--blind"] if blind else []
     return shlex.join(words + ([] if baselines else ["--no-baselines"]))
 
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from foveate.errors import FoveateError
 from foveate.evaluation.asking import Asked, answered
-from foveate.evaluation.bench import Arm
+from foveate.evaluation.bench import BLIND, Arm
 from foveate.evaluation.metrics.scenes import FAMILY_RULES, FamilyScore, Scenes, score_family
 from foveate.evaluation.samples import Task
 from foveate.evaluation.sources import world_samples
@@ -121,7 +121,7 @@ def evaluate(
     elif isinstance(reducers, str):
         reducers = parse(reducers)
     reducers = list(reducers) if isinstance(reducers, list | tuple) else [reducers] if reducers is not None else []
-    arm = Arm(spell(reducers), 1.0, None, tuple(reducers), blind=blind)
+    arm = Arm(BLIND if blind else spell(reducers), 1.0, None, tuple(reducers), blind=blind)
     asked = Asked.of(processor, task, batch_size)
     with answering(model), progress_bar(progress) as bar:
         tell = partial(bar.advance, bar.add_task("answering", total=len(task.samples)))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.inference import answering, load_model, model_inputs, prompts
-from foveate.reducers import METHODS, Reducer, in_model, parse, prepare
+from foveate.reducers import Reducer, in_model, parse, prepare
 from foveate.report import figures
 from foveate.report.demo import spell as said
 from foveate.tokens import TokenMap
@@ -187,7 +187,7 @@ def main(
     """The command: reads its lists, looks, and writes the figure as a PNG file. `words`: the model, which may be missing, and images."""
     if out.suffix.lower() != ".png":
         raise FoveateError(f"{out}: the picture is a PNG; name a file that ends in .png")
-    budgets = _listed("keep", [keep]) if keep is not None else []
+    budgets = [_share(text) for text in _listed("keep", [keep])] if keep is not None else []
     numbers = _listed("layer", layers)
     for number in numbers:
         if not number.isdecimal():
@@ -201,6 +201,13 @@ def main(
     except OSError as error:
         raise FoveateError(f"cannot write {out}: {error}") from error
     return out
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise FoveateError(f"keep={text!r} is not possible; give shares of the visual tokens in (0, 1]") from error
 
 
 def _listed(option: str, texts: Sequence[str]) -> list[str]:
@@ -218,7 +225,7 @@ def look(
     reducers: Sequence[str],
     *,
     processor: Any = None,
-    keep: Sequence[str | float] = (),
+    keep: Sequence[float] = (),
     layers: Sequence[int] = (),
     per_layer: bool = False,
     max_new_tokens: int = 32,
@@ -227,10 +234,10 @@ def look(
 
     model_or_dir: a folder, hub name or "asset:" name, or a loaded model together with its `processor`.
     images: files, pictures, or "scene:7" for a test scene of the embedded world; the question is about all of them.
-    keep: budgets; every reducer is drawn with each of them, in columns.
+    keep: budgets, shares of the visual tokens; every reducer is drawn at each of them, in columns.
     layers: decoder layers in front of which to look; per_layer: every layer in front of which the set changes. Without either, what is
         left at the end.
-    FoveateError for what cannot be: images that cannot be read, unknown reducers, methods without the option `keep`, layers that the
+    FoveateError for what cannot be: images that cannot be read, unknown reducers, methods that cannot be set to a budget, layers that the
     model does not have, a model whose visual tokens have no place in the picture.
     """
     if not question.strip():
@@ -239,8 +246,8 @@ def look(
         raise FoveateError('nothing to look at: name at least one image and one reducer, such as "random:keep=0.25"')
     if layers and per_layer:
         raise FoveateError("give either layers or per_layer, not both")
-    rows = [[with_keep(text, budget) for budget in keep] if keep else [text] for text in reducers]
-    methods = {text: parse(text) for row in rows for text in row}
+    methods = [(text, parse(text)) for text in reducers]
+    rows = [[at_budget(parts, share) for share in keep] if keep else [(text, parts)] for text, parts in methods]
     pictures = [open_image(image) for image in images]
     name = str(model_or_dir)
     if isinstance(model_or_dir, str | Path):
@@ -265,8 +272,8 @@ def look(
     panels: list[list[Panel]] = []
     for row in rows:
         drawn = []
-        for text in row:
-            seen = _ask(model, processor, pictures, prompt, methods[text], max_new_tokens)
+        for text, parts in row:
+            seen = _ask(model, processor, pictures, prompt, parts, max_new_tokens)
             counts, cuts = seen.run.last.visual_tokens, sorted(seen.run.last.maps)
             own: list[Panel] = []
             for layer in (cuts or [0]) if per_layer else layers or [depth - 1]:
@@ -294,20 +301,14 @@ def open_image(image: str | Path | Image.Image) -> Image.Image:
     return Image.fromarray(render(scene(int(seed), "test"), _SIDE))
 
 
-def with_keep(text: str, keep: str | float) -> str:
-    """The spelling with another budget: `keep` of each of its methods that has this option. FoveateError if none has."""
-    parts, found = [], False
-    for part in text.split("+"):
-        name, _, options = part.strip().partition(":")
-        if name in METHODS and any(option.name == "keep" for option in fields(METHODS[name])):
-            rest = [option for option in options.split(",") if option.strip() and option.partition("=")[0].strip() != "keep"]
-            part, found = f"{name}:{','.join([f'keep={keep}', *rest])}", True
-        elif name not in METHODS:
-            parse(part)  # says what is known
-        parts.append(part.strip())
-    if not found:
-        raise FoveateError(f"{text} has no option keep, so it cannot be drawn at keep={keep}; spell out each of its budgets as a reducer")
-    return "+".join(parts)
+def at_budget(reducers: Sequence[Reducer], keep: float) -> tuple[str, list[Reducer]]:
+    """The methods at a share of the visual tokens, and their spelling with what it sets. FoveateError where one cannot be set to it."""
+    if not 0 < keep <= 1:
+        raise FoveateError(f"keep={keep:g} is not possible; give shares of the visual tokens in (0, 1]")
+    if not reducers:
+        raise FoveateError(f"the bare model has no budget, so it cannot be drawn at keep={keep:g}")
+    found = [part.at(keep) for part in reducers]
+    return "+".join(part.spelled(always=part.amounts) for part in found), found
 
 
 def _ask(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, reducers: list[Reducer], new: int) -> _Asked:

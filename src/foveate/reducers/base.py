@@ -92,14 +92,15 @@ class Reducer(ABC):
     def __str__(self) -> str:
         return self.spelled()
 
-    def spelled(self, without: Sequence[str] = ()) -> str:
-        """The canonical spelling, which `parse` reads back; some options may be left out of it."""
+    def spelled(self, without: Sequence[str] = (), always: Sequence[str] = ()) -> str:
+        """The canonical spelling, which `parse` reads back; some options may be left out of it, or stand in it at their default too."""
         options = []
         for option in dataclasses.fields(self):
             if option.name in without:
                 continue
             value = getattr(self, option.name)
-            if option.default is dataclasses.MISSING or value != option.default or type(value) is not type(option.default):
+            default = option.default
+            if option.name in always or default is dataclasses.MISSING or value != default or type(value) is not type(default):
                 text = str(value).lower() if isinstance(value, bool) else str(value)
                 options.append(f"{option.name}={text.replace('e+', 'e') if isinstance(value, float) else text}")  # "+" joins reducers
         return self.name + (":" + ",".join(options) if options else "")

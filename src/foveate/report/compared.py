@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from foveate.evaluation.bench import BARE
+from foveate.evaluation.bench import BARE, BLIND
 from foveate.evaluation.cells import Answer, Bench, Cell
 from foveate.evaluation.metrics.common import wilson
 from foveate.evaluation.metrics.scenes import FAMILY_RULES, Scenes, majority
@@ -104,7 +104,7 @@ def lines(bench: Bench, task: str, counted: set[str]) -> tuple[Line, list[Line]]
     whole = bench.bare(task)
     groups: dict[tuple[str, float], list[Cell]] = {}
     for cell in bench.cells:
-        if cell.task == task and cell.method != BARE and not cell.refused:
+        if cell.task == task and cell.method not in (BARE, BLIND) and not cell.refused:
             groups.setdefault((cell.method, cell.keep), []).append(cell)
     bare = _only(whole, counted)
     others = []

@@ -26,7 +26,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """One request's answer.
 
     input_tokens   text and visual tokens of the prompt that went through the first decoder layer: behind what is cut in front of it
@@ -155,7 +155,7 @@ def check_template(processor: Any) -> None:
 # ---- answers
 
 
-def answer(model: Any, processor: Any, run: Run | None, asked: Sequence[Messages], options: Mapping[str, Any]) -> list[Answer]:
+def answer(model: Any, processor: Any, run: Run | None, asked: Sequence[Messages], options: Mapping[str, Any]) -> list[Reply]:
     """Answers to a batch of conversations, all of them with images or none; `run` is what is attached to the model, and `options` are
     those of `generate`. Without it visual tokens are not known. FoveateError if the model's logits are not finite.
 
@@ -173,4 +173,4 @@ def answer(model: Any, processor: Any, run: Run | None, asked: Sequence[Messages
         visual = list(zip(*(layout.visual.sum(1)[::beams].tolist() for layout in layouts), strict=True))
     else:
         entered, visual = inputs["attention_mask"].sum(1).tolist(), [()] * len(asked)
-    return [Answer(one.text, entered[row], one.tokens, visual[row]) for row, one in enumerate(said)]
+    return [Reply(one.text, entered[row], one.tokens, visual[row]) for row, one in enumerate(said)]

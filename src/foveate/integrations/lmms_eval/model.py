@@ -23,8 +23,8 @@ from foveate.engine.run import Run
 from foveate.errors import FoveateError, nearest
 from foveate.inference import load_model, shrunk
 from foveate.integrations.lmms_eval.answering import (
-    Answer,
     Messages,
+    Reply,
     answer,
     batches,
     check_template,
@@ -113,7 +113,7 @@ class _Foveate(lmms):
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         tasks = [self._generation_kwargs(request) for request in requests]
         keys = [(repr(sorted(task.items())), len(request.args[0])) for task, request in zip(tasks, requests, strict=True)]
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Reply] = {}
         bar = make_progress(total=len(requests), desc="Model Responding", disable=self.rank != 0)
         start = time.perf_counter()
         with torch.inference_mode(), self._attached() as run:
@@ -168,7 +168,7 @@ class FoveateSimple(_Foveate):
         return dict(request.args[1])
 
 
-def _log(answers: list[Answer], seconds: float) -> None:
+def _log(answers: list[Reply], seconds: float) -> None:
     """Throughput, and visual tokens: in the log layer by layer, in the results' `throughput` as means over the requests with images."""
     generated = sum(one.output_tokens for one in answers)
     layers = [mean(counts) for counts in zip(*(one.visual_tokens for one in answers if one.visual_tokens), strict=True)]
