@@ -20,6 +20,7 @@ from foveate.evaluation.bench import BLIND, Arm
 from foveate.evaluation.metrics.scenes import FAMILY_RULES, FamilyScore, Scenes, score_family
 from foveate.evaluation.samples import Task
 from foveate.evaluation.sources import world_samples
+from foveate.files import write_json
 from foveate.inference import answering, load_model, progress_bar
 from foveate.reducers import parse, saved_reducers, spell
 
@@ -66,9 +67,7 @@ class Result:
         return sum(score.accuracy for score in self.families.values()) / len(self.families)
 
     def save(self, path: str | Path) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**asdict(self), "mean": self.mean}, indent=1) + "\n", encoding="utf-8")
+        write_json(Path(path), {**asdict(self), "mean": self.mean})
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
