@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from foveate.report.figures import COLOURS
+from foveate.inspect.figures import COLOURS
 
 MIB = 1024**2
 MARKERS = "os^Dv<>Ph*"

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from foveate.report.figures import COLOURS
+from foveate.inspect.figures import COLOURS
 
 BARE = "bare"
 MIB = 1024**2

@@ -3,6 +3,8 @@
 Importing it also makes its own models known to transformers' Auto classes.
 """
 
+from importlib.metadata import version
+
 import foveate.model  # noqa: F401  # registers them
 from foveate.contract import (
     BeforeLM,
@@ -22,7 +24,7 @@ from foveate.errors import FoveateError, NotApplicable
 from foveate.reducers.base import Reducer
 from foveate.tokens import Kind, Layout, TokenMap
 
-__version__ = "0.1.0"
+__version__ = version("foveate")
 __all__ = [
     "BeforeLM",
     "BeforeProcessor",
