@@ -180,12 +180,12 @@ def test_the_readme_is_short_and_its_code_runs(tmp_path: Path) -> None:
         ('"openai/clip-vit-large-patch14"', repr(str(tmp_path / "tower"))),
         ('"lmsys/vicuna-7b-v1.5"', repr(str(tmp_path / "lm"))),
         ("[16, 23]", "[1, 2]"),
-        ("model.scale_bridge(", "before = model.bridge.tokens(model.grid)\nmodel.scale_bridge("),
+        ("model.scale_bridge(", "before = model.model.bridge.tokens(model.grid)\nmodel.scale_bridge("),
     ):
         assert name in assembling
         assembling = assembling.replace(name, other)
     exec(compile(assembling, str(page), "exec"), names)
-    assert (names["before"], names["model"].bridge.tokens(names["model"].grid)) == (80, 1296)
+    assert (names["before"], names["model"].model.bridge.tokens(names["model"].grid)) == (80, 1296)
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
