@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,3 +90,11 @@ def test_what_is_too_large_is_seen(tmp_path: Path, text: str, name: str) -> None
 def test_what_is_just_small_enough_passes(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.py").write_text(text)
     assert too_large(tmp_path) == {}
+
+
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_warnings_that_our_own_calls_cause_are_errors(category: type[Warning]) -> None:
+    for module in ("foveate", "foveate.engine.run"):
+        with pytest.raises(category):
+            warnings.warn_explicit("old", category, "a.py", 1, module=module)
+    warnings.warn_explicit("old", category, "a.py", 1, module="transformers.foveate")

@@ -104,7 +104,7 @@ def _key(panels: Sequence[Sequence[Panel]]) -> str:
 
 
 def _spelling(text: str, letters: int) -> list[str]:
-    """A reducer's spelling, broken behind commas where it is too long for one line."""
+    """A reducer's spelling, broken after commas where it is too long for one line."""
     return [text] if len(text) <= letters else textwrap.wrap(text.replace(",", ", "), letters, break_on_hyphens=False)
 
 
