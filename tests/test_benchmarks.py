@@ -12,10 +12,11 @@ import pytest
 from benchmarks.common import Usage, busy, command, earlier, measured
 from benchmarks.prefill.show import table as prefill
 from benchmarks.serving.show import table as serving
+from benchmarks.training_step.run import table as training_step
 from rich.console import Console
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-TABLES = {"prefill": prefill, "serving": serving}
+TABLES = {"prefill": prefill, "serving": serving, "training_step": training_step}
 RESULTS = [path for name in TABLES for path in sorted((FOLDER / name).glob("*.json"))]
 
 
@@ -26,7 +27,7 @@ def test_committed_tables_are_made_of_committed_numbers(path: Path) -> None:
 
 
 def test_there_are_results() -> None:
-    assert len(RESULTS) >= 5
+    assert len(RESULTS) >= 6
 
 
 @pytest.fixture
