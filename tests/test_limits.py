@@ -13,8 +13,6 @@ SOURCE = Path(__file__).parent.parent / "src" / "foveate"
 FILE, FUNCTION, ARGUMENTS = 450, 80, 10
 
 EXCEPTIONS = {
-    "train/run.py": "a recipe from its first check to its last stage; to be cut where training is run and where it is checked",
-    "train/trainer.py": "trainer, meter and checkpoints; to be cut where the meter begins",
     "evaluation/run.py::evaluate lines": "to be gone with one evaluation for `eval` and `bench`",
     "accounting/predict.py::predict arguments": "each is a part of the workload that a caller may leave out",
     "accounting/predict.py::observed arguments": "those of `predict`, for tokens that are known",
