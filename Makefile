@@ -6,7 +6,7 @@ RUN := $(VENV)/bin
 EXTRAS := $(VENV)/conformance
 INTEROP := .venv-interop
 
-.PHONY: demo test conformance interop check clean
+.PHONY: demo test conformance interop check docs clean
 
 $(READY): pyproject.toml constraints.txt tests/conformance/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -38,9 +38,17 @@ $(INTEROP)/.ready: pyproject.toml constraints.txt tests/interop/requirements.txt
 	touch $@
 
 check: $(READY)
-	$(RUN)/ruff check src tests benchmarks
-	$(RUN)/ruff format --check src tests benchmarks
+	$(RUN)/ruff check src tests benchmarks examples docs
+	$(RUN)/ruff format --check src tests benchmarks examples docs
 	$(RUN)/mypy
 
+# The site, into site/: the pages of docs/, a page for each method out of its file, and the API out of its docstrings.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(READY)
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(INTEROP) demo/world demo/runs
+	rm -rf $(VENV) $(INTEROP) site demo/world demo/runs

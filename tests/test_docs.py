@@ -7,24 +7,33 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
+from PIL import Image
+from transformers import AutoProcessor, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 import foveate
 from foveate.accounting import predict
 from foveate.anatomy import TESTED
+from foveate.cli import app
 from foveate.evaluation.metrics import METRICS
 from foveate.evaluation.tasks import load_task
 from foveate.reducers import METHODS, Reducer
 from foveate.tokens import budget
+from foveate.world import asset
+from foveate.world.pictures import render, scene
 from tests.conformance.family import picture
 from tests.tiny import LAYERS, PATCHES, ROWS, Batch, llava
+from tests.train.tiny_training import save_backbones
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "adding-a-method.md"
@@ -183,3 +192,92 @@ def test_the_pages_row_is_a_row_of_the_table() -> None:
     table = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     (head,) = re.findall(r"^\| method \| paper \| what it does .*$", table, re.MULTILINE)
     assert row.count("|") == head.count("|")
+
+
+# ---- README
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of a page that call foveate, continued ones whole."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if re.match(r"    foveate \w", line)]
+
+
+def test_the_readme_is_short_and_its_code_runs(tmp_path: Path) -> None:
+    """As it stands, but for the names of models, their devices and their depth."""
+    page = ROOT / "README.md"
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 110
+    attaching, assembling = blocks(page)
+    for name, other in (('"Qwen/Qwen2.5-VL-7B-Instruct"', repr(str(asset("vlm")))), (', device_map="cuda"', ""), ('.to("cuda")', "")):
+        assert name in attaching
+        attaching = attaching.replace(name, other)
+    pictures = [Image.fromarray(render(scene(number, "test"), 128)) for number in (13, 27)]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat number is printed?"}]}]
+    prompt = AutoProcessor.from_pretrained(asset("vlm")).apply_chat_template(chat, add_generation_prompt=True)
+    names: dict[str, Any] = {"prompts": [prompt, prompt], "images": [[image] for image in pictures]}
+    exec(compile(attaching, str(page), "exec"), names)
+    assert names["run"].last.visual_tokens[0] == 2 * 16
+    assert names["smaller"]["pixel_values"].shape[-1] == 32
+    assert names["answers"].shape[0] == 2
+
+    save_backbones(tmp_path, image_token=False)
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=224, patch_size=14
+    )  # the patches of CLIP-L
+    CLIPVisionModel(vision).save_pretrained(tmp_path / "tower")
+    CLIPImageProcessorPil(size={"height": 224, "width": 224}, crop_size={"height": 224, "width": 224}).save_pretrained(tmp_path / "tower")
+    for name, other in (
+        ('"openai/clip-vit-large-patch14"', repr(str(tmp_path / "tower"))),
+        ('"lmsys/vicuna-7b-v1.5"', repr(str(tmp_path / "lm"))),
+        ("[16, 23]", "[1, 2]"),
+        ("model.scale_bridge(", "before = model.model.bridge.tokens(model.grid)\nmodel.scale_bridge("),
+    ):
+        assert name in assembling
+        assembling = assembling.replace(name, other)
+    exec(compile(assembling, str(page), "exec"), names)
+    assert (names["before"], names["model"].model.bridge.tokens(names["model"].grid)) == (80, 1296)
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_pages_have_commands() -> None:
+    assert sum(len(commands(page)) for page in PAGES) > 15
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_are_ones(page: Path) -> None:
+    """Names, options and the types of their values; nothing is run."""
+    root: Any = typer.main.get_command(app)
+    for line in commands(page):
+        words = [word for word in shlex.split(line, comments=True)[1:] if word not in ("…", "...")]
+        command = root
+        while hasattr(command, "commands"):
+            assert words, line
+            assert words[0] in command.commands, line
+            command = command.commands[words.pop(0)]
+        command.make_context("foveate", words)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG"))]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))]
+    missing = [f"{page.name}: {link}" for page, link in links if "://" not in link and not (page.parent / link).exists()]
+    assert len(links) > 50
+    assert missing == []
+
+
+def test_one_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert foveate.__version__ == project["version"]
+
+
+def test_the_command_says_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        app(args=["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"foveate {foveate.__version__}\n"

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import copy
 import gc
-import json
 import random
 import sys
 import time
@@ -35,19 +34,22 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from shapes import AFTER, BEFORE, SHAPES, build, prompt, words
-from show import draw, table
 
 import foveate
 from foveate import FoveateError
 from foveate.accounting import observed
 from foveate.anatomy import read
 from foveate.contract import ClsAttention, ReceivedAttention, TowerKeys
-from foveate.files import write_json
-from foveate.machine import environment, exact_peaks, peak, reset_peak, synchronize
+from foveate.machine import exact_peaks, peak, reset_peak, synchronize
 from foveate.reducers import METHODS, in_model, parse
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
+
+from benchmarks.common import command, earlier, machine, measured, save  # noqa: E402
+from benchmarks.prefill.show import draw, table  # noqa: E402
+from benchmarks.shapes import AFTER, BEFORE, SHAPES, build, prompt, words  # noqa: E402
+
 KEEP = (0.5, 0.25, 0.11, 0.05)
 KEEP_ALL = ("random:keep=1.0", "fastv:keep=1.0")
 BARE, TOWER, SHORT = "bare", "tower", "short prompt"
@@ -71,7 +73,7 @@ class Tower:
 
     def __init__(self, module: Any, device: str) -> None:
         self.module, self.device = module, device
-        self.seconds = self.base = 0.0
+        self.seconds = self.cpu = self.base = 0.0
         self.mark = False
         self._output: Any = None
         module.register_forward_pre_hook(self._begin)
@@ -88,11 +90,11 @@ class Tower:
 
     def _begin(self, *_: Any) -> None:
         synchronize(self.device)
-        self._start = time.perf_counter()
+        self._start, self._ran = time.perf_counter(), time.process_time()
 
     def _end(self, module: Any, args: Any, output: Any) -> None:
         synchronize(self.device)
-        self.seconds = time.perf_counter() - self._start
+        self.seconds, self.cpu = time.perf_counter() - self._start, time.process_time() - self._ran
         self._output = copy.copy(output)
         if self.mark:
             self.base = reset_peak(self.device)
@@ -154,39 +156,40 @@ class Bench:
         gc.freeze()  # collecting between two measurements shall not go through all of the libraries again
 
     @torch.no_grad()
-    def encode(self) -> float:
-        """Seconds of the tower alone; from now on its output can be replayed."""
+    def encode(self) -> dict[str, float]:
+        """Seconds of the tower alone, by the clock and of all threads; from now on its output can be replayed."""
         names = ("pixel_values", "image_grid_thw")
         self.core.get_image_features(**{name: self.inputs[name] for name in names if name in self.inputs})
-        return self.tower.seconds
+        return {TOWER: self.tower.seconds, f"{TOWER} cpu": self.tower.cpu}
 
     @torch.no_grad()
     def once(self, variant: Variant, decode: int) -> tuple[dict[str, float], Any, Any]:
-        """One prompt: seconds, what went through the layers (where something is attached), and the cache."""
+        """One prompt: seconds by the clock ("prefill") and of all threads ("prefill cpu"), what went through the layers (where something
+        is attached), and the cache."""
         gc.collect()
         watched = watches(variant, self.layers)
         attached: Any = contextlib.nullcontext()
         if variant.reducers is not None:
             attached = foveate.attach(self.model, variant.reducers, shortcuts=variant.shortcuts)
         inputs = self.inputs if variant.text is None else {"input_ids": self.words[:, : BEFORE + variant.text + AFTER]}
-        self.tower.seconds = 0.0
+        self.tower.seconds = self.tower.cpu = 0.0
         with attached as run, self.tower.replayed(not watched):
             synchronize(self.device)
-            start = time.perf_counter()
+            start, began = time.perf_counter(), time.process_time()
             out = self.model(**inputs, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             synchronize(self.device)
-            first = time.perf_counter()
+            first, ran = time.perf_counter(), time.process_time()
             for _ in range(decode):
                 out = self.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
             synchronize(self.device)
-            end = time.perf_counter()
-        seconds = {"prefill": first - start - self.tower.seconds}
+            end, ended = time.perf_counter(), time.process_time()
+        seconds = {"prefill": first - start - self.tower.seconds, "prefill cpu": ran - began - self.tower.cpu}
         if watched:
-            seconds["tower"] = self.tower.seconds
+            seconds |= {TOWER: self.tower.seconds, f"{TOWER} cpu": self.tower.cpu}
         if decode:
-            seconds["decode"] = end - first
+            seconds |= {"decode": end - first, "decode cpu": ended - ran}
         return seconds, run, out.past_key_values
 
     def survey(self, variant: Variant) -> dict[str, Any]:
@@ -225,7 +228,7 @@ def main() -> None:
     parser.add_argument("--reducers", nargs="+", metavar="METHOD", help="names; all methods, unless told")
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP), help="budgets, as shares")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--decode", type=int, default=8, help="tokens to decode behind the first one; 0 for none")
+    parser.add_argument("--decode", type=int, default=8, help="tokens to decode after the first one; 0 for none")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
@@ -249,15 +252,10 @@ def measure(given: argparse.Namespace) -> None:
     name = f"{given.shape}-{given.tokens}-{given.device}-{given.dtype}" + (f"-{given.layers}layers" if given.layers else "")
     name += "" if given.keep == list(KEEP) else "-keep" + "".join(f"-{keep:g}" for keep in given.keep)
     path = given.output / f"{name}.json"
-    machine = environment() if given.device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"
-    report = {"settings": settings, "chosen": [v.label for v in chosen], "machine": machine}
-    rounds: list[dict[str, dict[str, float]]] = []
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if differs := [key for key, value in report.items() if before[key] != value]:
-            sys.exit(f"{path} was measured with other {', '.join(differs)}; move it away, or give another --output")
-        rounds = before["rounds"]
-    report["command"] = command(given)
+    report: dict[str, Any] = {"settings": settings, "chosen": [v.label for v in chosen], "machine": machine(given.device)}
+    rounds, granted = earlier(path, report)
+    named = ("shape", "tokens", "rounds", "decode", "threads", "device", "dtype", "layers")
+    report["command"] = command("benchmarks/prefill/run.py", given, named, reducers=given.reducers, keep=given.keep)
     given.output.mkdir(parents=True, exist_ok=True)
 
     console = Console(stderr=True)
@@ -279,38 +277,26 @@ def measure(given: argparse.Namespace) -> None:
         report |= {"variants": surveyed, "skipped": skipped}
         timed = [v for v in chosen if v.label in surveyed]
         task = progress.add_task("", total=given.rounds * (len(timed) + 1), completed=len(rounds) * (len(timed) + 1))
-        for number in range(len(rounds), given.rounds):
-            began = time.perf_counter()
+
+        def one_round(number: int) -> dict[str, dict[str, float]]:
             order: list[Variant | None] = [*timed, None]
             random.Random(number).shuffle(order)
             seconds: dict[str, dict[str, float]] = {}
-            for entry in order:
-                progress.update(task, description=f"round {number + 1}: {entry.label if entry else TOWER}")
-                seconds[entry.label if entry else TOWER] = bench.once(entry, given.decode)[0] if entry else {TOWER: bench.encode()}
-                progress.advance(task)
-            rounds.append(seconds)
-            save(path, {**report, "rounds": rounds})
-            console.print(f"round {number + 1} of {given.rounds}: {time.perf_counter() - began:.0f} s")
+            for done, entry in enumerate(order):
+                label = entry.label if entry else TOWER
+                progress.update(task, description=f"round {number + 1}: {label}", completed=number * len(order) + done)
+                seconds[label] = bench.once(entry, given.decode)[0] if entry else bench.encode()
+            return seconds
+
+        for number in range(len(rounds), given.rounds):
+            found, share = measured(number, lambda number=number: one_round(number), console)
+            rounds.append(found)
+            granted.append(share)
+            progress.update(task, completed=len(rounds) * (len(timed) + 1))
+            save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
     if rounds:
-        save(path, {**report, "rounds": rounds})
+        save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
         console.print(f"{path}, with .md and .png beside it")
-
-
-def command(given: argparse.Namespace) -> str:
-    words = ["python", "benchmarks/prefill/run.py"]
-    for name in ("shape", "tokens", "rounds", "decode", "threads", "device", "dtype", "layers"):
-        if getattr(given, name) is not None:
-            words += [f"--{name}", str(getattr(given, name))]
-    if given.reducers:
-        words += ["--reducers", *given.reducers]
-    return " ".join([*words, "--keep", *map(str, given.keep)])
-
-
-def save(path: Path, report: dict[str, Any]) -> None:
-    """The numbers at once or not at all, so that an interruption never leaves half a file; then what is made of them."""
-    write_json(path, report)
-    path.with_suffix(".md").write_text(table(report), encoding="utf-8")
-    draw(report, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

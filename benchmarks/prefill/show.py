@@ -8,11 +8,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from benchmarks.common import busy
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from foveate.report.figures import COLOURS
+from foveate.inspect.figures import COLOURS
 
 MIB = 1024**2
 MARKERS = "os^Dv<>Ph*"
@@ -56,6 +57,7 @@ def machine(report: dict[str, Any], label: str) -> float:
 
 def table(report: dict[str, Any]) -> str:
     decode = report["settings"]["decode"]
+    threads = all("prefill cpu" in row["bare"] for row in report["rounds"])  # results of before have wall seconds only
     lines = [
         f"`{report['command']}`",
         "",
@@ -64,8 +66,11 @@ def table(report: dict[str, Any]) -> str:
         f"The tower alone takes {spread(column(report, 'tower', 'tower'), 3)} s.",
         "",
         "| variant | visual tokens a layer | prefill s | speed-up | FLOPs allow | measured ÷ that | machine allows | measured ÷ that "
-        "| first token s (tower too) " + ("| decoded tokens/s " if decode else "") + "| KV MiB | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|---|---|" + ("---|" if decode else ""),
+        "| first token s (tower too) "
+        + ("| prefill CPU s " if threads else "")
+        + ("| decoded tokens/s " if decode else "")
+        + "| KV MiB | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|" + "---|" * (bool(decode) + threads),
     ]
     for label, found in report["variants"].items():
         ratio, limit = speed_up(report, label), allowed(report, label)
@@ -80,6 +85,8 @@ def table(report: dict[str, Any]) -> str:
             f"{statistics.median(ratio) / machine(report, label):.2f}",
             "–" if found["method"] == SHORT else spread(first_token(report, label), 3),
         ]
+        if threads:
+            cells.append(spread(column(report, label, "prefill cpu"), 3))
         if decode:
             cells.append(spread([decode / s for s in column(report, label, "decode")], 1))
         cells += [f"{found['kv_bytes'] / MIB:.1f}", "–" if found["peak_bytes"] is None else f"{found['peak_bytes'] / MIB:.0f}"]
@@ -94,10 +101,13 @@ def table(report: dict[str, Any]) -> str:
         "prompt* rows, the bare model on as many words as the method leaves tokens, layer by layer (drawn straight between the lengths, "
         "and flat below the shortest): matrix products with few rows run below the machine's peak, whoever cut them. **Peak** is the "
         "memory on top of what was in use when the tower had "
-        "finished, in the untimed round. KV is read off the cache, behind the prefill.",
+        "finished, in the untimed round. KV is read off the cache, after the prefill.",
     ]
     if any(found["watches_tower"] for found in report["variants"].values()):
         lines += ["", "For methods that look at the tower it ran in every round; for the others its output was replayed."]
+    if threads:
+        lines += ["", "**CPU s**: seconds of all threads together, in which they ran."]
+    lines += busy(report)
     if report["skipped"]:
         lines += ["", "Not measured:", "", *(f"- `{label}`: {reason}" for label, reason in report["skipped"].items())]
     return "\n".join(lines) + "\n"

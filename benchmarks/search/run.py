@@ -32,10 +32,10 @@ from foveate.evaluation.cells import CELLS, Cell, load_cell, save_cell
 from foveate.evaluation.paired import Paired, compare
 from foveate.evaluation.tasks import load_task
 from foveate.inference import answering, load_model, progress_bar
+from foveate.inspect.figures import COLOURS
 from foveate.machine import environment
 from foveate.reducers import FastV, PyramidDrop, Reducer, spell
 from foveate.reducers.common import meant
-from foveate.report.figures import COLOURS
 from foveate.search.costs import Cost, flops_share, most_even, tokens_share
 from foveate.search.run import Found, search
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import random
 import statistics
 import sys
@@ -34,27 +33,27 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from show import BARE, draw, missed, table
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import foveate
 from foveate import FoveateError
-from foveate.files import write_json
-from foveate.machine import environment, exact_peaks, peak, reset_peak, synchronize
+from foveate.machine import exact_peaks, peak, reset_peak, synchronize
 from foveate.reducers import parse, visual_tokens
 
 HERE = Path(__file__).parent
-sys.path.insert(1, str(HERE.parent / "prefill"))  # the models are those of the benchmark of prefill
+sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
 
-from shapes import SHAPES, build, prompt  # noqa: E402
+from benchmarks.common import command, earlier, machine, measured, save  # noqa: E402
+from benchmarks.serving.show import BARE, draw, missed, table  # noqa: E402
+from benchmarks.shapes import SHAPES, build, prompt  # noqa: E402
 
 METHODS = ("random", "fastervlm", "divprune", "fastv", "pyramiddrop")
 KEEP = 0.25
 CLIENTS = (1, 8, 32)
 IMAGES = (1, 0, 1, 2, 1)  # of one request after the other
-WORDS = (8, 96)  # behind the images
+WORDS = (8, 96)  # after the images
 ANSWER = (4, 16)  # tokens
 SPECIAL = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
 PADDED = ("input_ids", "attention_mask", "mm_token_type_ids")
@@ -123,12 +122,14 @@ class Server:
 
     @torch.no_grad()
     def serve(self, variant: str, clients: int, count: int) -> dict[str, float]:
-        """Seconds until the first `count` requests are answered, and the median and the 95th percentile of the times to first token."""
+        """Seconds until the first `count` requests are answered, by the clock and of all threads ("cpu"), and the median and the 95th
+        percentile of the times to first token."""
         gc.collect()
         coming, first = iter(self.requests[:count]), []
         with self.attached(variant):
             synchronize(self.device)
             start = end = time.perf_counter()
+            began = time.process_time()
             queue = deque((request, start) for request in islice(coming, clients))
             while queue:
                 taken = [queue.popleft() for _ in range(min(clients, len(queue)))]
@@ -136,7 +137,9 @@ class Server:
                 first += [clock.first - sent for _, sent in taken]
                 end = max(clock.last)
                 queue.extend((request, sent) for sent, request in zip(sorted(clock.last), coming, strict=False))
-        return {"requests": count, "seconds": end - start, "p50": statistics.median(first), "p95": percentile(first, 95)}
+            ran = time.process_time() - began
+        times = {"p50": statistics.median(first), "p95": percentile(first, 95)}
+        return {"requests": count, "seconds": end - start, "cpu": ran, **times}
 
     def _answer(self, requests: list[Request]) -> Clock:
         clock = Clock([request.answer for request in requests], self.device)
@@ -192,15 +195,10 @@ def measure(given: argparse.Namespace) -> None:
     depth = shape.config(given.layers).text_config.num_hidden_layers
     chosen = [BARE, *given.reducers]
     path = given.output / (f"{given.shape}-{given.device}-{given.dtype}" + (f"-{given.layers}layers" if given.layers else "") + ".json")
-    machine = environment() if given.device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"
-    report: dict[str, Any] = {"settings": settings, "chosen": chosen, "machine": machine}
-    rounds: list[dict[str, dict[str, dict[str, float]]]] = []
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if differs := [key for key, value in report.items() if before[key] != value]:
-            sys.exit(f"{path} was measured with other {', '.join(differs)}; move it away, or give another --output")
-        rounds = before["rounds"]
-    report["command"] = command(given)
+    report: dict[str, Any] = {"settings": settings, "chosen": chosen, "machine": machine(given.device)}
+    rounds, granted = earlier(path, report)
+    named = ("shape", "requests", "rounds", "threads", "device", "dtype", "layers")
+    report["command"] = command("benchmarks/serving/run.py", given, named, clients=given.clients, reducers=given.reducers)
     given.output.mkdir(parents=True, exist_ok=True)
 
     console = Console(stderr=True)
@@ -224,37 +222,28 @@ def measure(given: argparse.Namespace) -> None:
         report |= {"variants": variants, "skipped": skipped}
         cells = len(given.clients) * len(variants)
         task = progress.add_task("", total=given.rounds * cells, completed=len(rounds) * cells)
-        for number in range(len(rounds), given.rounds):
-            began, shuffled = time.perf_counter(), random.Random(number)
+
+        def one_round(number: int) -> dict[str, dict[str, dict[str, float]]]:
+            shuffled, done = random.Random(number), number * cells
             found: dict[str, dict[str, dict[str, float]]] = {}
             for clients in shuffled.sample(given.clients, len(given.clients)):
                 for variant in shuffled.sample(list(variants), len(variants)):
-                    progress.update(task, description=f"round {number + 1}, {clients} clients: {variant}")
+                    progress.update(task, description=f"round {number + 1}, {clients} clients: {variant}", completed=done)
                     found.setdefault(str(clients), {})[variant] = server.serve(variant, clients, served(given, clients))
-                    progress.advance(task)
+                    done += 1
+            return found
+
+        for number in range(len(rounds), given.rounds):
+            found, share = measured(number, lambda number=number: one_round(number), console)
             rounds.append(found)
-            save(path, {**report, "rounds": rounds})
-            console.print(f"round {number + 1} of {given.rounds}: {time.perf_counter() - began:.0f} s")
+            granted.append(share)
+            progress.update(task, completed=len(rounds) * cells)
+            save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
     if rounds:
-        save(path, {**report, "rounds": rounds})
+        save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
         slower = missed({**report, "rounds": rounds})
         told = f"slower than the bare model: {'; '.join(slower)}" if slower else "the goal is met"
         console.print(f"{path}, with .md and .png beside it; {told}")
-
-
-def command(given: argparse.Namespace) -> str:
-    words = ["python", "benchmarks/serving/run.py"]
-    for name in ("shape", "requests", "rounds", "threads", "device", "dtype", "layers"):
-        if getattr(given, name) is not None:
-            words += [f"--{name}", str(getattr(given, name))]
-    return " ".join([*words, "--clients", *map(str, given.clients), "--reducers", *given.reducers])
-
-
-def save(path: Path, report: dict[str, Any]) -> None:
-    """The numbers at once or not at all, so that an interruption never leaves half a file; then what is made of them."""
-    write_json(path, report)
-    path.with_suffix(".md").write_text(table(report), encoding="utf-8")
-    draw(report, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

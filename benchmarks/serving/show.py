@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+from benchmarks.common import busy
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from foveate.report.figures import COLOURS
+from foveate.inspect.figures import COLOURS
 
 BARE = "bare"
 MIB = 1024**2
@@ -53,6 +54,7 @@ def missed(report: dict[str, Any]) -> list[str]:
 
 def table(report: dict[str, Any]) -> str:
     slower = missed(report)
+    threads = all("cpu" in own for row in report["rounds"] for found in row.values() for own in found.values())  # not in older results
     lines = [
         f"`{report['command']}`",
         "",
@@ -69,8 +71,10 @@ def table(report: dict[str, Any]) -> str:
             "",
             f"{people(clients)}, {count} requests a round:",
             "",
-            "| variant | visual tokens a layer | requests/s | over bare | first token p50, s | first token p95, s | peak MiB |",
-            "|---|---|---|---|---|---|---|",
+            "| variant | visual tokens a layer | requests/s | over bare | first token p50, s | first token p95, s "
+            + ("| CPU s a request " if threads else "")
+            + "| peak MiB |",
+            "|---|---|---|---|---|---|---|" + "---|" * threads,
         ]
         for variant, found in report["variants"].items():
             above = found["peak_bytes"][clients]
@@ -81,6 +85,7 @@ def table(report: dict[str, Any]) -> str:
                 spread(gain(report, clients, variant), 2),
                 spread(first_token(report, clients, variant, "p50"), 3),
                 spread(first_token(report, clients, variant, "p95"), 3),
+                *([spread([row[clients][variant]["cpu"] / count for row in report["rounds"]], 3)] if threads else []),
                 "–" if above is None else f"{above / MIB:.0f}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
@@ -92,6 +97,9 @@ def table(report: dict[str, Any]) -> str:
         "tower too, in an untimed run. One request in five has no image and one in five has two; a batch is padded to its longest prompt "
         "and runs until its longest answer, so that where one prompt fills the machine, more clients are not answered faster.",
     ]
+    if threads:
+        lines += ["", "**CPU s**: seconds of all threads together, in which they ran."]
+    lines += busy(report)
     if report["skipped"]:
         lines += ["", "Not measured:", "", *(f"- `{variant}`: {reason}" for variant, reason in report["skipped"].items())]
     return "\n".join(lines) + "\n"

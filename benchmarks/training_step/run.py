@@ -34,6 +34,10 @@ from foveate.machine import environment
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
+
+from benchmarks.common import GRANTED, Usage, busy  # noqa: E402
+
 IMAGE_TOKEN, TEXT = 5, 23
 BRIDGES: dict[int, tuple[int, dict[str, Any]]] = {
     32: (224, {"kind": "chain_of_sight", "scales": [[16, 16], [4, 1]]}),
@@ -98,22 +102,27 @@ def step(model: Any, shape: str, tokens: int, batch: int, device: str, dtype: to
 
 
 def measure(shape: str, tokens: int, batch: int, device: str, dtype: torch.dtype, steps: int) -> dict[str, Any]:
-    """Runs in a process of its own: seconds of each step after one warm-up, and the peak memory in bytes."""
+    """Runs in a process of its own: seconds of each step after one warm-up, by the clock and of all threads,
+    what share of its threads the machine granted meanwhile (None: not known), and the peak memory in bytes."""
     model = build(shape, tokens, device, dtype)
     gc.collect()
-    seconds = []
+    seconds, cpu = [], []
+    usage = Usage()
     for i in range(steps + 1):
         if device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, ran = time.perf_counter(), time.process_time()
         step(model, shape, tokens, batch, device, dtype)
         if device == "cuda":
             torch.cuda.synchronize()
         if i:
             seconds.append(time.perf_counter() - start)
+            cpu.append(time.process_time() - ran)
+        else:
+            usage = Usage()
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return {"seconds": seconds, "peak_bytes": peak, "weight_bytes": weights}
+    return {"seconds": seconds, "cpu": cpu, "granted": usage.granted(), "peak_bytes": peak, "weight_bytes": weights}
 
 
 def counted(shape: str, tokens: int, batch: int) -> int:
@@ -149,7 +158,10 @@ def main() -> None:
         for tokens in BRIDGES:
             print(f"round {i + 1} of {given.rounds}: {tokens} tokens", file=sys.stderr, flush=True)
             done = subprocess.run([sys.executable, __file__, *own, "--one", str(tokens)], check=True, capture_output=True, text=True)
-            runs[tokens].append(json.loads(done.stdout.splitlines()[-1]))
+            run = json.loads(done.stdout.splitlines()[-1])
+            if run["granted"] is not None and run["granted"] < GRANTED:
+                print(f"the machine granted {run['granted']:.0%} of what the threads wanted", file=sys.stderr, flush=True)
+            runs[tokens].append(run)
     rows = []
     for tokens, found in runs.items():
         seconds = [s for run in found for s in run["seconds"]]
@@ -159,6 +171,8 @@ def main() -> None:
                 "image_size": BRIDGES[tokens][0],
                 "seconds": seconds,
                 "median_seconds": statistics.median(seconds),
+                "median_cpu": statistics.median(s for run in found for s in run["cpu"]),
+                "granted": [run["granted"] for run in found],
                 "peak_bytes": max(run["peak_bytes"] for run in found),
                 "weight_bytes": found[0]["weight_bytes"],
                 "counted_flops": counted(given.shape, tokens, given.batch),
@@ -193,6 +207,11 @@ def table(report: dict[str, Any]) -> str:
             f"| {row['peak_bytes'] / base['peak_bytes']:.3f} | {row['counted_flops'] / 1e12:.3f} "
             f"| {row['counted_flops'] / base['counted_flops']:.3f} | {row['predicted_flops'] / base['predicted_flops']:.3f} |"
         )
+    if "median_cpu" in base:  # results of before have wall seconds only
+        cpu = ", ".join(f"{row['median_cpu']:.2f}" for row in report["rows"])
+        lines += ["", f"Seconds of all threads together, in which they ran, medians in the order of the rows: {cpu}."]
+    for row in report["rows"]:
+        lines += [line.replace("in round", f"at {row['tokens']} tokens in round") for line in busy(row)]
     return "\n".join(lines) + "\n"
 
 

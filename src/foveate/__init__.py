@@ -3,6 +3,8 @@
 Importing it also makes its own models known to transformers' Auto classes.
 """
 
+from importlib.metadata import version
+
 import foveate.model  # noqa: F401  # registers them
 from foveate.contract import (
     BeforeLM,
@@ -24,7 +26,7 @@ from foveate.reducers.plain import Kept, reduce
 from foveate.reducers.ranker import Ranker
 from foveate.tokens import Kind, Layout, TokenMap
 
-__version__ = "0.1.0"
+__version__ = version("foveate")
 __all__ = [
     "BeforeLM",
     "BeforeProcessor",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,19 @@ from foveate.errors import FoveateError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and run vision-language models on fewer visual tokens.")
 data_app = typer.Typer(no_args_is_help=True, help="Make data.")
 app.add_typer(data_app, name="data")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"foveate {version('foveate')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see docs/training.md.", metavar="RECIPE.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]…")]

@@ -34,8 +34,8 @@ def reset_peak(device: str) -> float:
 
 @contextlib.contextmanager
 def exact_peaks() -> Iterator[None]:
-    """On the CPU: large blocks go back to the system at once, so that resident memory is what is in use. Behind it the allocator's habit:
-    it keeps blocks as large as it has seen, up to 32 MiB."""
+    """On the CPU: large blocks go back to the system at once, so that resident memory is what is in use. Afterwards the allocator has its
+    habit again: it keeps blocks as large as it has seen, up to 32 MiB."""
     mmap_threshold, trim_threshold = -3, -1
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 1 << 16)

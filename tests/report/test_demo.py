@@ -13,8 +13,9 @@ from rich.console import Console
 
 from foveate.errors import FoveateError
 from foveate.evaluation.metrics.scenes import FAMILY_RULES
-from foveate.report.demo import duration, findings, learned_families, print_summary, scene_svg, si, spell, write_report
-from foveate.report.figures import smooth
+from foveate.inspect.words import answer_text, duration, si
+from foveate.report.demo import findings, learned_families, print_summary, scene_svg, write_report
+from foveate.report.plots import smooth
 from foveate.report.runs import Arm, read_bridges, read_log, split_stages
 
 MakeArms = Callable[[Path], list[Arm]]
@@ -204,10 +205,10 @@ def test_si(flops: float, text: str) -> None:
     assert si(flops) == text
 
 
-def test_spell() -> None:
-    assert spell("<loc3><loc1><loc8><loc15>") == "rows 3 to 8, columns 1 to 15"
-    assert spell("red") == "red"
-    assert spell("") == "–"
+def test_answer_text() -> None:
+    assert answer_text("<loc3><loc1><loc8><loc15>") == "rows 3 to 8, columns 1 to 15"
+    assert answer_text("red") == "red"
+    assert answer_text("") == "–"
 
 
 def test_smooth_is_a_trailing_mean() -> None:

@@ -17,8 +17,11 @@ import foveate
 from foveate.cli import main
 from foveate.errors import FoveateError
 from foveate.inference import load_model, prompts
+from foveate.inspect import draw as drawing
 from foveate.inspect import look as looking
-from foveate.inspect.look import COLOURS, Panel, Patch, Raster, at_budget, colours, draw, look, open_image, patches, rasters
+from foveate.inspect.draw import Panel, draw
+from foveate.inspect.fate import COLOURS, Patch, Raster, colours, patches, rasters
+from foveate.inspect.look import at_budget, look, open_image
 from foveate.model import from_backbones
 from foveate.reducers import parse
 from foveate.tokens import Layout, TokenMap
@@ -137,7 +140,7 @@ def test_colours_stay_from_layer_to_layer() -> None:
 def test_outlines_close(inset: float) -> None:
     own = {(0, 0), (1, 0), (1, 1), (1, 2), (2, 2), (0, 2), (4, 4)}  # bends in both directions, and one apart
     cells: dict[tuple[int, int], int | None] = {(row, column): 5 if (row, column) in own else 6 for row in range(5) for column in range(5)}
-    edges = list(looking._outline(Raster(0, -1, -1, (5, 5), cells), 5, inset))
+    edges = list(drawing._outline(Raster(0, -1, -1, (5, 5), cells), 5, inset))
     ends = Counter((round(x, 6), round(y, 6)) for edge in edges for x, y in edge)
     assert all(count % 2 == 0 for count in ends.values())
     if inset == 0:
@@ -146,7 +149,7 @@ def test_outlines_close(inset: float) -> None:
 
 def test_dropped_patches_are_grey_and_kept_ones_as_they_were() -> None:
     raster = Raster(0, -1, -1, (2, 2), {(0, 0): 1, (0, 1): None, (1, 0): 2})
-    pixels = looking._pixels(raster, Image.new("RGB", (8, 8), (200, 10, 30)))
+    pixels = drawing._pixels(raster, Image.new("RGB", (8, 8), (200, 10, 30)))
     half = len(pixels) // 2
     assert (pixels[:half, :half] == (200, 10, 30)).all()
     assert (pixels[half:, half:] == 255).all()  # no patch was there

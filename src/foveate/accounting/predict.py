@@ -45,7 +45,7 @@ def predict(
     image is what the vision tower takes at once: where a processor cuts a picture into tiles, each of them is one of `images`. A Foveate
     model may be asked for images of `image_size` pixels square or of a (rows, columns) `grid` of patches, others have a size of their own.
     A bare text config has no tower and takes `per_image` visual tokens as given.
-    `mode`: "prefill" (logits of one token), "decode" (`new_tokens` forwards of one token each behind that prefill, whose own cost is not
+    `mode`: "prefill" (logits of one token), "decode" (`new_tokens` forwards of one token each after that prefill, whose own cost is not
     in it), "train" (forward and backward by the rule in CONVENTION, logits of all tokens; `trained` says what is updated).
     FoveateError where the configuration does not say what becomes of an image, as in families whose images keep their size.
     """

@@ -65,7 +65,7 @@ MODALITIES = ("image", "video")
 _LANGUAGE = ("language_model", "text_model")
 _SLOT_METHODS = ("get_placeholder_mask", "inputs_merger")  # know which slots the features go to, the first of them by its result
 _TOWERS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
-# Arguments of a decoder: visual slots, features to be added to them, and how far behind a features' number the layer is that sees them.
+# Arguments of a decoder: visual slots, features to be added to them, and the offset from the features' number to the layer that sees them.
 _INJECTED = (("visual_pos_masks", "deepstack_visual_embeds", 1), ("vision_mask", "deepstack_features", 0))
 
 
@@ -173,7 +173,7 @@ class Anatomy:
 
     @property
     def marks(self) -> tuple[bool, bool, bool]:
-        """Whether the tower itself puts a mark in front of each picture, a newline behind each row of tokens, a mark behind the picture."""
+        """Whether the tower itself puts a mark in front of each picture, a newline after each row of tokens, a mark after the picture."""
         named = {name.rpartition(".")[2] for name, _ in self.tower.named_parameters()} if self.has_tower else set()
         return "image_begin" in named, "image_newline" in named, "image_end" in named
 

@@ -32,7 +32,7 @@ class Renderer:
     The span of an answer begins where the prompt of a question ends and goes up to and with the token that ends the turn. What the
     template writes of itself between the two, such as the empty thought of Qwen3, belongs to the prompt, in training and in questions.
     `end_id` is the token that ends a turn. A template that writes none (such as LLaVA-1.5's in transformers) gets the tokenizer's end of
-    sequence, `end`, put behind each answer, because a model that never sees an end never learns to stop.
+    sequence, `end`, put after each answer, because a model that never sees an end never learns to stop.
 
     FoveateError for a processor without a chat template, a slow tokenizer, and a tokenizer without image token.
     """
@@ -62,7 +62,7 @@ class Renderer:
         self._find_end()
 
     def _find_end(self) -> None:
-        """`_mark`, what the template writes behind an answer up to its end token; `end` where that has to be put there."""
+        """`_mark`, what the template writes after an answer up to its end token; `end` where that has to be put there."""
         probe = [("user", "question"), ("assistant", "answer")]
         try:
             tail = self._pieces(probe)[-1]
@@ -177,7 +177,7 @@ class Renderer:
         return bool(bos and text.startswith(bos))
 
     def _pieces(self, turns: Turns, which: int | None = None) -> list[str]:
-        """What the template writes around the answers of `turns`, or around one of them: before, between, behind."""
+        """What the template writes around the answers of `turns`, or around one of them: before, between, after."""
         signed: list[tuple[str, str]] = []
         signs: list[str] = []
         for role, content in turns:

@@ -23,7 +23,7 @@ SPECIAL = 4  # tokens that a tokenizer may add to a text
 
 
 def expand(found: Tokenised, image_token_id: int, plans: Sequence[ImagePlan], max_length: int) -> Tokenised:
-    """Every image token made the placeholders of its plan, and the end cut off behind `max_length` tokens.
+    """Every image token made the placeholders of its plan, and the end cut off after `max_length` tokens.
 
     FoveateError if there are more or fewer image tokens than images, or if an image or all answers would be lost with the end."""
     is_image = found.ids == image_token_id
@@ -73,7 +73,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Cut:
-    """What one sample loses behind `max_length`: so many of its answers' tokens, and so many whole answers."""
+    """What one sample loses after `max_length`: so many of its answers' tokens, and so many whole answers."""
 
     tokens: int
     of: int

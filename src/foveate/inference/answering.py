@@ -103,7 +103,7 @@ def answer(
 
 
 def without_thought(text: str) -> tuple[str, bool]:
-    """The text behind the thought that it begins with, and whether that thought has no end ("" is behind it then).
+    """The text after the thought that it begins with, and whether that thought has no end ("" comes after it then).
 
     A prompt may have opened the thought, so the end of one counts without its beginning."""
     for opening, closing in THOUGHTS:

@@ -12,19 +12,14 @@ The pictures of the documentation are made by
 
 from __future__ import annotations
 
-import textwrap
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -36,138 +31,15 @@ from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.inference import answering, load_model, model_inputs, prompts
+from foveate.inspect.draw import Panel, draw
+from foveate.inspect.fate import Raster, colours, patches, rasters
+from foveate.inspect.words import answer_text
 from foveate.reducers import Reducer, in_model, parse, prepare
-from foveate.report import figures
-from foveate.report.demo import spell as said
-from foveate.tokens import TokenMap
 from foveate.world.pictures import render, scene
 
-COLOURS = ("#e69f00", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#0072b2")
-"""Of merged tokens: Okabe and Ito's, which colour-blind readers can tell apart."""
 SCENE = "scene:"
 _MODEL = "asset:vlm"
 _SIDE = 128  # px of an embedded scene, as in the world that the shipped models are trained on
-_GREY, _LEFT = 128, 0.22  # a dropped patch is this grey, but for this share of its own brightness
-_CHANGED = "#b3400e"
-_DPI = 150
-
-Cell = tuple[int, int]
-Pixels = NDArray[np.uint8]
-
-
-# ---- what became of the patches ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Patch:
-    """A visual token as it came to the language model: its place, and the slot of the token that it lives in, None where it was dropped.
-    What went into several tokens lives in the first."""
-
-    image: int
-    crop: int
-    frame: int
-    row: int
-    column: int
-    token: int | None
-
-
-@dataclass(frozen=True)
-class Raster:
-    """The patches of one image, or of one crop or frame of it. `shape`: (rows, columns); cells without a patch are not in `cells`."""
-
-    image: int
-    crop: int
-    frame: int
-    shape: tuple[int, int]
-    cells: dict[Cell, int | None]
-
-
-def patches(whole: TokenMap, row: int = 0) -> list[Patch]:
-    """The patches of a batch row under a map, such as `run.last.provenance(layer)`, in sequence order."""
-    members = whole.member[row].tolist()
-    weights = None if whole.weight is None else whole.weight[row].tolist()
-    lives: dict[int, int] = {}
-    for slot, sources in enumerate(members):
-        for at, source in enumerate(sources):
-            if source >= 0 and (weights is None or weights[slot][at] != 0):
-                lives.setdefault(source, slot)
-    found = []
-    for source in whole.source.visual[row].nonzero()[:, 0].tolist():
-        image, crop, frame, line, column = whole.source.place[row, source].tolist()
-        found.append(Patch(image, crop, frame, line, column, lives.get(source)))
-    return found
-
-
-def rasters(found: Sequence[Patch]) -> list[Raster]:
-    """Patches by image, crop and frame, in the order in which they come. FoveateError if one has no row and column."""
-    if any(patch.row < 0 or patch.column < 0 for patch in found):
-        raise FoveateError("its visual tokens have no rows and columns, so what was kept of a picture cannot be drawn")
-    cells: dict[tuple[int, int, int], dict[Cell, int | None]] = {}
-    shapes: dict[int, tuple[int, int]] = {}
-    base: dict[int, tuple[int, int]] = {}
-    for patch in found:
-        if patch.crop <= 0:
-            rows, columns = base.get(patch.image, (0, 0))
-            base[patch.image] = max(rows, patch.row + 1), max(columns, patch.column + 1)
-    for patch in found:
-        own = cells.setdefault((patch.image, patch.crop, patch.frame), {})
-        # Tiles have their places in the mosaic, and each of them the shape of the whole picture's crop.
-        rows, columns = base.get(patch.image, (0, 0)) if patch.crop > 0 else (0, 0)
-        at = patch.row % rows if rows else patch.row, patch.column % columns if columns else patch.column
-        own[at] = patch.token if patch.token is not None else own.get(at)
-        # A tile whose padding was cut off still has the shape of the image's other tiles.
-        rows, columns = shapes.get(patch.image, (0, 0))
-        shapes[patch.image] = max(rows, at[0] + 1), max(columns, at[1] + 1)
-    return [Raster(*key, shapes[key[0]], own) for key, own in cells.items()]
-
-
-def colours(found: Sequence[Raster], before: Sequence[Raster] = (), shades: dict[int, str] | None = None) -> dict[int, str]:
-    """A colour for every token that holds more than one patch; tokens that touch have different ones.
-
-    before, shades: the rasters of an earlier layer and their colours, which tokens keep where they can.
-    """
-    held: dict[int, list[tuple[int, Cell]]] = {}
-    touching: dict[int, set[int]] = {}
-    for number, raster in enumerate(found):
-        for (row, column), token in raster.cells.items():
-            if token is None:
-                continue
-            held.setdefault(token, []).append((number, (row, column)))
-            for down, right in ((0, 1), (1, -1), (1, 0), (1, 1)):
-                other = raster.cells.get((row + down, column + right))
-                if other is not None and other != token:
-                    touching.setdefault(token, set()).add(other)
-                    touching.setdefault(other, set()).add(token)
-    given: dict[int, str] = {}
-    used: Counter[str] = Counter()
-    for token, own in held.items():
-        if len(own) == 1:
-            continue
-        near = {given[other] for other in touching.get(token, ()) if other in given}
-        earlier = [before[number].cells.get(cell) for number, cell in own if number < len(before)]
-        kept = Counter(shades[t] for t in earlier if t is not None and t in shades) if shades else Counter[str]()
-        # The rarest that no neighbour has; where the neighbours have all seven, the rarest.
-        colour = min(COLOURS, key=lambda c: (c in near, -kept[c], used[c], COLOURS.index(c)))
-        given[token] = colour
-        used[colour] += 1
-    return given
-
-
-# ---- asking --------------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One drawing: its rasters, their names, the picture under each where that is known, the colours of merged tokens, and what is
-    written above; `changed`: the answer is not the bare model's."""
-
-    rasters: list[Raster]
-    names: list[str]
-    pictures: list[Image.Image | None]
-    shades: dict[int, str]
-    title: str
-    line: str
-    changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -268,7 +140,7 @@ def look(
     bare = _ask(model, processor, pictures, prompt, [], max_new_tokens)
     total = bare.run.last.visual_tokens[0]
     asked = question.replace(conversations.MARKER, "").strip()
-    head = asked, f"{name}, all {total} tokens: “{said(bare.answer)}”"
+    head = asked, f"{name}, all {total} tokens: “{answer_text(bare.answer)}”"
     panels: list[list[Panel]] = []
     for row in rows:
         drawn = []
@@ -279,7 +151,7 @@ def look(
             for layer in (cuts or [0]) if per_layer else layers or [depth - 1]:
                 where = f"layer {layer}: " if per_layer or layers else ""
                 since = f" from layer {cuts[-1]}" if not where and cuts and cuts[-1] else ""
-                line = f"{where}{counts[layer]} of {total} tokens{since}, “{said(seen.answer)}”"
+                line = f"{where}{counts[layer]} of {total} tokens{since}, “{answer_text(seen.answer)}”"
                 own.append(_panel(seen, layer, text, line, bare.answer, own[-1] if own else None))
             drawn.append(own)
         # Layers stand side by side, and budgets then one below the other.
@@ -376,170 +248,5 @@ def _pictures(seen: _Asked, found: list[Raster]) -> list[Image.Image | None]:
     return out
 
 
-# ---- drawing -------------------------------------------------------------------------------------------------------------------------
-
-
-def draw(question: str, answer: str, images: Sequence[Image.Image], panels: Sequence[Sequence[Panel]]) -> Figure:
-    """On top the images, the question and the bare model's answer, under them the panels in rows. Sizes are in inches, for a page 1,000 px
-    wide."""
-    columns = max(len(row) for row in panels)
-    width = min(10.0, max(6.5, 3.4 * columns))
-    margin, gap, small, large = 0.1, 0.2, 0.17, 0.23  # the last two: lines of text
-    side = min((width - 2 * margin - gap * (columns - 1)) / columns, 4.2)
-    sizes = [_places(panel.rasters, side)[1:] for row in panels for panel in row]
-    tall = side * min(1.5, max(high / wide for wide, high in sizes))
-    letters = int(side * 13)
-    written = [[(_spelling(panel.title, letters), _wrapped(panel.line, letters)) for panel in row] for row in panels]
-    above = [small * max(len(title) + len(lines) for title, lines in row) + 0.07 for row in written]
-    shapes = [image.width / image.height for image in images]
-    thumb = min(0.85, 0.45 * width / sum(shapes))
-    left = margin + sum(thumb * shape + 0.05 for shape in shapes) + 0.1
-    room = width - left - margin
-    asked, told = textwrap.wrap(question, int(room * 8)), _wrapped(answer, int(room * 11.5))
-    key = textwrap.wrap(_key(panels), int(room * 15))
-    top = max(thumb, large * len(asked) + 0.19 * len(told) + small * len(key) + 0.06) + 2 * margin
-    height = top + sum(above) + (tall + gap) * len(panels)
-    with figures.style():
-        figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
-
-        def add(left: float, down: float, wide: float, high: float) -> Any:
-            axes = figure.add_axes((left / width, 1 - (down + high) / height, wide / width, high / height))
-            axes.set_axis_off()
-            return axes
-
-        def write(left: float, down: float, lines: list[str], **how: Any) -> None:
-            figure.text(left / width, 1 - down / height, "\n".join(lines), va="top", parse_math=False, **how)
-
-        at = margin
-        for image, shape in zip(images, shapes, strict=True):
-            add(at, margin, thumb * shape, thumb).imshow(image, aspect="auto")
-            at += thumb * shape + 0.05
-        write(left, margin, asked, fontsize=13, fontweight="bold")
-        write(left, margin + large * len(asked) + 0.03, told, fontsize=10)
-        write(left, margin + large * len(asked) + 0.19 * len(told) + 0.09, key, fontsize=8, color="#606060")
-        down = top
-        for row, texts, own in zip(panels, written, above, strict=True):
-            for column, (panel, (title, lines)) in enumerate(zip(row, texts, strict=True)):
-                left = margin + column * (side + gap)
-                axes = add(left, down + own, side, tall)
-                below = small * len(lines)
-                axes.set_title("\n".join(title), loc="left", fontsize=9, fontweight="bold", pad=72 * below + 6, parse_math=False)
-                write(left, down + own - below - 0.02, lines, fontsize=9, color=_CHANGED if panel.changed else None)
-                _draw_panel(axes, panel, side)
-            down += own + tall + gap
-    return figure
-
-
-def _key(panels: Sequence[Sequence[Panel]]) -> str:
-    """What the drawings mean, as far as it is seen in them."""
-    every = [panel for row in panels for panel in row]
-    words = []
-    if any(token is None for panel in every for raster in panel.rasters for token in raster.cells.values()):
-        words.append("grey: dropped")
-    if any(panel.shades for panel in every):
-        repeated = any(len(panel.shades) > len(COLOURS) for panel in every)
-        words.append("outlined: merged into one token; " + ("tokens apart may share a colour" if repeated else "one colour, one token"))
-    if any(panel.changed for panel in every):
-        words.append("orange text: another answer")
-    return " · ".join(words)
-
-
 def _rows_of(most: int, rows: Sequence[Sequence[Panel]]) -> list[list[Panel]]:
     return [list(row[at : at + most]) for row in rows for at in range(0, len(row), most)]
-
-
-def _spelling(text: str, letters: int) -> list[str]:
-    """A reducer's spelling, broken behind commas where it is too long for one line."""
-    return [text] if len(text) <= letters else textwrap.wrap(text.replace(",", ", "), letters, break_on_hyphens=False)
-
-
-def _wrapped(text: str, letters: int) -> list[str]:
-    return textwrap.wrap(text, letters, max_lines=3, placeholder=" …”", break_on_hyphens=False)
-
-
-def _places(found: Sequence[Raster], inches: float) -> tuple[list[tuple[float, float]], float, float]:
-    """Left and upper edge of each raster, in cells, side by side in as many rows as make a square; width and height of it all, which is
-    to be `inches` wide."""
-    each = ceil(sqrt(len(found)))
-    cell = max(raster.shape[1] for raster in found)
-    gap = 0.04 * cell
-    wide = each * (cell + gap) - gap
-    name = 0.0 if len(found) == 1 else 0.17 * wide / inches
-    places: list[tuple[float, float]] = []
-    high = 0.0
-    for start in range(0, len(found), each):
-        own = found[start : start + each]
-        places += [(number * (cell + gap), high + name) for number in range(len(own))]
-        high += name + max(raster.shape[0] for raster in own) + gap
-    return places, wide, high - gap
-
-
-def _draw_panel(axes: Any, panel: Panel, inches: float) -> None:
-    places, wide, high = _places(panel.rasters, inches)
-    axes.set_xlim(0, wide)
-    axes.set_ylim(high, 0)
-    axes.set_aspect("equal", anchor="NW")
-    points = 72 * inches / wide  # of one cell
-    stroke = min(2.4, max(0.7, 0.08 * points))
-    for raster, (left, top), name, picture in zip(panel.rasters, places, panel.names, panel.pictures, strict=True):
-        rows, columns = raster.shape
-        axes.imshow(_pixels(raster, picture), extent=(left, left + columns, top + rows, top), interpolation="antialiased", zorder=1)
-        for shade, width in (("#202020", 1.0), ("#ffffff", 0.5)):
-            edges = [[(left + x, top + y) for x, y in edge] for edge in _edges(raster)]
-            axes.add_collection(LineCollection(edges, colors=shade, linewidths=width, capstyle="butt", zorder=2))
-        outlines = {
-            token: [[(left + x, top + y) for x, y in edge] for edge in _outline(raster, token, (stroke / 2 + 0.6) / points)]
-            for token in panel.shades
-        }
-        # All dark lines go under all coloured ones, or they would cut them where two segments meet.
-        dark = [edge for edges in outlines.values() for edge in edges]
-        axes.add_collection(LineCollection(dark, colors="#202020", linewidths=stroke + 1.0, capstyle="projecting", zorder=3))
-        for token, edges in outlines.items():
-            axes.add_collection(LineCollection(edges, colors=panel.shades[token], linewidths=stroke, capstyle="projecting", zorder=4))
-        axes.text(left, top - 0.04 * wide / inches, name, fontsize=8, va="bottom", ha="left")
-    axes.set_xlim(0, wide)
-    axes.set_ylim(high, 0)
-
-
-def _pixels(raster: Raster, picture: Image.Image | None) -> Pixels:
-    """The picture stretched over the raster, grey where a patch was dropped and white where there is none."""
-    rows, columns = raster.shape
-    cell = max(8, 640 // max(rows, columns))
-    if picture is None:
-        picture = Image.new("RGB", (columns, rows), (226, 226, 226))
-    clear = np.asarray(picture.resize((columns * cell, rows * cell), Image.Resampling.BICUBIC), np.float32)
-    brightness = clear @ np.array([0.299, 0.587, 0.114], np.float32)
-    grey = (_LEFT * brightness + (1 - _LEFT) * _GREY)[..., None]
-    state = np.full((rows, columns), 2)
-    for at, token in raster.cells.items():
-        state[at] = 1 if token is None else 0
-    state = state.repeat(cell, 0).repeat(cell, 1)[..., None]
-    out: Pixels = np.where(state == 0, clear, np.where(state == 1, grey, 255)).round().astype(np.uint8)
-    return out
-
-
-def _edges(raster: Raster) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-    """Where kept patches meet dropped ones."""
-    for (row, column), token in raster.cells.items():
-        for down, right in ((1, 0), (0, 1)):
-            other = row + down, column + right
-            if other in raster.cells and (raster.cells[other] is None) != (token is None):
-                yield (column + right, row + down), (column + 1, row + 1)
-
-
-def _outline(raster: Raster, token: int, inset: float) -> Iterator[tuple[tuple[float, float], tuple[float, float]]]:
-    """The boundary of a token's patches, a little inside of it, so that two tokens' lines do not cover each other."""
-    own = {at for at, lives in raster.cells.items() if lives == token}
-    for row, column in own:
-        for down, right in ((-1, 0), (1, 0), (0, -1), (0, 1)):
-            if (row + down, column + right) in own:
-                continue
-            ends = []
-            for sign in (-1, 1):
-                # Along the side: it turns inwards at a corner of the region, runs on, or meets the side that comes in from a bend.
-                along = row + sign * abs(right), column + sign * abs(down)
-                beyond = along[0] + down, along[1] + right
-                end = 0.5 - inset if along not in own else 0.5 + inset if beyond in own else 0.5
-                out = 0.5 - inset
-                ends.append((column + 0.5 + right * out + sign * end * abs(down), row + 0.5 + down * out + sign * end * abs(right)))
-            yield ends[0], ends[1]

@@ -60,7 +60,7 @@ class Profile:
 def profile(
     model: Any, processor: Any, reducers: Sequence[str], images: Sequence[str], question: str, *, new_tokens: int, repeats: int
 ) -> list[Profile]:
-    """Profiles of the bare model and of every one of `reducers`, each measured `repeats` times in turn behind one warm-up.
+    """Profiles of the bare model and of every one of `reducers`, each measured `repeats` times in turn after one warm-up.
 
     FoveateError for images that cannot be read, unknown reducers, and those that do not work on the model.
     """

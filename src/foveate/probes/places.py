@@ -337,7 +337,7 @@ def places(
     raster: bool = True,
     device: torch.device | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(L,) kinds and (L, 4) places of an item's tokens: `crops` tiles or `frames` one behind the other, each a raster of the proportions of
+    """(L,) kinds and (L, 4) places of an item's tokens: `crops` tiles or `frames` one after the other, each a raster of the proportions of
     `shape` (rows, columns; a square without it), each behind tokens of the kinds `before`; one newline token at the very end with
     `newline`; without `raster` nothing is said of rows and columns."""
     parts = max(1, crops * frames)
@@ -363,7 +363,7 @@ def places(
 
 
 def marked(shape: tuple[int, int], begin: bool, newline: bool, end: bool, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """Kinds and places of a raster of (rows, columns) with a newline behind every row, and a mark at either end; marks are newlines too."""
+    """Kinds and places of a raster of (rows, columns) with a newline after every row, and a mark at either end; marks are newlines too."""
     rows, columns = shape
     raster = torch.nn.functional.pad(torch.arange(rows * columns, device=device).view(rows, columns), (0, int(newline)), value=-1)
     rank = torch.nn.functional.pad(raster.flatten(), (int(begin), int(end)), value=-1)

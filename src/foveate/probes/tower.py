@@ -195,7 +195,7 @@ def carry(
 
 
 def _paired(groups: Tensor, items: Sequence[tuple[Tensor, Tensor]], frames: int) -> Tensor:
-    """Means over `frames` frames, one behind the other, that become one."""
+    """Means over `frames` frames, one after the other, that become one."""
     if frames == 1:
         return groups
     found, start = [], 0

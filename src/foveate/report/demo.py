@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from markupsafe import Markup, escape
 from rich.console import Console
 from rich.table import Table
 
-import foveate
 from foveate.bridges import build_bridge
 from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import Result, Verdict
+from foveate.inspect import figures
+from foveate.inspect.words import answer_text, duration, si
 from foveate.machine import environment
-from foveate.report import figures
+from foveate.report import plots
 from foveate.report.page import data_uri, write_page
 from foveate.report.runs import Arm, StageBridge, StageLog, read_bridges, read_log, split_stages
 from foveate.world.questions import RULER, box_cells
@@ -51,7 +53,7 @@ def write_report(
     learned = learned_families(arms)
     with figures.style():
         stages = _stage_figures(arms, logs)
-        accuracy_figure = Markup(figures.svg(figures.accuracy_bars(arms), "accuracy"))
+        accuracy_figure = Markup(figures.svg(plots.accuracy_bars(arms), "accuracy"))
     counted = learned or list(arms[0].result.families)
     context = {
         "title": title,
@@ -81,7 +83,7 @@ def write_report(
         "windows": _windows(arms, picture),
         "examples": [_example(arms, Path(world), name) for name in names[:scenes]],
         "environment": environment(),
-        "version": foveate.__version__,
+        "version": version("foveate"),
     }
     return write_page("demo.html", path, context)
 
@@ -235,23 +237,6 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def duration(seconds: float) -> str:
-    """A time for people: 8.3 s, 2 min 05 s, 1 h 07 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def si(flops: float) -> str:
-    """A number of FLOPs with three digits and a unit prefix: 1.24 PFLOP."""
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if flops < 999.5:
-            return f"{flops:.3g} {prefix}FLOP"
-        flops /= 1000
-    return f"{flops:.3g} EFLOP"
-
-
 # ---- figures and pictures ------------------------------------------------------------------------------------------------------------
 
 
@@ -264,9 +249,9 @@ def _stage_figures(arms: Sequence[Arm], logs: Sequence[list[StageLog]]) -> list[
         out.append(
             {
                 "name": name,
-                "loss_step": Markup(figures.svg(figures.loss_curves(own, "step"), f"step{number}")),
-                "loss_seconds": Markup(figures.svg(figures.loss_curves(own, "seconds"), f"seconds{number}")),
-                "layers": Markup(figures.svg(figures.tokens_per_layer(own), f"layers{number}")),
+                "loss_step": Markup(figures.svg(plots.loss_curves(own, "step"), f"step{number}")),
+                "loss_seconds": Markup(figures.svg(plots.loss_curves(own, "seconds"), f"seconds{number}")),
+                "layers": Markup(figures.svg(plots.tokens_per_layer(own), f"layers{number}")),
             }
         )
     return out
@@ -338,17 +323,15 @@ def _example(arms: Sequence[Arm], world: Path, image: str) -> dict[str, Any]:
         rows: list[Verdict] = [arm.result.rows[place] for arm in arms]
         truth = rows[0]
         question = truth.question.replace("<image>", "").strip()
-        lines.append({"question": question, "answer": spell(truth.answer), "cells": [(spell(row.prediction), row.correct) for row in rows]})
+        lines.append(
+            {
+                "question": question,
+                "answer": answer_text(truth.answer),
+                "cells": [(answer_text(row.prediction), row.correct) for row in rows],
+            }
+        )
         if truth.family == "locating" and not frames:
             drawn = [(box_cells(row.prediction), figures.COLOURS[i % len(figures.COLOURS)], False) for i, row in enumerate(rows)]
             drawn.append((box_cells(truth.answer), "#ffffff", True))
             frames = [(box, colour, dashed) for box, colour, dashed in drawn if box is not None]
     return {"svg": scene_svg(data_uri(open_image(world / "images" / image)), frames, (RULER, RULER)), "rows": lines}
-
-
-def spell(answer: str) -> str:
-    """An answer for people: a box as its rows and columns, both ends included, on the ruler; nothing as a dash."""
-    box = box_cells(answer)
-    if box is None:
-        return answer or "–"
-    return f"rows {box[0]} to {box[2] - 1}, columns {box[1]} to {box[3] - 1}"

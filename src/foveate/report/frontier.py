@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from foveate.report import figures
+from foveate.inspect import figures
 
 _COLOURS = ("#3b83c0", "#dd8a12", "#2f9e6e", "#b3589a", "#c8504a", "#7a6fd0", "#8a6d3b", "#159aa8")
 _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "*": "★"}

@@ -20,8 +20,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from foveate.errors import FoveateError
-from foveate.report.demo import si
-from foveate.report.figures import COLOURS
+from foveate.inspect.figures import COLOURS
+from foveate.inspect.words import si
 from foveate.report.runs import Arm, StageLog, read_log, split_stages
 
 NUMBERS = ("pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops", "pretrain_tokens", "finetune_tokens")

@@ -204,7 +204,7 @@ class TokenMap:
         return TokenMap(self.source, after.target, member, weight, representative)
 
     def onto(self, layout: Layout) -> TokenMap:
-        """The same map on a sequence that goes on behind its source: what comes there stays. FoveateError if it begins otherwise."""
+        """The same map on a sequence that goes on after its source: what comes there stays. FoveateError if it begins otherwise."""
         B, N = self.source.shape
         if layout.shape[0] != B or layout.shape[1] < N or not torch.equal(layout.kind[:, :N], self.source.kind):
             raise FoveateError(f"this map belongs to another batch: its source has shape {(B, N)}, the sequences here {layout.shape}")

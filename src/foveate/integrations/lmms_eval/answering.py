@@ -29,7 +29,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 class Reply:
     """One request's answer.
 
-    input_tokens   text and visual tokens of the prompt that went through the first decoder layer: behind what is cut in front of it
+    input_tokens   text and visual tokens of the prompt that went through the first decoder layer: after what is cut in front of it
     output_tokens  generated, the end token among them
     visual_tokens  of the prompt in each decoder layer; empty for a request without images
     """

@@ -59,7 +59,7 @@ def words(config: Any, count: int, seed: int = 1) -> Tensor:
 def prompt(
     shape: Shape, config: Any, tokens: int, device: str, dtype: torch.dtype, *, after: int = AFTER, seed: int = 0
 ) -> dict[str, Tensor]:
-    """The inputs of one prompt: some words, the images (if any) one behind the other, `after` more words. No mask: nothing is padded."""
+    """The inputs of one prompt: some words, the images (if any) one after the other, `after` more words. No mask: nothing is padded."""
     images, generator = tokens // shape.per_image, torch.Generator().manual_seed(seed)
     text = words(config, BEFORE + after, seed + 1)[0].tolist()
     image = [config.image_token_id] * shape.per_image

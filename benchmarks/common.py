@@ -1,0 +1,113 @@
+"""What the benchmarks share: clocks, rounds that go on where they were, repeated where the machine was busy, and files of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from foveate.files import write_json
+from foveate.machine import environment
+
+GRANTED = 0.9  # least share of the time that its threads wanted to run, of which a round may speak
+TRIES = 3  # of a round
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the process has used so far, in seconds.
+
+    wall     by the clock
+    cpu      of all threads together, while they ran
+    waiting  of all threads together, while they were ready to run and the machine ran something else; None where it does not tell
+    """
+
+    wall: float = field(default_factory=time.perf_counter)
+    cpu: float = field(default_factory=time.process_time)
+    waiting: float | None = field(default_factory=lambda: _waiting())
+
+    def granted(self) -> float | None:
+        """Since then, the share of the time that the threads wanted to run in which the machine let them. None where it does not tell."""
+        now = Usage()
+        if now.waiting is None or self.waiting is None:
+            return None
+        ran, waited = now.cpu - self.cpu, max(0.0, now.waiting - self.waiting)
+        return ran / (ran + waited) if ran + waited > 0 else 1.0
+
+
+def _waiting() -> float | None:
+    """From /proc/self/task/*/schedstat: nanoseconds that each thread ran, and that it waited to run."""
+    try:
+        return sum(int(path.read_text().split()[1]) for path in Path("/proc/self/task").glob("*/schedstat")) / 1e9
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def machine(device: str) -> str:
+    """The names and versions that a report gives."""
+    return environment() if device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"
+
+
+def earlier(path: Path, report: dict[str, Any]) -> tuple[list[Any], list[float | None]]:
+    """The rounds that are measured already, and what share of its threads the machine granted in each (None: not known). Ends the program
+    where they were measured under other settings."""
+    if not path.is_file():
+        return [], []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if differs := [key for key, value in report.items() if before[key] != value]:
+        sys.exit(f"{path} was measured with other {', '.join(differs)}; move it away, or give another --output")
+    rounds = before["rounds"]
+    return rounds, before.get("granted", [None] * len(rounds))
+
+
+def measured(number: int, measure: Callable[[], Any], console: Console) -> tuple[Any, float | None]:
+    """A round and the share of its threads that the machine granted. A round with less than `GRANTED` is measured again; after `TRIES` the
+    best of them is taken, and is marked in the table."""
+    found: list[tuple[float, Any]] = []
+    for _ in range(TRIES):
+        began = Usage()
+        result, granted = measure(), began.granted()
+        seconds = f"round {number + 1}: {time.perf_counter() - began.wall:.0f} s"
+        if granted is None or granted >= GRANTED:
+            console.print(seconds)
+            return result, granted
+        found.append((granted, result))
+        console.print(f"{seconds}, in which the machine granted {granted:.0%} of what the threads wanted; measured at most {TRIES} times")
+    granted, result = max(found, key=lambda entry: entry[0])
+    return result, granted
+
+
+def busy(report: dict[str, Any]) -> list[str]:
+    """Lines of a table about rounds in which the machine was busy with something else."""
+    shares = enumerate(report.get("granted", ()), 1)
+    rounds = [f"{number} ({share:.0%})" for number, share in shares if share is not None and share < GRANTED]
+    if not rounds:
+        return []
+    text = "in parentheses, the share of the time that the threads wanted to run in which they did"
+    return ["", f"**The machine was busy** in round {', '.join(rounds)}: {text}."]
+
+
+def command(script: str, given: argparse.Namespace, names: Sequence[str], **lists: Sequence[Any] | None) -> str:
+    """The command that measures the same: options by their names, then those that take several values."""
+    words = ["python", script]
+    for name in names:
+        if getattr(given, name) is not None:
+            words += [f"--{name}", str(getattr(given, name))]
+    for name, values in lists.items():
+        words += [f"--{name}", *map(str, values)] if values else []
+    return " ".join(words)
+
+
+def save(path: Path, report: dict[str, Any], table: Callable[[dict[str, Any]], str], draw: Callable[[dict[str, Any], Path], None]) -> None:
+    """Writes the numbers at once or not at all, so that an interruption never leaves half a file; then what is made of them."""
+    write_json(path, report)
+    path.with_suffix(".md").write_text(table(report), encoding="utf-8")
+    draw(report, path.with_suffix(".png"))
