@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate import accounting as cost
 from foveate.errors import FoveateError
-from foveate.train import files
+from foveate.train import account, files
 from foveate.train.recipe import load_recipe
 from foveate.train.run import main
 from foveate.train.trainer import FoveateTrainer
@@ -101,7 +100,7 @@ def test_flops_that_cannot_be_counted_cost_a_line(
     name = f"uncounted-{type(error).__name__}"
     path = recipe(root, name, stages(1))
     with monkeypatch.context() as patch:
-        patch.setattr(cost, "predict", predict)
+        patch.setattr(account, "predict", predict)
         main(path)
     assert [record.getMessage() for record in caplog.records if "FLOPs" in record.getMessage()] == [
         f"FLOPs are not logged, they cannot be counted for this model: {error}"
