@@ -10,14 +10,14 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate
-from foveate import BeforeLM, Cut, Reducer, TokenMap, View
-from foveate.tokens import budget, top
+from foveate import BeforeLM, View
+from foveate.reducers.ranker import Ranker
 from foveate.world import asset
 from foveate.world.pictures import render, scene
 
 
 @dataclass(frozen=True)
-class Loudest(Reducer):
+class Loudest(Ranker):
     """Keeps `keep` (share or number) of each image's tokens, those of the largest norm."""
 
     name: ClassVar[str] = "loudest"
@@ -27,11 +27,8 @@ class Loudest(Reducer):
     def sites(self, layers):
         return [BeforeLM()]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
-        return Cut(TokenMap.keep(view.layout, top(view.layout, view.tokens.float().norm(dim=-1), self.keep)))
-
-    def count(self, arriving: int, original: int, stage: int = 0) -> int:
-        return budget(self.keep, arriving)
+    def score(self, view: View, stage: int = 0) -> torch.Tensor:
+        return view.tokens.float().norm(dim=-1)
 
 
 # on plain tensors: four patches and a word

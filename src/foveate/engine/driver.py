@@ -177,7 +177,7 @@ class Driver:
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         forward.merged = ids is None and embeds is not None
         if self.anatomy.slot_method is None and ids is not None:
-            forward.arrivals.placed_at({"image": self.anatomy.placeholders(ids, embeds)})
+            forward.arrivals.placed_at({"image": self.anatomy.placeholders(ids, ids if embeds is None else embeds)})
         memory = recall(kwargs.get("past_key_values"))
         if memory is not None and memory.valid is not None and forward.mask is None:
             # Without the caller's mask the library would take the prompt's padding for tokens.
