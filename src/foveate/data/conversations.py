@@ -40,6 +40,8 @@ _PICTURE = re.compile(rf"(image|img|picture|photo|pic)s?{_SUFFIX}", re.IGNORECAS
 _NUMBERED = re.compile(r"(image|img|picture|photo|pic)[_-]?\d+", re.IGNORECASE)
 _FILE = re.compile(r".{1,500}\.(png|jpe?g|gif|webp|bmp|tiff?|avif|heic|mp4|mov|avi|mkv|webm|wav|mp3|flac|ogg|m4a)", re.IGNORECASE)
 
+load_image = open_image  # its name before there was one for all who open pictures
+
 
 @dataclass(frozen=True)
 class Conversation:
