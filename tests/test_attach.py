@@ -179,6 +179,11 @@ def test_samples_differ_when_the_mask_is_wrong(monkeypatch: pytest.MonkeyPatch) 
     assert (batch.own(right, 0) - batch.own(wrong, 0)).abs().max() > 1e-3
 
 
+def words(logits: Tensor) -> Tensor:
+    """The logits without that of another image's placeholder."""
+    return logits.index_fill(-1, torch.tensor([IMAGE]), float("-inf"))
+
+
 @every_pair
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, reducer: str) -> None:
@@ -191,7 +196,7 @@ def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, re
         steps = model(**inputs, use_cache=True)
         maps, cache = run.maps, steps.past_key_values
         rows, last = torch.arange(len(ROWS)), inputs["attention_mask"].cumsum(1).argmax(1)
-        token = steps.logits[rows, last].argmax(-1)[:, None]
+        token = words(steps.logits[rows, last]).argmax(-1)[:, None]
         # Positions as the prompt had them: the library counts slots, padding included, when none are given.
         position = torch.full_like(token, N) if side == "left" else last[:, None] + 1
         seen = {**inputs, "position_ids": torch.arange(N).expand(len(ROWS), N)}
@@ -201,7 +206,7 @@ def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, re
             mask = seen["attention_mask"]
             step = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
             found.append((seen, step))
-            token, position = step.argmax(-1)[:, None], position + 1
+            token, position = words(step).argmax(-1)[:, None], position + 1
     with foveate.attach(model, maps=maps), torch.no_grad():
         for whole, step in found:
             torch.testing.assert_close(step, model(**whole, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
@@ -214,12 +219,13 @@ def test_generate_is_greedy_by_hand(make: Any, reducer: str) -> None:
     model = make()
     batch = Batch(ROWS, "left")
     with foveate.attach(model, reducer), torch.no_grad():
-        found = model.generate(**batch.inputs, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=1000)
+        how: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": 1000, "suppress_tokens": [IMAGE]}
+        found = model.generate(**batch.inputs, max_new_tokens=5, **how)
     for i, single in enumerate(batch.singles):
         inputs = dict(single)
         with foveate.attach(model, maps=maps_of(model, reducer, single)), torch.no_grad():
             for _ in range(5):
-                token = model(**inputs, use_cache=False).logits[:, -1].argmax(-1)[:, None]
+                token = words(model(**inputs, use_cache=False).logits[:, -1]).argmax(-1)[:, None]
                 inputs["input_ids"] = torch.cat([inputs["input_ids"], token], 1)
         assert found[i, -5:].tolist() == inputs["input_ids"][0, -5:].tolist()
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from foveate import accounting as cost
-from foveate.accounting import Trained, observed, predict
+from foveate.accounting import Trained, observed, predict, stack
 from foveate.accounting import dry_run as shapes
 from foveate.accounting.counter import Counter, parameters_of
 from foveate.errors import FoveateError
@@ -176,7 +176,7 @@ def test_a_recipe_is_planned_by_the_same_count(name: str, tmp_path: Path) -> Non
 
 
 def test_what_is_remembered_of_models_is_bounded() -> None:
-    for remembered in (shapes._skeleton, shapes._encode, cost._decoder, cost._language):
+    for remembered in (shapes._skeleton, shapes._encode, stack._decoder, stack.language):
         assert remembered.cache_info().maxsize is not None
     config = tiny.llava().config
     first = shapes.skeleton(config)
