@@ -78,16 +78,20 @@ def _skeleton(told: Told) -> nn.Module:
     return found
 
 
-def encode(config: Any, call: Encoded, needs: Iterable[Signal] = ()) -> Counted:
-    """Runs a call with `needs`, signals of the tower. FoveateError where the model's code wants values of what has only a shape."""
+def encode(config: Any, call: Encoded, needs: Iterable[Signal] = (), *, crops: bool = False) -> Counted:
+    """Runs a call with `needs`, signals of the tower; `crops` notes what comes to its blocks. FoveateError where the model's code wants
+    values of what has only a shape."""
     call = Encoded(call.method, {name: value.cpu() if isinstance(value, Tensor) else value for name, value in call.given.items()})
     return _encode(
-        Told.by(config), Told(json.dumps([call.method, {name: _spelled(v) for name, v in call.given.items()}]), call), frozenset(needs)
+        Told.by(config),
+        Told(json.dumps([call.method, {name: _spelled(v) for name, v in call.given.items()}]), call),
+        frozenset(needs),
+        crops,
     )
 
 
 @lru_cache(maxsize=1024)
-def _encode(told: Told, called: Told, needs: frozenset[Signal]) -> Counted:
+def _encode(told: Told, called: Told, needs: frozenset[Signal], crops: bool) -> Counted:
     call: Encoded = called.thing
     with torch.inference_mode(False):
         model = _skeleton(told)
@@ -96,7 +100,7 @@ def _encode(told: Told, called: Told, needs: frozenset[Signal]) -> Counted:
         encodings = Encodings(anatomy, sorted(needs, key=repr), lambda modality, items, features: seen.extend(items))
         arriving = None
         try:
-            if needs:
+            if crops:
                 arriving = _Arriving(anatomy.tower_of("video" if "video" in call.method else "image"))
             with torch.no_grad(), Counter(model) as counted:
                 _run(model, call)
@@ -107,8 +111,7 @@ def _encode(told: Told, called: Told, needs: frozenset[Signal]) -> Counted:
     patches = [item.place[item.kind == Kind.PATCH] for item in seen]
     items = [(ImageSize.of(place), len(item) - len(place)) for item, place in zip(seen, patches, strict=True)]
     widths = [values.shape[1] for item in seen for signal, values in item.values.items() if isinstance(signal, TowerKeys)]
-    crops = arriving.crops if arriving is not None else []
-    return Counted(dict(counted.flops), items, crops, widths[0] if widths else 0)
+    return Counted(dict(counted.flops), items, arriving.crops if arriving is not None else [], widths[0] if widths else 0)
 
 
 def trained_tower(config: Any, call: Encoded) -> int:

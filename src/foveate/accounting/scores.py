@@ -10,7 +10,7 @@ from foveate.accounting.dry_run import encode, skeleton
 from foveate.accounting.prompts import Calls, Prompt, vision_of
 from foveate.accounting.stack import decoder, stack_of
 from foveate.anatomy import read
-from foveate.contract import ImageSize, InEncoder, Workload
+from foveate.contract import ImageSize, Workload
 from foveate.probes.tower import TOWER_SIGNALS, blocks
 from foveate.reducers import Reducer
 from foveate.reducers.base import Step, acting, passing
@@ -22,10 +22,11 @@ def decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt],
     needs = [signal for site, _, _ in steps for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
     scores = saved = Fraction(0)
     width = 0
-    for call, share in calls if needs else ():
-        counted = encode(config, call, needs)
+    in_tower = any(site.place == "tower" for site, _, _ in steps)
+    for call, share in calls if needs or in_tower else ():
+        counted = encode(config, call, needs, crops=in_tower)
         scores, width = scores + share * counted.flops["scores"], counted.width
-        for crops, tokens, beside in counted.crops if any(isinstance(site, InEncoder) for site, _, _ in steps) else ():
+        for crops, tokens, beside in counted.crops:
             spent, less = _in_tower(config, steps, tokens, beside, width)
             scores, saved = scores + share * crops * spent, saved + share * crops * less
     return round(scores + sum(_in_lm(config, reducers, prompt, width) for prompt in prompts if prompt.images)), round(saved)
@@ -39,7 +40,7 @@ def _in_tower(config: Any, steps: Sequence[Step], tokens: int, beside: int, widt
     left, score, saved = image.tokens, 0, 0
     for block, (macs, attention) in enumerate(zip(stack.linear, stack.attention_width, strict=True)):
         for site, reducer, stage in steps:
-            if isinstance(site, InEncoder) and site.block == block:
+            if site.place == "tower" and site.index == block:
                 score += reducer.score_flops(Workload((image,), (left,), beside, tower_width=width), stage)
                 (left,) = reducer.count(Workload((image,), (left,)), stage)
         n = left + beside
@@ -54,7 +55,7 @@ def _in_lm(config: Any, reducers: Sequence[Reducer], prompt: Prompt, tower_width
     score = 0
     for site, reducer, stage in passing(reducers, prompt.images, counts):
         at, before = site.layer, max(0, site.layer - 1)
-        if not isinstance(site, InEncoder):
+        if site.place == "decoder":
             sizes = Workload(
                 tuple(prompt.images),
                 tuple(counts[at]),

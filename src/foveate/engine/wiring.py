@@ -1,4 +1,8 @@
-"""Who acts where in a model, and the signals that this takes; everything is checked before a hook is set."""
+"""Who acts where in a model, and the signals that this takes; everything is checked before a hook is set.
+
+What each type of site does stands in one table, `foveate.contract.sites`. Here it becomes three: what acts in front of blocks of the tower,
+in front of decoder layers, and around one decoder layer. The driver sets a hook for each of these, and knows no site.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from foveate.anatomy import Anatomy
-from foveate.contract import GROUPS, Attention, BeforeProcessor, InEncoder, Keys, Signal, ThroughLayer
+from foveate.contract import GROUPS, Attention, Keys, Signal
 from foveate.engine.replay import ReplayInTower
 from foveate.engine.tower_cuts import Carried
 from foveate.errors import FoveateError
@@ -33,17 +37,17 @@ class Wiring:
         for reducer in reducers:
             for number, site in enumerate(reducer.sites(depth)):
                 step = reducer, number
-                if isinstance(site, BeforeProcessor):
+                if site.decides is None:  # `foveate.reducers.Preparing` sees to it
                     continue
-                if isinstance(site, InEncoder):
-                    found.tower.setdefault(site.block, []).append(step)
+                if site.place == "tower":
+                    found.tower.setdefault(site.index, []).append(step)
                     found.tower_needs.update(site.needs)
                     continue
                 if site.layer >= depth:
                     if not reducer.beyond:
                         raise FoveateError(f"{reducer}: there is no decoder layer {site.layer} to act at; choose one from 0 to {depth - 1}")
                     continue
-                if not isinstance(site, ThroughLayer):
+                if site.lasts:
                     found.cuts.setdefault(site.layer, []).append(step)
                 elif found.through.setdefault(site.layer, step) != step:
                     raise FoveateError(f"two reducers say what goes through decoder layer {site.layer}; leave one of them out")

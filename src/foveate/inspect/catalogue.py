@@ -10,7 +10,6 @@ from rich.table import Table
 
 from foveate.anatomy import TESTED
 from foveate.bridges import BRIDGES
-from foveate.contract import BeforeLM, BeforeProcessor
 from foveate.reducers import METHODS, Reducer
 
 _DEPTH = 32  # decoder layers of the 7B models that the papers speak of
@@ -18,11 +17,10 @@ _DEPTH = 32  # decoder layers of the 7B models that the papers speak of
 
 def acts(method: type[Reducer]) -> str:
     """Where a method's default setting acts in a language model of 32 layers."""
-    sites = method().sites(_DEPTH)
-    layers = [str(site.layer) for site in sites if not isinstance(site, BeforeLM | BeforeProcessor)]
-    before = ["the image, before the processor"] if any(isinstance(site, BeforeProcessor) for site in sites) else []
-    before += ["before the LM"] if any(isinstance(site, BeforeLM) for site in sites) else []
-    return ", ".join(before + ([f"from layer {', '.join(layers)}"] if layers else []))
+    found: dict[str, list[str]] = {}
+    for site in method().sites(_DEPTH):
+        found.setdefault(site.words, []).append(str(site.index))
+    return ", ".join(words.format(", ".join(indices)) for words, indices in found.items())
 
 
 def needs(method: type[Reducer]) -> str:

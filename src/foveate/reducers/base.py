@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from PIL.Image import Image
 
-from foveate.contract import BeforeProcessor, Decision, ImageSize, InEncoder, Site, ThroughLayer, View, Workload
+from foveate.contract import Decision, ImageSize, Site, View, Workload
 from foveate.errors import FoveateError, nearest
 
 SAVED_NAME = "foveate.json"
@@ -185,12 +185,11 @@ Step = tuple[Site, Reducer, int]
 def acting(reducers: Sequence[Reducer], num_layers: int) -> list[Step]:
     """(site, reducer, stage) in the order in which they act in the model: the tower's by block, then by decoder layer."""
     sites = [(site, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers))]
-    sites = [at for at in sites if at[0].layer < num_layers and not isinstance(at[0], BeforeProcessor)]
+    sites = [at for at in sites if at[0].layer < num_layers and at[0].place != "image"]
 
     def order(at: tuple[Site, int, int]) -> tuple[int, ...]:
         site, i, stage = at
-        block = site.block if isinstance(site, InEncoder) else -1
-        return (site.layer, isinstance(site, ThroughLayer), block < 0, block, i, stage)
+        return (site.layer, not site.lasts, site.place != "tower", site.index, i, stage)
 
     return [(site, reducers[i], stage) for site, i, stage in sorted(sites, key=order)]
 
@@ -203,13 +202,13 @@ def passing(reducers: Sequence[Reducer], images: Sequence[ImageSize], counts: li
     in_tower = [size.tokens for size in whole]
     for site, reducer, stage in acting(reducers, len(counts)):
         yield site, reducer, stage
-        if isinstance(site, InEncoder):
+        if site.place == "tower":
             in_tower = reducer.count(Workload(whole, tuple(in_tower)), stage)
             each = iter(in_tower)
             left = [sum(next(each) for _ in parts) for parts in crops]
         else:
             left = reducer.count(Workload(tuple(images), tuple(counts[site.layer])), stage)
-        end = site.layer + 1 if isinstance(site, ThroughLayer) else len(counts)
+        end = len(counts) if site.lasts else site.layer + 1
         counts[site.layer : end] = [left] * (end - site.layer)
 
 

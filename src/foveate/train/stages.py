@@ -24,7 +24,6 @@ from foveate.accounting import Trained, image_shape, image_tokens
 from foveate.accounting.dry_run import encode, skeleton
 from foveate.anatomy import read
 from foveate.bridges import Bridge, build_bridge, complete_config
-from foveate.contract import InEncoder
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
 from foveate.model.assembly import refuse_file
@@ -327,7 +326,7 @@ def check_reducers(reducers: list[Reducer], config: Any) -> None:
     attach(model, reducers, record="none").detach()
     sites = [site for site, _, _ in acting(reducers, len(read(model).layers))]
     needs = [signal for site in sites for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
-    if not is_assembled(config) or not (needs or any(isinstance(site, InEncoder) for site in sites)):
+    if not is_assembled(config) or not (needs or any(site.place == "tower" for site in sites)):
         return
     try:
         encode(config, pictures(config), needs)
