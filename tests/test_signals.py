@@ -25,10 +25,8 @@ from foveate.contract import (
     View,
     Workload,
 )
-from foveate.probes.places import over_boxes, places
-from foveate.probes.tower import carry
 from foveate.reducers.base import Reducer
-from foveate.tokens import Kind, TokenMap, top
+from foveate.tokens import TokenMap, top
 from tests.tiny import IMAGE, MODELS, PATCHES, ROWS, Batch, assembled, llava
 
 
@@ -243,49 +241,3 @@ def test_rows_against_the_whole_softmax(kind: str, softcap: float | None) -> Non
     torch.testing.assert_close(received[0], whole[0][:, chosen[0]].mean((0, 1)))
     assert not received[1].any()
     torch.testing.assert_close(AttentionRows.of(whole).received(chosen), received)
-
-
-def test_patches_become_tokens() -> None:
-    """A raster of 4 x 4 patches, two crops of it, and what the model may make of them."""
-    x = torch.arange(16.0)
-    blocks = [2.5, 4.5, 10.5, 12.5]
-
-    def carried(length: int, crops: list[Tensor], grouped: int = 0, **options: Any) -> list[list[float]]:
-        return [v.tolist() for v in carry(crops, [places(length, crops=len(crops), **options)], grouped=grouped)]
-
-    assert carried(16, [x]) == [x.tolist()]
-    assert carried(4, [x], grouped=4) == [[1.5, 5.5, 9.5, 13.5]]
-    assert carry([x], [places(2, frames=1)], grouped=4)[0].tolist() == [5.5, 9.5]  # two frames of two tokens become one
-    assert carried(4, [x]) == [blocks]  # means of 2 x 2
-    assert carried(8, [x, x + 16]) == [[*blocks, *(b + 16 for b in blocks)]]
-    assert carried(9, [x]) == [[2.5, 3.5, 4.5, 6.5, 7.5, 8.5, 10.5, 11.5, 12.5]]  # 3 x 3 of 4 x 4: windows that overlap
-    assert carried(17, [x], before=[Kind.CLS]) == [[0.0, *x.tolist()]]
-    assert carried(17, [x], newline=True) == [[*x.tolist(), 0.0]]
-    with pytest.raises(FoveateError, match="16 patches of the tower became 6 tokens"):
-        carried(6, [x])
-    with pytest.raises(FoveateError, match="16 patches of the tower became 6 tokens"):
-        carried(6, [x], grouped=4)
-    order = torch.tensor([2, 0, 3, 1])  # the tower's first group is the raster's third
-    assert carry([x], [places(4)], grouped=4, order=order)[0].tolist() == [5.5, 13.5, 1.5, 9.5]
-    boxes = [(0, 0, 4, 4), (0, 2, 1, 4)]
-    assert carry([x], [places(2)], boxes=(boxes, (4, 4)))[0].tolist() == [7.5, 2.5]
-
-
-def test_places_of_tokens() -> None:
-    kind, place = places(9, crops=1, frames=2, newline=True)
-    assert kind.tolist() == [Kind.PATCH] * 8 + [Kind.NEWLINE]
-    assert place[:, 1].tolist() == [0] * 4 + [1] * 4 + [-1]
-    assert place[:, 2:].tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]] * 2 + [[-1, -1]]
-    kind, place = places(10, crops=2, before=[Kind.CLS])
-    assert kind.tolist() == ([Kind.CLS] + [Kind.PATCH] * 4) * 2
-    assert place[:, 0].tolist() == [0] * 5 + [1] * 5
-    assert place[5:7, 2:].tolist() == [[-1, -1], [0, 0]]
-    assert places(24, shape=(8, 12))[1][:, 2:].max(0).values.tolist() == [3, 5]  # the proportions of the picture
-    assert places(7)[1].unique().tolist() == [-1]
-    assert over_boxes([(0, 0, 2, 2), (0, 2, 2, 4), (2, 0, 4, 2), (2, 2, 4, 4)], torch.device("cpu"))[1][:, 2:].tolist() == [
-        [0, 0],
-        [0, 1],
-        [1, 0],
-        [1, 1],
-    ]
-    assert over_boxes([(0, 0, 4, 4), (0, 0, 2, 2)], torch.device("cpu"))[1].unique().tolist() == [-1]

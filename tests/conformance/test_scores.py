@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import foveate
-from foveate.anatomy import read
+from foveate.anatomy import blocks, extras_of, read
 from foveate.contract import Attention, ClsAttention, Cut, FromLayer, ReceivedAttention, Site, View, Workload
 from foveate.errors import NotApplicable
-from foveate.probes.tower import TowerProbes, blocks, extras_of
+from foveate.probes.tower import TowerProbes
 from foveate.reducers import Reducer
 from foveate.tokens import TokenMap
 from tests.conformance.checks import load

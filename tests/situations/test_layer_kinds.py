@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 import foveate
-from foveate.anatomy import attends, read
+from foveate.anatomy import attends, blocks, read
 from foveate.errors import NotApplicable
-from foveate.probes.tower import blocks
 from tests.conformance.family import families
 from tests.tiny import Batch, llava, prompt
 

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, Dinov2WithRegistersConfig, LlamaConfig, SiglipVisionConfig
 
 import foveate
-from foveate.anatomy import attends, read
+from foveate.anatomy import attends, blocks, extras_of, read
 from foveate.contract import AttentionRows, ClsAttention
 from foveate.errors import NotApplicable
-from foveate.probes.tower import blocks, extras_of, values_of
+from foveate.probes.tower import values_of
 from foveate.tokens import Kind
 from tests.conformance.family import families
 

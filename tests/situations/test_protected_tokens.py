@@ -20,9 +20,10 @@ from transformers.models.llama4.configuration_llama4 import Llama4VisionConfig
 from transformers.models.llama4.modeling_llama4 import Llama4VisionModel
 
 import foveate
+from foveate.anatomy import blocks, extras_of
 from foveate.contract import ClsAttention, ReceivedAttention, TowerKeys
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
-from foveate.probes.tower import TowerProbes, blocks, extras_of
+from foveate.probes.tower import TowerProbes
 from foveate.reducers import ToMe
 from foveate.reducers.tome import bipartite
 from foveate.tokens import Kind

@@ -22,11 +22,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForImageTextToText
 
 from foveate.accounting.counter import Counter
-from foveate.anatomy import read
+from foveate.anatomy import blocks, extras_of, read
 from foveate.contract import ImageSize, Signal, TowerKeys
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded, Encodings, Item
-from foveate.probes.tower import blocks, extras_of
 from foveate.tokens import Kind
 
 _aten = torch.ops.aten

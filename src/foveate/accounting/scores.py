@@ -9,9 +9,9 @@ from typing import Any
 from foveate.accounting.dry_run import encode, skeleton
 from foveate.accounting.prompts import Calls, Prompt, vision_of
 from foveate.accounting.stack import decoder, stack_of
-from foveate.anatomy import read
+from foveate.anatomy import blocks, read
 from foveate.contract import ImageSize, Workload
-from foveate.probes.tower import TOWER_SIGNALS, blocks
+from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer
 from foveate.reducers.base import Step, acting, passing
 

@@ -1,14 +1,29 @@
-"""How a model of the library is read: where its images enter, where its layers are, what they attend to."""
+"""How a model of the library is read: where its images enter, how their tokens lie, where its layers are, what they attend to."""
 
-from foveate.anatomy.reading import (
-    MODALITIES,
-    TESTED,
-    Anatomy,
-    attends,
-    forget_reader,
-    read,
-    register_reader,
-    tensor_parallel_group,
-)
+from foveate.anatomy.layers import attends, tensor_parallel_group
+from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
+from foveate.anatomy.raster import Laid, places
+from foveate.anatomy.reading import MODALITIES, TESTED, Anatomy, features_of, forget_reader, read, register_reader
+from foveate.anatomy.tower import Extras, blocks, columns_of, extras_of
 
-__all__ = ["MODALITIES", "TESTED", "Anatomy", "attends", "forget_reader", "read", "register_reader", "tensor_parallel_group"]
+__all__ = [
+    "MODALITIES",
+    "TESTED",
+    "Anatomy",
+    "Arrangement",
+    "Boxes",
+    "Extras",
+    "Laid",
+    "Media",
+    "Patches",
+    "attends",
+    "blocks",
+    "columns_of",
+    "extras_of",
+    "features_of",
+    "forget_reader",
+    "places",
+    "read",
+    "register_reader",
+    "tensor_parallel_group",
+]

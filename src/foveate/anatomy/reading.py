@@ -1,20 +1,22 @@
 """How a Hugging Face VLM is opened: where its images enter and where its decoder layers are.
 
-One generic reading by the names that the library's VLMs share (`get_image_features`, `get_placeholder_mask`, `language_model`).
-What cannot be read gives an error that names the missing part.
+One generic reading by the names that the library's VLMs share (`get_image_features`, `get_placeholder_mask`, `language_model`). What only
+some families have is in `families`, one such shape a file. What cannot be read gives an error that names the missing part.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.vision_utils import get_vision_window_index
 
+from foveate.anatomy import families
+from foveate.anatomy.layers import attends
+from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
+from foveate.anatomy.raster import places
 from foveate.errors import FoveateError, NotApplicable, Reason
 
 # By model type, what a model wants beside transformers. Any model that shares these shapes is served; these are tested.
@@ -63,10 +65,8 @@ TESTED = {
 }
 MODALITIES = ("image", "video")
 _LANGUAGE = ("language_model", "text_model")
-_SLOT_METHODS = ("get_placeholder_mask", "inputs_merger")  # know which slots the features go to, the first of them by its result
+_SLOT_METHODS = ("get_placeholder_mask", families.merger.METHOD)  # know which slots the features go to, the first of them by its result
 _TOWERS = ("vision_tower", "vision_model", "visual", "image_tower", "vision_encoder")
-# Arguments of a decoder: visual slots, features to be added to them, and the offset from the features' number to the layer that sees them.
-_INJECTED = (("visual_pos_masks", "deepstack_visual_embeds", 1), ("vision_mask", "deepstack_features", 0))
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Anatomy:
 
     def tower_of(self, modality: str) -> nn.Module:
         """The tower of images or of videos, mostly one and the same."""
-        own = getattr(self.core, f"{modality}_tower", None)
-        return own if isinstance(own, nn.Module) else self.tower
+        own = families.two_towers.tower_of(self.core, modality)
+        return self.tower if own is None else own
 
     @property
     def tower(self) -> nn.Module:
@@ -152,30 +152,6 @@ class Anatomy:
             for module in called.values() if isinstance(called, nn.ModuleDict) else called:
                 parts[module] = "tower" if module in towers else "bridge"
         return parts
-
-    @property
-    def merge(self) -> int | None:
-        """Sides of the block of patches that becomes one token, where the vision configuration says so (the Qwen-VL way)."""
-        config = getattr(getattr(self.core, "config", None), "vision_config", None)
-        side = getattr(config, "spatial_merge_size", None)
-        return None if side is None else int(side)
-
-    @property
-    def resampled(self) -> bool:
-        """Whether learned queries make the tokens, so that none of them belongs to certain patches."""
-        projector = getattr(self.core, "multi_modal_projector", None)
-        return isinstance(projector, nn.Module) and any("quer" in name for name, _ in projector.named_parameters(recurse=False))
-
-    @property
-    def grouped(self) -> bool:
-        """Whether the tower orders its patches so that those of one token stand side by side."""
-        return hasattr(self.tower, "spatial_merge_size")
-
-    @property
-    def marks(self) -> tuple[bool, bool, bool]:
-        """Whether the tower itself puts a mark in front of each picture, a newline after each row of tokens, a mark after the picture."""
-        named = {name.rpartition(".")[2] for name, _ in self.tower.named_parameters()} if self.has_tower else set()
-        return "image_begin" in named, "image_newline" in named, "image_end" in named
 
     def recurrent(self, layer: int) -> bool:
         """Whether a decoder layer recurs or convolves along the sequence instead of attending, whatever its type is called."""
@@ -201,51 +177,77 @@ class Anatomy:
         window = getattr(self.text_config, "sliding_window", None)
         return int(window) if window and (types is None or "sliding" in types[layer]) else None
 
-    def kept(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
-        """By modality, which of its features enter the language model, (tokens,) bool, from the arguments of the core; None: all."""
-        return {"video": kwargs.get("video_compression_mask")}
+    # ---- how the tokens of a picture lie, and what else only some families have: see `families`
 
-    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """(B, N) bool: the slots of image features, for models that have no method to say so."""
-        config: Any = self.core.config
-        token = config.image_token_id
-        if input_ids is not None:
-            return input_ids.eq(token)
-        embed: Any = self.core.get_input_embeddings()  # type: ignore[operator]
-        slots: Tensor = (inputs_embeds == embed.weight[token].to(inputs_embeds.dtype)).all(-1)
-        return slots
+    @property
+    def overheard(self) -> dict[str, Callable[[dict[str, Any], Any], Any]]:
+        """By the name of a method of the core that is called while pictures are encoded, what to remember of its arguments and result."""
+        return {name: remember for name, remember in families.OVERHEARD.items() if hasattr(self.core, name)}
 
-    def boxes(self, pixels: Tensor) -> tuple[list[tuple[int, int, int, int]], tuple[int, int]] | None:
+    def arrangement(self, media: Media) -> Arrangement:
+        """How the tokens of a call that encodes lie in their pictures."""
+        packed = families.mosaic.arranged(media)
+        if packed is not None:
+            return packed
+        rasters = self.rasters(media.given)
+        if rasters is None:
+            laid = next(found for shape in families.LAID if (found := shape(media)) is not None)
+        else:
+            laid = [places(n, shape=shape, device=media.device) for n, shape in zip(media.lengths, rasters, strict=True)]
+        return Arrangement([families.newlines.told_apart(self.core, *each) for each in zip(laid, media.features, strict=True)])
+
+    def patches(self, media: Media) -> Patches:
+        """How the tower's patches become the tokens of a call. NotApplicable where that is not known."""
+        return families.grids.patches(media) or Patches(boxes=media.boxes)
+
+    def contents(self, media: Media) -> list[Tensor]:
+        """What each item of a call is told apart by: its pixels, or its features where these are all there is."""
+        pixels = media.pixels_given
+        if pixels is not None:
+            by_grid = families.grids.pixels_of(media, pixels)
+            pixels = families.crops.pixels_of(pixels) if by_grid is None else by_grid
+        return media.features if pixels is None or len(pixels) != len(media.features) else list(pixels)
+
+    @property
+    def merge(self) -> int | None:
+        """Sides of the block of patches that becomes one token, where the vision configuration says so (the Qwen-VL way)."""
+        return families.grids.merge(self.core)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether the tower orders its patches so that those of one token stand side by side."""
+        return families.grids.grouped(self.tower)
+
+    @property
+    def marks(self) -> tuple[bool, bool, bool]:
+        """Whether the tower itself puts a mark in front of each picture, a newline after each row of tokens, a mark after the picture."""
+        return families.marks.marks(self.tower) if self.has_tower else (False, False, False)
+
+    @property
+    def resampled(self) -> bool:
+        """Whether learned queries make the tokens, so that none of them belongs to certain patches."""
+        return families.queries.resampled(self.core)
+
+    def boxes(self, pixels: Tensor) -> Boxes | None:
         """Of a model whose bridge says so: from which box of patches each token is made, and the grid of patches."""
-        bridge: Any = getattr(self.core, "bridge", None)
-        if not hasattr(bridge, "boxes"):
-            return None
-        config: Any = self.core.config
-        grid = config.patch_grid(*pixels.shape[-2:])
-        return bridge.boxes(grid), grid
+        return families.boxes.boxes(self.core, pixels)
 
     def window_order(self, grids: Tensor | None) -> Tensor | None:
         """Of a tower that puts its groups of patches in order of windows: that order."""
-        tower: Any = self.tower
-        if grids is None or not hasattr(tower, "fullatt_block_indexes"):
-            return None
-        order, _ = get_vision_window_index(
-            grids, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size, kwargs={}
-        )
-        return order
+        return None if grids is None else families.windows.order(self.tower, grids)
+
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(B, N) bool: the slots of image features, for models that have no method to say so."""
+        return families.merger.placeholders(self.core, input_ids, inputs_embeds)
+
+    def kept(self, kwargs: dict[str, Any]) -> dict[str, Tensor | None]:
+        """By modality, which of its features enter the language model, (tokens,) bool, from the arguments of the core; None: all."""
+        return families.compression.kept(kwargs)
 
     def injected(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, dict[int, Tensor]] | None:
         """What the decoder adds to its visual slots in front of some layers (DeepStack): its arguments without that, the slots (B, N), and
         by layer the features (tokens, D). None where nothing is added."""
-        for slots, features, behind in _INJECTED:
-            given = kwargs.get(features)
-            if given is None:
-                continue
-            layers = given.items() if isinstance(given, dict) else enumerate(given)
-            mask = kwargs[slots]
-            mask = mask[..., 0] if mask.ndim == 3 else mask
-            return {**kwargs, slots: None, features: None}, mask, {layer + behind: f for layer, f in layers}
-        return None
+        return families.deepstack.injected(kwargs)
 
 
 Reader = Callable[[nn.Module], Anatomy | None]
@@ -292,41 +294,16 @@ def read(model: nn.Module) -> Anatomy:
             "scores a reducer needs: reducers cannot be attached to it, nor is it trained by a recipe"
         )
     layers: Any = decoder.layers
-    if getattr(decoder.config, "num_kv_shared_layers", 0):
-        raise NotApplicable(
-            Reason.SHARED_KEYS,
-            f"{name}: its last layers read the keys of earlier ones, so that a cut in front of them would not meet its keys",
-        )
+    families.shared_keys.refuse(name, decoder.config)
     return Anatomy(core, decoder, layers)
 
 
-def attends(layer: nn.Module) -> bool:
-    """Whether a layer attends: a part of it calls the library's attention interface (or torch's attention), whose masks have four
-    dimensions. What recurs or convolves along the sequence has a mask (batch, tokens) at most, whatever the configuration calls it."""
-    kinds: set[Any] = {type(module) for module in layer.modules()}
-    return any(map(_calls_interface, kinds))
-
-
-@functools.cache
-def _calls_interface(kind: Any) -> bool:
-    for base in kind.__mro__:  # a subclass may hand on to its base
-        code = getattr(inspect.unwrap(vars(base).get("forward", kind)), "__code__", None)
-        if code is not None and {"ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention"} & set(code.co_names):
-            return True
-    return False
-
-
-def tensor_parallel_group(layer: nn.Module) -> Any:
-    """The ranks over which a layer's heads are shared out (a torch.distributed.ProcessGroup), None where this rank has all of them."""
-    parameter: Any
-    for parameter in layer.parameters():
-        mesh = getattr(parameter, "device_mesh", None)  # of a DTensor
-        if mesh is None or "tp" not in (mesh.mesh_dim_names or ()):
-            continue
-        dimension = mesh.mesh_dim_names.index("tp")
-        if mesh.size(dimension) > 1 and parameter.placements[dimension].is_shard():
-            return mesh.get_group(dimension)
-    return None
+def features_of(outputs: Any) -> list[Tensor]:
+    """(L, D) features of each item that a model's encoding has returned."""
+    features = outputs.pooler_output if hasattr(outputs, "pooler_output") else outputs
+    if features is None:  # not pooled, or all of them enter between the layers
+        features = families.deepstack.features(outputs)
+    return list(outputs.last_hidden_state if features is None else features)
 
 
 def _is_core(module: nn.Module) -> bool:

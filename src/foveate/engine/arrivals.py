@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.anatomy import MODALITIES, Anatomy
+from foveate.anatomy import MODALITIES, Anatomy, features_of
 from foveate.contract import Signal
 from foveate.errors import FoveateError
-from foveate.probes.encoding import Item, features_of, names_of, unseen
+from foveate.probes.encoding import Item, names_of, unseen
 from foveate.probes.watched import Watched
 from foveate.tokens import Kind, Layout
 

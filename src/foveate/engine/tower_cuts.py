@@ -12,7 +12,6 @@ that groups are equal at every level.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from foveate.anatomy import Extras, blocks, columns_of, extras_of
 from foveate.contract import GROUPS, BeforeLM, Cut, Noise, Signal, Site, View, Workload, content_keys
 from foveate.engine.replay import ReplayInTower, decide
 from foveate.errors import FoveateError, NotApplicable, Reason
@@ -27,7 +27,7 @@ from foveate.probes.hooks import Hook
 from foveate.probes.layer import LayerProbe
 from foveate.probes.live import Live
 from foveate.probes.marker import scoring
-from foveate.probes.tower import TOWER_SIGNALS, Extras, blocks, extras_of, probe_of, values_of
+from foveate.probes.tower import TOWER_SIGNALS, probe_of, values_of
 from foveate.probes.tower_pass import TowerPass
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import into
@@ -218,21 +218,12 @@ class Encoder:
         visual = kind == Kind.PATCH
         place = torch.full((C, n, len(PLACE)), -1, dtype=torch.int64, device=device)
         place[..., 0] = torch.where(visual, torch.arange(C, device=device)[:, None], -1)
-        columns = self._columns(patches, pixels)
+        columns = columns_of(self.tower, patches, pixels)
         if columns:
             rank = torch.arange(patches, device=device)
             place[:, self.prefix :, 3], place[:, self.prefix :, 4] = rank // columns, rank % columns
         position = torch.arange(n, device=device).expand(C, n)
         return Layout(kind, torch.ones_like(visual), position, place, visual.to(torch.float32))
-
-    def _columns(self, patches: int, pixels: Tensor | None) -> int:
-        """Columns of the raster of a crop's patches, 0 where it is not known."""
-        size = getattr(self.tower.config, "patch_size", None)
-        if pixels is not None and pixels.ndim == 4 and isinstance(size, int):
-            rows, columns = pixels.shape[-2] // size, pixels.shape[-1] // size
-            return columns if rows * columns == patches else 0
-        side = math.isqrt(patches)
-        return side if side * side == patches else 0
 
 
 @dataclass

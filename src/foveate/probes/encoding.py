@@ -5,21 +5,23 @@ videos) returns, an image, a tile or a video. The calls are watched, and what is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from foveate.anatomy import MODALITIES, Anatomy
-from foveate.contract import Noise, Signal, content_keys
+from foveate.anatomy import MODALITIES, Anatomy, Extras, Laid, Media, Patches, extras_of, features_of, places
+from foveate.contract import GROUPS, Noise, Signal, content_keys
+from foveate.errors import NotApplicable, Reason
 from foveate.probes.hooks import Hook
 from foveate.probes.live import Live
-from foveate.probes.places import Described, Encoding, places
-from foveate.probes.tower import TOWER_SIGNALS, Extras, TowerProbes, extras_of
+from foveate.probes.marker import scoring
+from foveate.probes.tower import TOWER_SIGNALS, TowerProbes, carry
 from foveate.probes.tower_pass import TowerPass
 from foveate.probes.watched import Watched
+from foveate.tokens import Kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,13 +49,21 @@ def stand_in(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Item(Described):
-    """What is known of one item.
+class Item:
+    """What is known of one item of L tokens.
 
+    key     () int64 hash of its pixels (of its features, where these are all there is)
+    kind    (L,) int64, a `Kind`
+    place   (L, 4) int64: crop, frame, row, column in it, -1 where that is not known
+    values  what the tower says of each token, (L,) or (L, h)
     call    the call that encoded it, and this item's share of its cost
     tower   what was cut in the tower meanwhile, by its calls
     """
 
+    key: Tensor | None
+    kind: Tensor
+    place: Tensor
+    values: dict[Signal, Tensor] = field(default_factory=dict)
     call: tuple[Encoded, Fraction] | None = None
     tower: tuple[TowerPass, ...] = ()
 
@@ -77,13 +87,12 @@ class TowerCuts(Protocol):
 
 
 class _Call(Live):
-    """The call under way: how many crops each call of the tower had and tokens each crop, what was packed, and what pooling has left."""
+    """The call under way: how many crops each call of the tower had and tokens each crop, and what of other methods was overheard."""
 
     def __init__(self) -> None:
         self.under_way = False
         self.crops: list[tuple[int, int]] = []
-        self.packing: dict[str, Any] | None = None
-        self.pooled: int | None = None
+        self.overheard: dict[str, Any] = {}
 
 
 class Encodings:
@@ -104,13 +113,9 @@ class Encodings:
         self._extras = {modality: extras_of(of) for modality, of in towers.items()}
         self.keyed = any(isinstance(signal, Noise) for signal in needs)
         self._call = _Call()
-        core: Any = anatomy.core
-        watched = dict.fromkeys(anatomy.encodings, self._encode)
-        if hasattr(core, "pack_image_features"):
-            watched["pack_image_features"] = self._packed
-        if hasattr(core, "apply_pooling"):
-            watched["apply_pooling"] = self._pooled
-        self._watched = [Watched(core, name, note) for name, note in watched.items()]
+        self._remembered = anatomy.overheard
+        watched = dict.fromkeys(anatomy.encodings, self._encode) | dict.fromkeys(self._remembered, self._overhear)
+        self._watched = [Watched(anatomy.core, name, note) for name, note in watched.items()]
         self._hooks = [of.register_forward_hook(Hook(self._after_tower)) for of in set(towers.values())]
 
     def remove(self) -> None:
@@ -128,20 +133,16 @@ class Encodings:
         crops = int(states.shape[0]) if isinstance(states, Tensor) and states.ndim > 2 else 0
         self._call.crops.append((crops, int(states.shape[1]) if isinstance(states, Tensor) and states.ndim == 3 else 0))
 
-    def _packed(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._call.packing = watched.given(args, kwargs)
-        return watched.method(*args, **kwargs)
-
-    def _pooled(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _overhear(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = watched.method(*args, **kwargs)
-        self._call.pooled = int(result.shape[1])
+        self._call.overheard[watched.name] = self._remembered[watched.name](watched.given(args, kwargs), result)
         return result
 
     def _encode(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self._call
         if now.under_way:  # one of the two may call the other
             return watched.method(*args, **kwargs)
-        now.crops, now.packing, now.pooled, now.under_way = [], None, None, True
+        now.crops, now.overheard, now.under_way = [], {}, True
         for encoder in self._encoders.values():
             encoder.take()  # of calls that came from elsewhere
         try:
@@ -154,13 +155,44 @@ class Encodings:
         acting = self._encoders.get(modality)
         cuts = acting.take() if acting is not None else []
         merged = acting.groups(cuts) if acting is not None else None
-        extras = self._extras.get(modality, Extras())
-        seen = Encoding(self.anatomy, modality, features, given, now.crops, now.packing, now.pooled, extras)
-        described = seen.described(keyed=self.keyed, probes=self.probes.get(modality), merged=merged)
-        now.crops, now.packing, now.pooled = [], None, None
-        items = [Item(item.key, item.kind, item.place, item.values, call, tuple(cuts)) for item in described]
-        self._sink(modality, items, features)
+        media = Media(self.anatomy, modality, features, given, now.crops, now.overheard, self._extras.get(modality, Extras()))
+        described = self._described(media, merged)
+        now.crops, now.overheard = [], {}
+        self._sink(modality, [replace(item, call=call, tower=tuple(cuts)) for item in described], features)
         return outputs
+
+    def _described(self, media: Media, merged: Sequence[Tensor] | None) -> list[Item]:
+        """The items of a call one by one; `merged` is crop by crop what was merged in the tower, where something acts there. NotApplicable
+        where that, or scores, cannot be carried to the tokens."""
+        keys: Iterable[Tensor | None] = content_keys(self.anatomy.contents(media)) if self.keyed else [None] * len(media.features)
+        arrangement = self.anatomy.arrangement(media)
+        values: dict[Signal, list[Tensor]] = {} if merged is None else {GROUPS: carry_groups(media, arrangement.parts, merged)}
+        probes = self.probes.get(media.modality)
+        if probes is not None:
+            how = self.anatomy.patches(media)
+            with scoring():
+                said = probes.read(how.segments)
+            values |= {signal: carry(crops, arrangement.parts, how) for signal, crops in said.items()}
+        items = [Item(key, *laid, of) for key, (laid, of) in zip(keys, arrangement.items(values), strict=True)]
+        for item, made in zip(items, media.features, strict=True):
+            if merged is not None:
+                check_groups(item.values[GROUPS], made, item.kind)
+        return items
+
+
+def carry_groups(media: Media, parts: Sequence[Laid], merged: Sequence[Tensor]) -> list[Tensor]:
+    """What was merged in the tower, `Groups` of each crop, to the tokens of each part. NotApplicable where there is not one token for each
+    patch."""
+    patches, tokens = sum(map(len, merged)), sum(int((laid.kind == Kind.PATCH).sum()) for laid in parts)
+    boxes = media.boxes
+    ordered = boxes is None or [(r, c, r + 1, c + 1) for r in range(boxes[1][0]) for c in range(boxes[1][1])] == list(boxes[0])
+    if patches != tokens or not ordered or media.anatomy.resampled:
+        raise NotApplicable(
+            Reason.NOT_BY_PATCH,
+            f"{patches} patches of the tower become {tokens} tokens, not one of each: what is merged in the tower cannot be carried "
+            "to the language model; act before it instead",
+        )
+    return carry(list(merged), parts, Patches())
 
 
 def unseen(features: Tensor, keyed: bool) -> Item:
@@ -169,17 +201,23 @@ def unseen(features: Tensor, keyed: bool) -> Item:
     return Item(content_keys([features])[0] if keyed else None, kind, place)
 
 
-def features_of(outputs: Any) -> list[Tensor]:
-    """(L, D) features of each item that a model's encoding has returned."""
-    features = outputs.pooler_output if hasattr(outputs, "pooler_output") else outputs
-    if features is None:
-        # Not pooled, or all of them enter between the layers, level by level; each level has the same items.
-        levels = getattr(outputs, "deepstack_features", None)
-        features = levels[0][1] if levels else outputs.last_hidden_state
-    return list(features)
-
-
 def names_of(features: Sequence[Tensor]) -> list[int]:
     """By which features are found again: a hash of their rows' sums, bit for bit the same for the same features."""
     sums = [f.detach().flatten(1).to(torch.float32).sum(-1) for f in features]
     return content_keys(sums).tolist() if sums else []
+
+
+def check_groups(groups_L2: Tensor, features_LD: Tensor, kind: Tensor) -> None:
+    """NotApplicable where tokens of one group differ: then something on the way from tower to tokens looks at more than one of them."""
+    patch = (kind == Kind.PATCH).nonzero()[:, 0]
+    kept, own = groups_L2[patch].unbind(-1)
+    if bool((groups_L2 != groups_L2.round()).any()):
+        raise NotApplicable(Reason.NOT_BY_PATCH, "tokens are interpolated between patches, so that none stands for one of them")
+    order = own.argsort(stable=True)
+    at = torch.searchsorted(own[order], kept.contiguous()).clamp(max=max(len(own) - 1, 0))
+    there = own[order][at] == kept
+    features = features_LD.detach()[patch].float()
+    difference = (features[there] - features[order[at[there]]]).abs()
+    # Rows of one product may differ in their last bits; positions added behind the tower, or a convolution, differ in their first.
+    if difference.numel() and bool(difference.max() > 0.02 * features.abs().max()):
+        raise NotApplicable(Reason.NOT_BY_PATCH, "behind the tower patches are mixed, or told apart by their places; act before the LM")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from foveate.anatomy import attends
+from foveate.anatomy import Extras, Laid, Patches, blocks, extras_of
 from foveate.contract import AttentionRows, ClsAttention, ReceivedAttention, Signal, TowerKeys
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.hooks import Hook
@@ -23,29 +23,6 @@ from foveate.probes.layer import LayerProbe
 from foveate.tokens import Kind
 
 TOWER_SIGNALS = (ClsAttention, ReceivedAttention, TowerKeys)
-
-
-def blocks(tower: nn.Module) -> nn.ModuleList:
-    """The tower's attention blocks. FoveateError for a tower without any (convolutions)."""
-    found = _longest(tower)
-    if found is None:
-        name = type(tower).__name__
-        raise NotApplicable(
-            Reason.NO_TOWER_ATTENTION,
-            f"{name} has no attention that can be read (convolutions, or blocks that are not of transformers); use another method",
-        )
-    layers: nn.ModuleList = tower.get_submodule(found)  # type: ignore[assignment]
-    return layers
-
-
-def _longest(tower: nn.Module) -> str | None:
-    """The name of the tower's longest list of blocks that attend."""
-    lists = {
-        name: len(module)
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and attends(module[0])
-    }
-    return max(lists, key=lists.__getitem__) if lists else None
 
 
 class TowerProbes:
@@ -114,74 +91,22 @@ def values_of(signal: Signal, call: AttentionRows, extras: Extras) -> list[Tenso
     return list(extras.patches(values))
 
 
-class Extras(NamedTuple):
-    """The tokens that a tower has beside its patches.
-
-    cls     whether the first of them (the only one, `behind`) is a [CLS] token
-    number  how many there are, registers and a distillation token among them
-    behind  whether they stand behind the patches, rather than before them
-    """
-
-    cls: bool = False
-    number: int = 0
-    behind: bool = False
-
-    def patches(self, values: Tensor) -> Tensor:
-        """(C, P, ...) of (C, n, ...), what was said of all tokens."""
-        start = 0 if self.behind else self.number
-        return values[:, start : start + values.shape[1] - self.number]
-
-
-def extras_of(tower: nn.Module) -> Extras:
-    """The [CLS] token, registers and distillation token of a tower, by the names of its parameters. Those that it has behind its blocks
-    belong to a head, which pools its patches, and never enter the sequence."""
-    within = _longest(tower)
-    cls, registers, behind = 0, 0, False
-    for name, parameter in tower.named_parameters():
-        if within is not None and name.startswith(f"{within}."):
-            break
-        own = name.rpartition(".")[2]
-        count = parameter.shape[-2] if parameter.ndim > 1 else 1
-        if own in ("class_embedding", "cls_token", "class_token"):
-            cls = count
-        elif "register_token" in own or own in ("reg_token", "distillation_token", "dist_token"):
-            registers += count
-        behind |= own == "positional_embedding_vlm"  # the layout of Llama 4
-    return Extras(cls > 0, cls + registers, behind)
-
-
-Boxes = Sequence[tuple[int, int, int, int]]
-
-
-def carry(
-    crops: list[Tensor],
-    items: Sequence[tuple[Tensor, Tensor]],
-    *,
-    grouped: int = 0,
-    order: Tensor | None = None,
-    boxes: tuple[Boxes, tuple[int, int]] | None = None,
-) -> list[Tensor]:
+def carry(crops: list[Tensor], items: Sequence[Laid], how: Patches) -> list[Tensor]:
     """From one value a patch, crop by crop, to one value a token, item by item of the image features; 0 for what is no patch.
-
-    items    kind (L,) and place (L, 4) of each item's tokens
-    grouped  how many patches that become one token stand side by side; 0: they are blocks of the raster
-    order    where the tower has put each of these groups (windows)
-    boxes    from which box of patches a bridge makes each token, and the grid (rows, columns) of patches
-    FoveateError where it is not known which patches made which token.
-    """
-    if boxes is not None:
-        return [_over_boxes(crop, *boxes) for crop in crops]
+    NotApplicable where it is not known which patches made which token."""
+    if how.boxes is not None:
+        return [_over_boxes(crop, *how.boxes) for crop in crops]
     flat = torch.cat(crops)
     patch = [kind == Kind.PATCH for kind, _ in items]
     total = sum(int(p.sum()) for p in patch)
-    if grouped:
-        if total == 0 or len(flat) % (total * grouped):
+    if how.grouped:
+        if total == 0 or len(flat) % (total * how.grouped):
             raise NotApplicable(
                 Reason.UNKNOWN_PATCHES,
                 f"{len(flat)} patches of the tower became {total} tokens: it is not known which patches made which token",
             )
-        merged = flat.view(len(flat) // grouped, grouped, *flat.shape[1:]).mean(1)
-        merged = merged if order is None else merged[torch.argsort(order)]
+        merged = flat.view(len(flat) // how.grouped, how.grouped, *flat.shape[1:]).mean(1)
+        merged = merged if how.order is None else merged[torch.argsort(how.order)]
         merged = _paired(merged, items, len(merged) // total)
     else:
         merged = flat if len(flat) == total else torch.cat(_blocks(flat, items, patch, total))
@@ -194,7 +119,7 @@ def carry(
     return found
 
 
-def _paired(groups: Tensor, items: Sequence[tuple[Tensor, Tensor]], frames: int) -> Tensor:
+def _paired(groups: Tensor, items: Sequence[Laid], frames: int) -> Tensor:
     """Means over `frames` frames, one after the other, that become one."""
     if frames == 1:
         return groups
@@ -207,7 +132,7 @@ def _paired(groups: Tensor, items: Sequence[tuple[Tensor, Tensor]], frames: int)
     return torch.cat(found)
 
 
-def _blocks(flat: Tensor, items: Sequence[tuple[Tensor, Tensor]], patch: list[Tensor], total: int) -> list[Tensor]:
+def _blocks(flat: Tensor, items: Sequence[Laid], patch: list[Tensor], total: int) -> list[Tensor]:
     """Means over blocks of each crop's raster of patches, one for each of its tokens."""
     parts = []
     for (_, place), p in zip(items, patch, strict=True):
@@ -231,6 +156,6 @@ def _blocks(flat: Tensor, items: Sequence[tuple[Tensor, Tensor]], patch: list[Te
     return found
 
 
-def _over_boxes(crop: Tensor, boxes: Boxes, grid: tuple[int, int]) -> Tensor:
+def _over_boxes(crop: Tensor, boxes: Sequence[tuple[int, int, int, int]], grid: tuple[int, int]) -> Tensor:
     values = crop.view(*grid, *crop.shape[1:])
     return torch.stack([values[r0:r1, c0:c1].flatten(0, 1).mean(0) for r0, c0, r1, c1 in boxes])

@@ -1,0 +1,48 @@
+"""What some families of models have and others do not, one such shape a file. Each says at its top whose it is and how it is told: by
+arguments, attributes and parameters that are there, never by the name of a model.
+
+How the tokens of a call lie is said by the first of `LAID` that knows its shape; the other files answer questions of `Anatomy`.
+"""
+
+from foveate.anatomy.families import (
+    boxes,
+    compression,
+    crops,
+    deepstack,
+    frames,
+    grids,
+    marks,
+    merger,
+    mosaic,
+    newlines,
+    positions,
+    queries,
+    shared_keys,
+    sizes,
+    two_towers,
+    windows,
+)
+
+LAID = (grids.laid, boxes.laid, positions.laid, frames.laid, sizes.laid, crops.laid)
+OVERHEARD = {mosaic.PACKING: mosaic.packed, frames.POOLING: frames.pooled}
+
+__all__ = [
+    "LAID",
+    "OVERHEARD",
+    "boxes",
+    "compression",
+    "crops",
+    "deepstack",
+    "frames",
+    "grids",
+    "marks",
+    "merger",
+    "mosaic",
+    "newlines",
+    "positions",
+    "queries",
+    "shared_keys",
+    "sizes",
+    "two_towers",
+    "windows",
+]

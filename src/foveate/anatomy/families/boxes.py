@@ -1,0 +1,40 @@
+"""Boxes: the bridge itself says from which box of patches it makes each token.
+
+Foveate's own models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.anatomy.media import Boxes, Media
+from foveate.anatomy.raster import Laid
+from foveate.tokens import PLACE, Kind
+
+
+def boxes(core: nn.Module, pixels: Tensor) -> Boxes | None:
+    bridge: Any = getattr(core, "bridge", None)
+    if not hasattr(bridge, "boxes"):
+        return None
+    config: Any = core.config
+    grid = config.patch_grid(*pixels.shape[-2:])
+    return bridge.boxes(grid), grid
+
+
+def laid(media: Media) -> list[Laid] | None:
+    return None if media.boxes is None else [over_boxes(media.boxes[0], media.device) for _ in media.features]
+
+
+def over_boxes(boxes: Sequence[tuple[int, int, int, int]], device: torch.device) -> Laid:
+    """One token a box: a raster if the boxes are one."""
+    kind = torch.full((len(boxes),), int(Kind.PATCH), dtype=torch.int64, device=device)
+    place = torch.full((len(boxes), len(PLACE) - 1), -1, dtype=torch.int64, device=device)
+    rows, columns = sorted({b[0] for b in boxes}), sorted({b[1] for b in boxes})
+    corners = [(rows.index(b[0]), columns.index(b[1])) for b in boxes]
+    if corners == [(r, c) for r in range(len(rows)) for c in range(len(columns))]:
+        place[:, 2:] = torch.tensor(corners, device=device)
+    return Laid(kind, place)

@@ -1,0 +1,22 @@
+"""Windows: the tower puts its groups of patches in order of windows, and only some of its blocks attend to the whole picture.
+
+Qwen2.5-VL, EXAONE 4.5. Such a tower numbers the blocks that do (`fullatt_block_indexes`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
+
+
+def order(tower: Any, grids: Tensor) -> Tensor | None:
+    """(groups,) int64 where the tower puts each group; None where it leaves them as they are."""
+    if not hasattr(tower, "fullatt_block_indexes"):
+        return None
+    found: Tensor
+    found, _ = get_vision_window_index(
+        grids, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size, kwargs={}
+    )
+    return found

@@ -1,0 +1,38 @@
+"""What a layer is, read off its code and its parameters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+def attends(layer: nn.Module) -> bool:
+    """Whether a layer attends: a part of it calls the library's attention interface (or torch's attention), whose masks have four
+    dimensions. What recurs or convolves along the sequence has a mask (batch, tokens) at most, whatever the configuration calls it."""
+    kinds: set[Any] = {type(module) for module in layer.modules()}
+    return any(map(_calls_interface, kinds))
+
+
+@functools.cache
+def _calls_interface(kind: Any) -> bool:
+    for base in kind.__mro__:  # a subclass may hand on to its base
+        code = getattr(inspect.unwrap(vars(base).get("forward", kind)), "__code__", None)
+        if code is not None and {"ALL_ATTENTION_FUNCTIONS", "scaled_dot_product_attention"} & set(code.co_names):
+            return True
+    return False
+
+
+def tensor_parallel_group(layer: nn.Module) -> Any:
+    """The ranks over which a layer's heads are shared out (a torch.distributed.ProcessGroup), None where this rank has all of them."""
+    parameter: Any
+    for parameter in layer.parameters():
+        mesh = getattr(parameter, "device_mesh", None)  # of a DTensor
+        if mesh is None or "tp" not in (mesh.mesh_dim_names or ()):
+            continue
+        dimension = mesh.mesh_dim_names.index("tp")
+        if mesh.size(dimension) > 1 and parameter.placements[dimension].is_shard():
+            return mesh.get_group(dimension)
+    return None
