@@ -1,4 +1,4 @@
-"""Each file of `foveate.anatomy.families`, on inputs by hand."""
+"""Each file of `foveate.anatomy.families`, and the reading of configurations, on inputs by hand."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.anatomy import Extras, Laid, columns_of, features_of, places
+from foveate.anatomy.config import channels_of, experts_of, heads_of, placeholders_of, sides_of, vision_of
 from foveate.anatomy.families import (
     boxes,
     compression,
@@ -425,3 +426,20 @@ def test_shared_keys_are_refused() -> None:
     with pytest.raises(NotApplicable, match="Model: its last layers read the keys of earlier ones") as refused:
         shared_keys.refuse("Model", SimpleNamespace(num_kv_shared_layers=2))
     assert refused.value.reason == Reason.SHARED_KEYS
+
+
+# ---- configurations
+
+
+def test_what_configurations_call_by_several_names() -> None:
+    vision = SimpleNamespace(patch_size=14, image_size=[28, 42])
+    config = SimpleNamespace(vision_config=vision, image_token_id=7, moe_k=2, num_attention_heads=4)
+    assert vision_of(config) is vision
+    assert vision_of(vision) is None
+    assert (sides_of(vision, "patch_size"), sides_of(vision, "image_size"), sides_of(None, "image_size")) == ((14, 14), (28, 42), None)
+    assert (channels_of(vision), channels_of(SimpleNamespace(num_channels=1))) == (3, 1)
+    assert placeholders_of(config, "image") == [7, 7]
+    assert placeholders_of(config, "video") == [7]
+    assert placeholders_of(SimpleNamespace(image_token_id=7, video_token_id=8), "video") == [8, 7]
+    assert (experts_of(config), experts_of(vision)) == (2, None)
+    assert (heads_of(config), heads_of(vision), heads_of(SimpleNamespace(num_attention_heads=4, kv_lora_rank=8))) == (4, None, None)

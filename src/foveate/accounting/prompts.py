@@ -14,6 +14,7 @@ from torch import Tensor
 
 from foveate.accounting.dry_run import encode, skeleton
 from foveate.anatomy import read
+from foveate.anatomy.config import channels_of, placeholders_of, sides_of, vision_of
 from foveate.contract import ImageSize
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
@@ -42,20 +43,21 @@ def read_prompts(config: Any, inputs: Mapping[str, Any]) -> tuple[list[Prompt], 
     inputs = {name: value.cpu() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     ids: Tensor = inputs["input_ids"]
     mask = inputs.get("attention_mask")
-    core: Any = read(skeleton(config)).core if any("pixel_values" in name for name in inputs) else None
+    anatomy = read(skeleton(config)) if any("pixel_values" in name for name in inputs) else None
     rows: list[list[ImageSize]] = [[] for _ in ids]
     calls: list[Encoded] = []
     for modality, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        if inputs.get(pixels) is None:
+        if anatomy is None or inputs.get(pixels) is None:
             continue
-        method = f"get_{modality}_features" if hasattr(core, f"get_{modality}_features") else "get_image_features"
-        names = inspect.signature(getattr(core, method)).parameters
+        methods = {of: method for method, of in anatomy.encodings.items()}
+        method = methods.get(modality, "get_image_features")
+        names = inspect.signature(getattr(anatomy.core, method)).parameters
         given = {name: inputs[name] for name in names if inputs.get(name) is not None}
         calls.append(Encoded.of(method, given if pixels in given else {**given, "pixel_values": inputs[pixels]}))
         items = encode(config, calls[-1]).items
         made = sum(image.tokens + others for image, others in items)
-        tokens = [getattr(config, f"{name}_token_id", None) for name in (modality, "image")]  # some write videos as images
-        slots = next((at for at in (ids.eq(token).sum(1).tolist() for token in tokens if token is not None) if any(at)), [0] * len(ids))
+        found = (ids.eq(token).sum(1).tolist() for token in placeholders_of(config, modality))
+        slots = next((at for at in found if any(at)), [0] * len(ids))
         if made != sum(slots):
             raise FoveateError(
                 f"the prompts have {sum(slots)} {modality} placeholders, but the {len(items)} {modality}s make {made} visual tokens; "
@@ -81,10 +83,8 @@ def image_tokens(config: Any) -> int:
 
 def image_shape(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     """(height, width) in pixels of one image, as in `predict`, and the (rows, columns) of its patches."""
-    (height, width), patch = (
-        image_of(config, None, None).given["pixel_values"].shape[-2:],
-        _sides(getattr(vision_of(config), "patch_size", None)),
-    )
+    height, width = image_of(config, None, None).given["pixel_values"].shape[-2:]
+    patch = sides_of(vision_of(config), "patch_size")
     if patch is None:
         raise FoveateError(f"the size of a patch is not in the configuration of a {config.model_type!r} model")
     return (height, width), (height // patch[0], width // patch[1])
@@ -97,7 +97,7 @@ def encodings_of(config: Any, image_size: int | None, grid: tuple[int, int] | No
 
 def image_of(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> Encoded:
     """The call that encodes one image. FoveateError where the configuration alone does not say what that is."""
-    shape = 1, getattr(vision_of(config), "num_channels", 3), *_pixels(config, image_size, grid)
+    shape = 1, channels_of(vision_of(config)), *_pixels(config, image_size, grid)
     call = Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)})
     try:
         encode(config, call)
@@ -109,8 +109,8 @@ def image_of(config: Any, image_size: int | None, grid: tuple[int, int] | None) 
 def _pixels(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> tuple[int, int]:
     """(height, width) of an image, of the tower's own size unless another is asked for."""
     vision, ours = vision_of(config), isinstance(config, FoveateConfig)
-    patch = _sides(getattr(vision, "patch_size", None)) or (1, 1)
-    own = _sides(config.image_size if ours else getattr(vision, "image_size", None))
+    patch = sides_of(vision, "patch_size") or (1, 1)
+    own = sides_of(config if ours else vision, "image_size")
     wanted = (image_size, image_size) if image_size else (grid[0] * patch[0], grid[1] * patch[1]) if grid else own
     if wanted is None:
         raise FoveateError(f"the size of {_an_image(config)} is not in its configuration; {WAY_OUT}")
@@ -132,12 +132,6 @@ def _an_image(config: Any) -> str:
     return f"an image of a {config.model_type!r} model"
 
 
-def _sides(value: Any) -> tuple[int, int] | None:
-    """(height, width) of what a configuration spells as one number or as two."""
-    sides = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list | tuple) else ()
-    return sides if len(sides) == 2 else None
-
-
 def prompt_of(config: Any, calls: Calls, images: int, per_image: int | None, text: int) -> Prompt:
     """One sequence of images that are all alike; `per_image` goes before what they are by `calls`."""
     items = [item for call, _ in calls for item in encode(config, call).items]
@@ -156,7 +150,3 @@ def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt,
     sizes = [ImageSize(tuple(crop.tokens for crop in plan.crops), (plan.visual,)) for plan in plans]
     prompt = Prompt(sizes, text + sum(len(plan.marks) for plan in plans))
     return prompt, [(image_of(config, None, grid), Fraction(count)) for grid, count in grids.items()]
-
-
-def vision_of(config: Any) -> Any:
-    return getattr(config, "vision_config", None)

@@ -7,9 +7,10 @@ from fractions import Fraction
 from typing import Any
 
 from foveate.accounting.dry_run import encode, skeleton
-from foveate.accounting.prompts import Calls, Prompt, vision_of
+from foveate.accounting.prompts import Calls, Prompt
 from foveate.accounting.stack import decoder, stack_of
 from foveate.anatomy import blocks, read
+from foveate.anatomy.config import vision_of
 from foveate.contract import ImageSize, Workload
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer

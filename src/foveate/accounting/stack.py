@@ -16,11 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from foveate.accounting.counter import parameters_of
 from foveate.accounting.dry_run import Told, skeleton, trained_tower
 from foveate.accounting.ledger import Trained
-from foveate.accounting.prompts import image_of, vision_of
+from foveate.accounting.prompts import image_of
 from foveate.anatomy import attends, read
+from foveate.anatomy.config import EXPERTS, experts_of, heads_of, vision_of
 from foveate.errors import FoveateError
-
-_EXPERTS = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,8 @@ def language(told: Told) -> nn.Module:
 
 def stack_of(layers: nn.ModuleList, config: Any, output: Any = None) -> Stack:
     """What can be read off any list of layers with attention in them."""
-    heads = getattr(config, "num_attention_heads", None)
-    if heads is None or getattr(config, "kv_lora_rank", None) is not None:
+    heads = heads_of(config)
+    if heads is None:
         raise FoveateError(f"cannot read the cost of a {config.model_type!r} model: no attention heads of one width in its configuration")
     try:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -124,11 +123,11 @@ def _macs(layer: nn.Module, config: Any) -> int:
             if weight.ndim == 2 or isinstance(module, nn.Conv1d):
                 macs += weight.numel() * (weight.ndim > 1)
             elif weight.ndim == 3:  # (experts, outputs, inputs)
-                chosen = next((n for n in (getattr(config, option, None) for option in _EXPERTS) if n), None)
+                chosen = experts_of(config)
                 if chosen is None:
                     raise FoveateError(
                         f"cannot predict the cost of a {config.model_type!r} model: weight {name}.{key} holds {weight.shape[0]} experts, "
-                        f"and none of {', '.join(_EXPERTS)} in the configuration says how many of them a token meets"
+                        f"and none of {', '.join(EXPERTS)} in the configuration says how many of them a token meets"
                     )
                 macs += weight.numel() // weight.shape[0] * chosen
                 sets.add(module)
