@@ -98,6 +98,8 @@ def test_frames_of_a_grid_may_be_merged(length: int, frames: int) -> None:
     (laid,) = grids.laid(call(length, core=Core({"spatial_merge_size": 2}), video_grid_thw=torch.tensor([[4, 4, 6]]))) or []
     assert cells(laid) == raster(2, 3) * frames
     assert laid.place[:, 1].tolist() == [frame if frames > 1 else -1 for frame in range(frames) for _ in range(6)]
+    (odd,) = grids.laid(call(18, core=Core({"spatial_merge_size": 2}), video_grid_thw=torch.tensor([[4, 4, 6]]))) or []
+    assert odd.place.unique().tolist() == [-1]  # four frames do not become three
 
 
 def grouping(core: nn.Module, **tower: Any) -> nn.Module:
@@ -236,6 +238,7 @@ def test_frames_that_are_pooled_or_are_items() -> None:
     (unlike,) = video(11, overheard={"apply_pooling": 4})
     assert unlike.place.unique().tolist() == [-1]
     assert [laid.place[:, 1].unique().tolist() for laid in video(4, 4, 4, 4, of=(2, 2, 3, 4, 4))] == [[0], [1], [0], [1]]
+    assert [laid.place[:, 1].unique().tolist() for laid in video(4, 4, of=(2, 1, 3, 4, 4))] == [[-1], [-1]]  # videos of one frame
     assert frames.pooled({}, torch.zeros(3, 7, 2)) == 7
     marked = video(10, crops=[(2, 5)], extras=Extras(True, 1))
     assert drawn(marked[0]) == "cppppcpppp"
@@ -250,6 +253,9 @@ def test_sizes_in_patches_and_in_pixels() -> None:
     core = Core({"patch_size": 4}, spatial_merge_size=2)
     (laid,) = sizes.laid(call(6, core=core, image_sizes=[(16, 24)])) or []
     assert cells(laid) == raster(2, 3)
+    (cut,) = sizes.laid(call(3, core=core, image_sizes=[(15, 24)])) or []  # pixels that fill no block are not seen
+    (halved,) = sizes.laid(call(3, core=Core(downsample_factor=2), spatial_shapes=[(3, 6)])) or []
+    assert cells(cut) == cells(halved) == raster(1, 3)
     (scaled,) = sizes.laid(call(24, core=core, image_sizes=[(16, 24)])) or []  # the proportions are left
     assert cells(scaled) == raster(4, 6)
     (unknown,) = sizes.laid(call(7, core=core, image_sizes=[(16, 24)])) or []
