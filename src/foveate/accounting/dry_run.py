@@ -49,7 +49,8 @@ class Counted:
 
     flops  by part: "tower", "bridge", "scores" (the signals that were asked for), "other"
     items  of each item its patches' tokens and how many others it has (newlines, [CLS])
-    crops  (crops, tokens of each, not patches among them) as they come to the tower's first block, call by call; only where `encode` was asked for them
+    crops  (crops, tokens of each, not patches among them) as they come to the tower's first block, call by call; only where `encode` was
+           asked for them
     width  of the tower's keys, mean over heads, where they are asked for
     """
 
