@@ -356,6 +356,27 @@ def test_a_mosaic_without_newlines_and_one_of_a_way_of_its_own() -> None:
     assert mosaic.packed({"image_sizes": 1}, None) == {"image_sizes": 1}
 
 
+class Shrinks(Core):
+    """Lays four tiles of 2 x 2 tokens out as two rows of two, and scales these to 3 x 3 tokens."""
+
+    def pack_image_features(self, image_features: list[Tensor], image_sizes: Any, image_newline: Tensor | None) -> list[Tensor]:
+        (tiles,) = image_features
+        rows = [torch.cat([tile.view(2, 2, -1) for tile in tiles[at : at + 2]], 1) for at in (1, 3)]
+        scaled = nn.functional.interpolate(torch.cat(rows).permute(2, 0, 1)[None], (3, 3), mode="bilinear")[0]
+        return [torch.cat([tiles[0], scaled.flatten(1).T])]
+
+
+def test_a_mosaic_that_is_scaled_down() -> None:
+    """A token between two tiles is of the tile that its row and column are in, not of one that lies between their numbers."""
+    core = Shrinks({"image_size": 8}, image_grid_pinpoints=[[16, 16]])
+    sizes_given = {**packing(5, newline=False), "image_sizes": torch.tensor([[16, 16]])}
+    found = mosaic.arranged(call(13, core=core, overheard={"pack_image_features": sizes_given}))
+    assert found is not None
+    ((laid, _),) = found.items({})
+    assert cells(laid) == [*raster(2, 2), *[[r, c] for r in (0, 2, 3) for c in (0, 2, 3)]]
+    assert laid.place[:, 0].tolist() == [0] * 4 + [1, 2, 2, 3, 4, 4, 3, 4, 4]
+
+
 def test_newlines_told_by_their_features() -> None:
     core, laid = Core(), places(4)
     features = torch.tensor([[1.0, 0.0], [5.0, 6.0], [2.0, 0.0], [5.0, 6.0]])
