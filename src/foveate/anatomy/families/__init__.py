@@ -1,7 +1,8 @@
 """What some families of models have and others do not, one such shape a file. Each says at its top whose it is and how it is told: by
 arguments, attributes and parameters that are there, never by the name of a model.
 
-How the tokens of a call lie is said by the first of `LAID` that knows its shape; the other files answer questions of `Anatomy`.
+A function `laid(media)` says how the tokens of each item of a call lie, None where the call is not of its shape; the first of `LAID` that
+knows it is believed. `OVERHEARD` says what is remembered of calls of the model's own methods. All else answers questions of `Anatomy`.
 """
 
 from foveate.anatomy.families import (
