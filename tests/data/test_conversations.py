@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 from foveate.data.collate import Collator, Fit, Renderer
-from foveate.data.conversations import Bad, Checked, Conversations, check_image, find_bad, refuse_or_skip
+from foveate.data.conversations import Bad, Checked, Conversations, find_bad, refuse_or_skip
+from foveate.data.pixels import shown_size
 from foveate.errors import FoveateError
 from foveate.tokens import ImagePlan
 
@@ -211,7 +212,7 @@ def test_what_does_not_fit_is_found_before_training(folder: Path) -> None:
     late = {"id": "late", "image": "0.png", "conversations": talk("x" * 40, "y", "<image>", "z")}
     long_answer = {"id": "long", "image": "0.png", "conversations": talk("<image>", "y" * 400)}
     data = write(folder, [*GOOD, late, long_answer])
-    bad = find_bad(data.source, None, fits=Fit(Renderer(Processor()), per_image=3, max_length=45))
+    bad = find_bad(data.source, None, fits=Fit(Renderer(Processor()), Processor().plan_image, max_length=45))
     assert [(b.id, "would cut an image" in b.reason) for b in bad] == [("late", True)]
 
 
@@ -292,11 +293,11 @@ def test_good_images_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPa
     cache = folder / "cache" / "checked.tsv"
     decoded: list[str] = []
 
-    def counting(image: Any) -> str:
+    def counting(image: Any) -> tuple[int, int]:
         decoded.append(image.name)
-        return check_image(image)
+        return shown_size(image)
 
-    monkeypatch.setattr("foveate.data.conversations.check_image", counting)
+    monkeypatch.setattr("foveate.data.conversations.shown_size", counting)
     assert find_bad(data.source, cache) == []
     assert sorted(decoded) == ["0.png", "1.png", "2.png"]
     assert find_bad(data.source, cache) == []

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from foveate.data.collate import Collator, image_tokens
+from foveate.data.collate import Collator
 from foveate.data.conversations import Conversation
-from foveate.data.library import LibraryCollator, image_length
+from foveate.data.library import LibraryCollator, image_plan
 from foveate.errors import FoveateError
 from foveate.train.run import main
 from tests.conformance.families.qwen2_vl import PIXELS
@@ -92,7 +92,6 @@ def test_tokens_are_the_processors_own(name: str, load: Any) -> None:
     mixed = samples(size, 2, 0, 1)  # without a picture, with one, with two and two turns
     batch = collator(mixed)
     words = processor.tokenizer
-    assert int(batch["images"]) == 3
     for row, sample in enumerate(mixed):
         text = collator.renderer.render(sample.turns)[0]
         own = processor(text=[text], images=[sample.images], return_tensors="pt") if sample.images else words([text], return_tensors="pt")
@@ -120,7 +119,7 @@ def test_images_are_the_processors_own(name: str, load: Any) -> None:
     assert "pixel_values" in extra
     for key in extra:
         assert torch.equal(batch[key], own[key])
-    assert set(batch) == extra | {"input_ids", "attention_mask", "labels", "images"} | (
+    assert set(batch) == extra | {"input_ids", "attention_mask", "labels"} | (
         {"token_type_ids", "mm_token_type_ids"} & set(processor.model_input_names)
     )
     alone = collator(samples(size, 2))
@@ -136,7 +135,6 @@ def test_batches_are_what_the_models_take(name: str, load: Any) -> None:
 
     def loss(*chosen: int) -> tuple[float, int]:
         batch = collator(samples(size, *chosen))
-        batch.pop("images", None)
         count = int((batch["labels"][:, 1:] >= 0).sum())
         with torch.no_grad():
             return float(model(**batch).loss) * count, count
@@ -166,9 +164,11 @@ def test_cutting_to_length(name: str, load: Any) -> None:
 
 
 def test_how_long_an_image_is(load: Any) -> None:
-    assert {name: image_length(load(name)[1]) for name in FIXED} == FIXED
-    assert [image_length(load(name)[1]) for name in VARYING] == [0] * len(VARYING)
-    assert image_tokens(load("gemma3")[1]) == 16
+    plans = {name: image_plan(load(name)[1]) for name in (*FIXED, *VARYING)}
+    assert {name: plan and (plan.tokens, plan.visual) for name, plan in plans.items()} == {
+        **{name: (tokens, 16) for name, tokens in FIXED.items()},
+        **dict.fromkeys(VARYING),
+    }
 
 
 def test_what_is_not_understood_is_refused(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -481,7 +481,7 @@ def test_what_was_checked_is_remembered_by_content_and_by_the_rules(folder: Path
     for _ in range(2):
         assert find_bad(data.source, folder / "checked.tsv") == []
     assert len((folder / "checked.tsv").read_text().splitlines()) == 1
-    assert cache_file(data.source).name.endswith("-2.tsv")
+    assert cache_file(data.source).name.endswith("-3.tsv")
 
 
 # ---- getting there by the messages -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from foveate.data import pixels
 from foveate.data.conversations import Conversations, find_bad
-from foveate.data.pixels import Held, PictureError, check_image, open_image
+from foveate.data.pixels import Held, PictureError, open_image, shown_size
 from foveate.errors import FoveateError
 from foveate.evaluation.tasks import load_task
 from foveate.inspect import look
@@ -378,16 +378,23 @@ def test_what_cannot_be_shown_is_a_bad_sample(tmp_path: Path, content: bytes, re
     ):
         with pytest.raises(FoveateError, match=reason):
             read()
-    assert check_image(content)
+    with pytest.raises(PictureError):
+        shown_size(content)
 
 
 def test_a_missing_file_says_what_was_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert check_image(Path("a.png")) == f"is missing: there is no file {tmp_path}/a.png"
-    assert check_image(Path("no/a.png")) == f"is missing: there is no file {tmp_path}/no/a.png, nor the folder {tmp_path}/no"
     (tmp_path / "file").write_text("")
-    assert check_image(Path("file/a.png")).startswith(f"is missing: there is no file {tmp_path}/file/a.png")
-    assert "is a folder or device" in check_image(tmp_path)
+    nothing = f"is missing: there is no file {tmp_path}"
+    for name, reason in {
+        "a.png": f"{nothing}/a.png",
+        "no/a.png": f"{nothing}/no/a.png, nor the folder {tmp_path}/no",
+        "file/a.png": f"{nothing}/file/a.png, nor the folder {tmp_path}/file",
+        ".": "is a folder or device",
+    }.items():
+        with pytest.raises(PictureError) as found:
+            shown_size(Path(name))
+        assert reason in found.value.reason
     with pytest.raises(PictureError, match=rf"cannot read the image a\.png: it is missing: there is no file {tmp_path}/a\.png"):
         open_image(Path("a.png"))
 

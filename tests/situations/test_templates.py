@@ -15,6 +15,7 @@ from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Fit, told
 from foveate.data.conversations import Conversations, find_bad
 from foveate.errors import FoveateError
+from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.loading import Loading
 from foveate.train.recipe import load_recipe
@@ -109,7 +110,7 @@ def test_what_a_template_cannot_write_is_named_before_the_first_step(template: s
     rows.append({"id": "odd", **image, "conversations": odd})
     (tmp_path / "data.json").write_text(json.dumps(rows))
     data = Conversations.open(tmp_path / "data.json", tmp_path)
-    bad = find_bad(data.source, None, fits=Fit(Renderer(processor(template)), per_image=3, max_length=99))
+    bad = find_bad(data.source, None, fits=Fit(Renderer(processor(template)), lambda height, width: ImagePlan.whole(3), max_length=99))
     assert bad[-1].id == "odd"
     assert reason in bad[-1].reason
     assert len(bad) == (4 if template == TWICE else 1)

@@ -142,11 +142,21 @@ def prompt_of(config: Any, calls: Calls, images: int, per_image: int | None, tex
 
 def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt, Calls]:
     """One sequence of images that become `plans` with `text` other tokens, and what encodes them. A crop whose grid is not known is what
-    the configuration makes of an image."""
+    the configuration makes of an image. FoveateError where that is another number of tokens than the plan's."""
     grids = Counter(crop.grid for plan in plans for crop in plan.crops)
-    if None in grids:
-        calls = encodings_of(config, None, None, len(plans))
-        return prompt_of(config, calls, len(plans), None, text), calls
-    sizes = [ImageSize(tuple(crop.tokens for crop in plan.crops), (plan.visual,)) for plan in plans]
-    prompt = Prompt(sizes, text + sum(len(plan.marks) for plan in plans))
-    return prompt, [(image_of(config, None, grid), Fraction(count)) for grid, count in grids.items()]
+    calls = {grid: image_of(config, None, grid) for grid in grids}
+    sizes, text = [], text + sum(len(plan.marks) for plan in plans)
+    for plan in plans:
+        parts: list[ImageSize] = []
+        for crop in plan.crops:
+            items = encode(config, calls[crop.grid]).items
+            patches, others = (sum(counts) for counts in zip(*((image.tokens, others) for image, others in items), strict=True))
+            if crop.tokens - patches not in (0, others):
+                raise FoveateError(
+                    f"by its configuration {_an_image(config)} makes {patches + others} visual tokens of what it sees at once, not "
+                    f"{crop.tokens}; {WAY_OUT}"
+                )
+            parts += [image for image, _ in items]
+            text += crop.tokens - patches
+        sizes.append(ImageSize.joined(parts))
+    return Prompt(sizes, text), [(calls[grid], Fraction(count)) for grid, count in grids.items()]

@@ -3,7 +3,7 @@ of a matrix product."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,13 @@ class ImageSize:
     def whole(cls, tokens: int) -> ImageSize:
         """An image of one crop, of whose rows and columns nothing is known."""
         return cls((tokens,), (tokens,))
+
+    @classmethod
+    def joined(cls, parts: Sequence[ImageSize]) -> ImageSize:
+        """One image from pictures of its crops."""
+        crops = tuple(tokens for part in parts for tokens in part.crops)
+        known = all(part.grids for part in parts)
+        return cls(crops, (sum(crops),), tuple(grid for part in parts for grid in part.grids) if known else ())
 
     @property
     def tokens(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import ProcessorMixin
 from foveate.data.chat import Renderer, Tokenised, Turns
 from foveate.data.conversations import Conversation
 from foveate.errors import FoveateError
-from foveate.model.processing import FoveateProcessor
+from foveate.model.processing import FoveateProcessor, crop_counts, cut
 from foveate.tokens import ImagePlan
 
 IGNORED = -100
@@ -47,23 +48,24 @@ class Fit:
     without losing an image or all of its answers. `cut` says what samples that are only cut lose.
 
     Every sample is written by the template, which takes about half a millisecond; tokenised are only those whose text may be too long:
-    a token is at least one byte. `per_image`: visual tokens of an image, 0 where that depends on the image and is seen in training only.
+    a token is at least one byte. `plan_image` says what becomes of an image of a height and width, as far as that is known before training.
     """
 
-    def __init__(self, renderer: Renderer, per_image: int, max_length: int) -> None:
-        self.renderer, self.per_image, self.max_length = renderer, per_image, max_length
+    def __init__(self, renderer: Renderer, plan_image: Callable[[int, int], ImagePlan], max_length: int) -> None:
+        self.renderer, self.plan_image, self.max_length = renderer, lru_cache(maxsize=2**16)(plan_image), max_length
         self.cut: list[Cut] = []
 
-    def __call__(self, turns: Turns, images: int) -> str:
-        """What is wrong, "" if nothing is."""
+    def __call__(self, turns: Turns, sizes: Sequence[tuple[int, int]]) -> str:
+        """What is wrong with a sample whose images have these heights and widths, "" if nothing is."""
         try:
             text, spans = self.renderer.render(turns)
             found = text.count(self.renderer.image_token)
-            if found != images:
-                raise FoveateError(f"has {images} images but the chat template makes {found} image tokens of its text")
-            if len(text.encode()) + images * self.per_image + SPECIAL <= self.max_length:
+            if found != len(sizes):
+                raise FoveateError(f"has {len(sizes)} images but the chat template makes {found} image tokens of its text")
+            plans = [self.plan_image(*size) for size in sizes]
+            if len(text.encode()) + sum(plan.tokens for plan in plans) + SPECIAL <= self.max_length:
                 return ""
-            whole, plans = self.renderer.encode(text, spans), [ImagePlan.whole(max(1, self.per_image))] * images
+            whole = self.renderer.encode(text, spans)
             kept = expand(whole, self.renderer.image_token_id, plans, self.max_length)
             self.cut += cuts(whole.supervised, kept.supervised)
         except FoveateError as error:
@@ -102,7 +104,7 @@ def told(cut: Sequence[Cut], name: str, samples: int, max_length: int) -> str:
 
 class Collator:
     """Samples of a Foveate model -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of
-    all images, flat.
+    the crops of all images, flat, with `image_crops` as the processor makes it. It fills in the samples' `plans`.
 
     Supervised (every label that is not -100) are the answers and their end tokens. A sample longer than `max_length` tokens loses its
     end; FoveateError if an image or all of its answers would be lost with it. `remember`: keep the tokens of every sample in memory, for
@@ -123,19 +125,16 @@ class Collator:
 
     def encode(self, sample: Conversation) -> Tokenised:
         """Tokens with the placeholders of every image in place, cut to `max_length`."""
+        sample.plans[:] = [self.plan_image(image.height, image.width) for image in sample.images]
         found = self._memory.get(sample.index) if self._memory is not None else None
         if found is None:
             found = self.renderer.tokenise(sample.turns)
             if self._memory is not None:
                 self._memory[sample.index] = found
         try:
-            return expand(found, self.renderer.image_token_id, self.plans(sample), self.max_length)
+            return expand(found, self.renderer.image_token_id, sample.plans, self.max_length)
         except FoveateError as error:
             raise FoveateError(f"sample {sample.id} {error}") from None
-
-    def plans(self, sample: Conversation) -> list[ImagePlan]:
-        """What each image of a sample becomes."""
-        return [self.plan_image(image.height, image.width) for image in sample.images]
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
         encoded = [self.encode(sample) for sample in samples]
@@ -149,19 +148,7 @@ class Collator:
             mask[row, :n] = 1
             labels[row, :n] = np.where(one.supervised, one.ids, IGNORED)
         batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
-        images = [image for sample in samples for image in sample.images]
+        images, plans = [image for sample in samples for image in sample.images], [plan for sample in samples for plan in sample.plans]
         if images:
-            batch["pixel_values"] = self.image_processor(images, return_tensors="pt")["pixel_values"]
-        return batch
-
-
-def image_tokens(processor: Any) -> int:
-    """Placeholders that one image becomes, 0 where that depends on the image."""
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
-    if count is None:
-        return int(getattr(processor, "num_image_tokens", 0))
-    try:
-        counts = set(count(image_sizes=[[224, 224], [300, 600]])["num_image_tokens"])
-    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):  # it does not say
-        return 0
-    return int(counts.pop()) if len(counts) == 1 else 0
+            batch["pixel_values"] = self.image_processor(cut(images, plans), return_tensors="pt")["pixel_values"]
+        return batch | {name: torch.tensor(counts) for name, counts in crop_counts(plans).items()}

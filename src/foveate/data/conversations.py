@@ -14,16 +14,17 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from foveate.data.pixels import Held, Picture, PictureError, check_image, open_image
+from foveate.data.pixels import Held, Picture, PictureError, open_image, shown_size
 from foveate.data.rows import Rows, open_rows
 from foveate.errors import FoveateError, readable
+from foveate.tokens import ImagePlan
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 IMAGES = ("image", "images")
 SAMPLE = '{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}'
 SHOWN = 5  # of a long list of bad samples, so many stand in the message; all of them stand in the file
-CHECKED = 2  # raised when other pictures are good than before: what is remembered of earlier checks is then void
+CHECKED = 3  # raised when other pictures are good than before, or more is remembered of them: what is known of earlier checks is then void
 
 _SUFFIX = r"([_-]?(path|file|name|url|uri|bytes|data|base64|b64|list|\d))*"
 _FILM = re.compile(rf"(video|film|movie|audio|sound|frame|media|point_?cloud|pdf)s?{_SUFFIX}", re.IGNORECASE)
@@ -45,12 +46,14 @@ load_image = open_image  # its name before there was one for all who open pictur
 
 @dataclass(frozen=True)
 class Conversation:
-    """One training sample: turns are (role, text) with roles user and assistant in turn, images are decoded to RGB."""
+    """One training sample: turns are (role, text) with roles user and assistant in turn, images are decoded to RGB, `plans` are what each
+    of them becomes, filled in by whoever makes model inputs of it."""
 
     index: int
     id: str
     turns: list[tuple[str, str]]
     images: list[Image.Image]
+    plans: list[ImagePlan] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -279,10 +282,13 @@ class Checked:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._known: set[str] = set()
+        self._known: dict[str, tuple[int, int] | str] = {}  # (height, width), or why it cannot be shown
         self._new: list[str] = []
-        if path is not None and path.is_file():
-            self._known = set(path.read_text(encoding="utf-8", errors="replace").splitlines())
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path is not None and path.is_file() else ():
+            key, _, size = line.rpartition("\t")
+            height, _, width = size.partition("x")
+            if height.isdecimal() and width.isdecimal():  # a line may be torn
+                self._known[key] = int(height), int(width)
 
     @staticmethod
     def key(picture: Picture) -> str:
@@ -295,11 +301,22 @@ class Checked:
             return ""
         return f"{readable(os.path.abspath(picture))}\t{stat.st_size}\t{stat.st_mtime_ns}"
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def add(self, key: str) -> None:
-        self._new.append(key)
+    def size(self, picture: Picture) -> tuple[int, int]:
+        """(height, width) of a picture as it is shown, which is decoded unless it is known. PictureError if it cannot be shown."""
+        key = self.key(picture)
+        found = self._known.get(key)
+        if found is None:
+            try:
+                found = shown_size(picture)
+            except PictureError as error:
+                found = error.reason
+            if key:
+                self._known[key] = found
+                if not isinstance(found, str):
+                    self._new.append(f"{key}\t{found[0]}x{found[1]}")
+        if isinstance(found, str):
+            raise PictureError(picture.name, found)
+        return found
 
     def save(self) -> None:
         """Appended, because several runs may share the file; a folder that cannot be written to only costs the next run its time."""
@@ -308,7 +325,7 @@ class Checked:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(key + "\n" for key in self._new))
+                file.write("".join(line + "\n" for line in self._new))
         except OSError as error:
             log.info("the list of checked images was not kept: %s", error)
         self._new = []
@@ -325,37 +342,34 @@ def find_bad(
     source: Source,
     cache: Path | None,
     rows: Sequence[int] | None = None,
-    fits: Callable[[list[tuple[str, str]], int], str] = lambda turns, images: "",
+    fits: Callable[[list[tuple[str, str]], list[tuple[int, int]]], str] = lambda turns, sizes: "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Bad]:
-    """Every sample (of `rows`) that cannot be trained on: text, markers, what `fits` says of (turns, images), each image decoded once.
+    """Every sample (of `rows`) that cannot be trained on: text, markers, each image decoded once, and what `fits` says of its turns and
+    of the (height, width) of its images.
 
     `progress(done, total)` is called after each sample."""
     rows = range(len(source)) if rows is None else rows
     checked, bad = Checked(cache), []
-    seen: dict[str, str] = {}
 
     def check(index: int) -> Bad | None:
         row: Any = None
         try:
             row = source.row(index)
             images = source.images(row)
-            reason = check_row(row, len(images)) or fits(turns_of(row), len(images))
+            reason = check_row(row, len(images))
         except Unusable as error:
             reason = str(error)
         if reason:
             return Bad(index, row_id(row, index), "", reason)
+        sizes = []
         for image in images:
-            key = Checked.key(image)
-            if key in checked:
-                continue
-            reason = seen[key] if key in seen else check_image(image)
-            if key:
-                seen[key] = reason
-            if reason:
-                return Bad(index, row_id(row, index), readable(image.name), f"image {reason}")
-            checked.add(key)
-        return None
+            try:
+                sizes.append(checked.size(image))
+            except PictureError as error:
+                return Bad(index, row_id(row, index), readable(image.name), f"image {error.reason}")
+        reason = fits(turns_of(row), sizes)
+        return Bad(index, row_id(row, index), "", reason) if reason else None
 
     last = time.monotonic()
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes outside of the interpreter's lock

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.data.chat import Renderer, Spans, Tokenised
-from foveate.data.collate import IGNORED, Cut, cuts, image_tokens
+from foveate.data.collate import IGNORED, Cut, cuts
 from foveate.data.conversations import MARKER, Conversation
 from foveate.errors import FoveateError
-from foveate.tokens import ImagePlan
+from foveate.tokens import Crop, ImagePlan, Kind
 
 OWN = {"input_ids", "attention_mask", "labels", "offset_mapping", "text_replacement_offsets"}
 
@@ -32,25 +32,22 @@ class Row:
 
 class LibraryCollator:
     """Samples -> what the processor makes of them, and `labels`: (batch, length), padded on the right; images as the processor stacks them.
-    `images`: how many there are, for the trainer's account.
+    It fills in the samples' `plans`: of each image how many visual tokens the processor has made of it, in one crop of an unknown grid.
 
     What stands for an image, and how many tokens that is, the processor says. Supervised are the answers and their end tokens, found in
     the text as the processor has expanded it. A sample longer than `max_length` tokens loses its end, noted in `cut`; FoveateError if an
-    image or all of its answers would be lost with it, or if the tokens are not those of the expanded text.
+    image or all of its answers would be lost with it, or if the tokens are not those of the expanded text. `image_token_id`: the model's
+    placeholder of a visual token, where that is another than the token of an image in a text.
     """
 
-    def __init__(self, processor: Any, max_length: int) -> None:
+    def __init__(self, processor: Any, max_length: int, image_token_id: int | None = None) -> None:
         self.processor, self.renderer, self.max_length = processor, Renderer(processor), max_length
         self.pad = self.renderer.tokenizer.pad_token_id
         if self.pad is None:
             raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
         self.sequences = {"token_type_ids", "mm_token_type_ids"} & set(processor.model_input_names)
-        self.plan = ImagePlan.whole(image_tokens(processor))
+        self.visual: str = self.renderer.tokenizer.convert_ids_to_tokens(image_token_id or self.renderer.image_token_id)
         self.cut: list[Cut] = []
-
-    def plans(self, sample: Conversation) -> list[ImagePlan]:
-        """What each image of a sample becomes; of no token where that depends on the image and is seen in the batch only."""
-        return [self.plan] * len(sample.images)
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
         rows: list[Row | None] = [None] * len(samples)
@@ -95,10 +92,10 @@ class LibraryCollator:
                     f"sample {sample.id}: {type(self.processor).__name__} makes other tokens of the conversation than its text has with "
                     "the images put in, so its answers are not found"
                 )
+            sample.plans[:] = [ImagePlan.whole(one["replacement"].count(self.visual)) for one in places[number]]
             row = Row(ids, whole.supervised, {name: made[name][number, :length].numpy() for name in extra})
             rows.append(self._cut(sample, row, self._behind(text, places[number])))
-        pixels = {name: value for name, value in made.items() if isinstance(value, Tensor) and name not in OWN | extra}
-        return rows, pixels | {"images": torch.tensor(sum(len(sample.images) for sample in samples))}
+        return rows, {name: value for name, value in made.items() if isinstance(value, Tensor) and name not in OWN | extra}
 
     def _expanded(self, text: str, spans: Spans, places: Sequence[dict[str, Any]]) -> Tokenised:
         """The text with every image's token as the processor has replaced it, tokenised; the spans move along."""
@@ -139,15 +136,19 @@ class LibraryCollator:
         return batch
 
 
-def image_length(processor: Any) -> int:
-    """Tokens that stand for one image, those around it included; 0 where that depends on the image."""
-    count = image_tokens(processor)
-    if not count:
-        return 0
+def image_plan(processor: Any) -> ImagePlan | None:
+    """What any image becomes, the tokens around it included; None where that depends on the image."""
+    count = getattr(processor, "_get_num_multimodal_tokens", lambda image_sizes: {"num_image_tokens": [processor.num_image_tokens]})
+    try:
+        visual, *others = set(count(image_sizes=[[224, 224], [300, 600]])["num_image_tokens"])
+    except (AttributeError, KeyError, TypeError, ValueError, NotImplementedError):  # it does not say
+        return None
+    if others:
+        return None
     collator = LibraryCollator(processor, sys.maxsize)
     asked = Conversation(0, "probe", [("user", f"{MARKER}\nprobe"), ("assistant", "probe")], [Image.new("RGB", (224, 224))])
-    whole = collator([asked])["input_ids"].shape[1]
-    return whole - len(collator.renderer.tokenise(asked.turns).ids) + 1
+    length = collator([asked])["input_ids"].shape[1] - len(collator.renderer.tokenise(asked.turns).ids) + 1
+    return ImagePlan((Crop(None, visual),), (Kind.TEXT,) * (length - visual))
 
 
 def _replaced(text: str, places: Sequence[dict[str, Any]]) -> str:

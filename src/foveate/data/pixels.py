@@ -94,13 +94,10 @@ def open_image(picture: Path | Held | bytes | Image.Image) -> Image.Image:
     raise PictureError(_name(picture), reason) from None
 
 
-def check_image(picture: Path | Held | bytes) -> str:
-    """Why a picture cannot be shown, found by really decoding it; "" if it can."""
-    try:
-        open_image(picture)
-    except PictureError as error:
-        return error.reason
-    return ""
+def shown_size(picture: Path | Held | bytes) -> tuple[int, int]:
+    """(height, width) of a picture as it is shown, found by really decoding it. PictureError if it cannot be shown."""
+    image = open_image(picture)
+    return image.height, image.width
 
 
 def _name(picture: Any) -> str:

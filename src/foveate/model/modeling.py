@@ -122,11 +122,11 @@ class FoveateModel(FoveatePreTrainedModel):
         self.causal_lm.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Images (n, channels, height, width), normalised, -> `pooler_output`: n tensors (visual tokens, text width).
+    def get_image_features(self, pixel_values: Tensor, image_crops: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Crops (n, channels, height, width), normalised, -> `pooler_output`: of each image a tensor (visual tokens, text width).
 
-        `hidden_states` holds the tower's states at `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the
-        size or does not give one state per patch.
+        `image_crops` (images,) says how many of the crops each image has, one unless given. `hidden_states` holds the tower's states at
+        `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the size or does not give one state per patch.
         """
         height, width = pixel_values.shape[-2:]
         grid = self.config.patch_grid(height, width)
@@ -135,12 +135,18 @@ class FoveateModel(FoveatePreTrainedModel):
         parameter = next(self.bridge.parameters(), None)
         if parameter is not None:
             features = [x.to(parameter.device, parameter.dtype) for x in features]
+        tokens: Tensor = self.bridge(features, grid)
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
-            pooler_output=list(self.bridge(features, grid)),
+            pooler_output=list(tokens) if image_crops is None else self.pack_image_features(by_image(tokens, image_crops)),
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def pack_image_features(self, image_features: Sequence[Tensor]) -> list[Tensor]:
+        """(crops, tokens, width) of each image -> its (visual tokens, width), crop after crop. Also called with places for features, to
+        find out where each token comes from."""
+        return [crops.flatten(0, 1) for crops in image_features]
 
     def _run_tower(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or list(self.config.vision_feature_layer)
@@ -182,6 +188,7 @@ class FoveateModel(FoveatePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         past_key_values: Cache | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_crops: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -193,7 +200,7 @@ class FoveateModel(FoveatePreTrainedModel):
 
         encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
         if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, return_dict=True)
+            encoded = self.get_image_features(pixel_values, image_crops, return_dict=True)
         if encoded is not None:
             visual = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual)
@@ -223,14 +230,16 @@ class FoveateModel(FoveatePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_crops: Tensor | None = None,
         with_head: bool = False,
         **kwargs: Any,
     ) -> FoveateModelOutputWithPast | FoveateCausalLMOutputWithPast:
-        """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (images of all prompts, channels, height, width).
+        """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (crops of the images of all prompts, channels, height,
+        width), `image_crops` (images,): how many crops each image has, one unless given.
 
         `with_head` runs the causal language model to its logits (and loss, for `labels`) instead of the decoder alone.
         """
-        inputs_embeds, visual = self.merge(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs)
+        inputs_embeds, visual = self.merge(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops)
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values, "return_dict": True}
         if with_head:
             output = self.causal_lm(inputs_embeds=inputs_embeds, **kwargs)
@@ -301,9 +310,9 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.causal_lm.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: Tensor, image_crops: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
         """See `FoveateModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, image_crops, **kwargs)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """See `FoveateModel.get_placeholder_mask`."""
@@ -321,6 +330,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        image_crops: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
         """See `FoveateModel.forward`; `labels` and `logits_to_keep` are the language model's."""
@@ -332,6 +342,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
+            image_crops=image_crops,
             with_head=True,
             labels=labels,
             logits_to_keep=logits_to_keep,
@@ -358,6 +369,14 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """Take images of `pixels` x `pixels` from now on. FoveateError if the bridge is bound to its grid."""
         self.model.bridge.tokens(self.config.patch_grid(pixels, pixels))
         self.config.image_size = pixels
+
+
+def by_image(tokens: Tensor, image_crops: Tensor) -> list[Tensor]:
+    """Of each image the tokens of its crops."""
+    counts = image_crops.tolist()
+    if sum(counts) != len(tokens):
+        raise FoveateError(f"image_crops counts {sum(counts)} crops, but pixel_values holds {len(tokens)}")
+    return list(tokens.split(counts))
 
 
 def common_outputs(output: Any) -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""Images and prompts -> model inputs, with exactly as many placeholders per image as the bridge makes visual tokens."""
+"""Images and prompts -> model inputs, with as many placeholders for each image as its plan has tokens."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import torch
+from PIL import Image
 from transformers import ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import get_image_size, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from foveate.bridges import build_bridge
 from foveate.errors import FoveateError
 from foveate.model.configuration import NEEDS, plan_image
-from foveate.tokens import ImagePlan
+from foveate.tokens import WHOLE, ImagePlan
 
 # Chat templates of language models take a message's content as text. This puts lists of parts into that form first; an image becomes the
 # marker, on a line of its own where something follows, as in LLaVA's data.
@@ -59,8 +61,10 @@ LLAVA_V1 = """\
 class FoveateProcessor(ProcessorMixin):
     """Tokenizer and image processor of a Foveate model.
 
-    Every image is resized to `image_size` x `image_size` pixels, whatever its shape, without crop or border, as Chain-of-Sight's code does.
-    `plan_image` says what becomes of an image, `num_image_tokens` how many placeholders each image marker in a prompt becomes.
+    `plan_image` says what becomes of an image, and so how many placeholders its marker in a prompt becomes: here it is seen whole. Every
+    crop is resized to `image_size` x `image_size` pixels, whatever its shape, without border, as Chain-of-Sight's code does.
+    `pixel_values` (crops of all images, channels, height, width); `image_crops` (images,) says how many of them each image has, and is
+    left out where that is one.
 
     `chat_template` is used as it is; without one it is the tokenizer's own (or LLaVA-1.5's), led by a part that turns
     {"type": "image"} content into image markers.
@@ -102,8 +106,8 @@ class FoveateProcessor(ProcessorMixin):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders of an image, whatever its shape."""
-        return self._plan.tokens
+        """Placeholders of a square image."""
+        return self.plan_image(self.image_size, self.image_size).tokens
 
     def resized(self, image_size: int) -> Self:
         """A processor that makes images `image_size` pixels wide and high, rounded to whole patches; the model takes images of both.
@@ -120,8 +124,11 @@ class FoveateProcessor(ProcessorMixin):
         forget_last_call(self.tokenizer)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
-        return self.image_token * self.num_image_tokens
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+        images = make_flat_list_of_images(images)
+        plans = [self.plan_image(*size_of(image, kwargs.get("input_data_format"))) for image in images]
+        made = self.image_processor(cut(images, plans), **kwargs)
+        return {**made, **crop_counts(plans)}, [self.image_token * plan.tokens for plan in plans]
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Images may come flat (in the order of their markers) or as one list per prompt, which may be empty."""
@@ -146,6 +153,32 @@ class FoveateProcessor(ProcessorMixin):
             return MultiModalData()
         plans = [self.plan_image(*size) for size in image_sizes]
         return MultiModalData(num_image_tokens=[plan.tokens for plan in plans], num_image_patches=[len(plan.crops) for plan in plans])
+
+
+def size_of(image: Any, channels: Any = None) -> tuple[int, int]:
+    """(height, width) of a picture, or of an array whose `channels` are "channels_first" or "channels_last", found out unless told."""
+    return (image.height, image.width) if isinstance(image, Image.Image) else get_image_size(image, channels)
+
+
+def cut(images: Sequence[Any], plans: Sequence[ImagePlan]) -> list[Any]:
+    """The crops of all images, in order, each as a picture of its own; an image that is seen whole is left as it is."""
+    return [_part(image, crop.box) for image, plan in zip(images, plans, strict=True) for crop in plan.crops]
+
+
+def _part(image: Any, box: tuple[float, float, float, float]) -> Any:
+    if box == WHOLE:
+        return image
+    picture: Image.Image = image if isinstance(image, Image.Image) else to_pil_image(image)
+    left, top, right, bottom = box
+    return picture.crop(
+        (round(left * picture.width), round(top * picture.height), round(right * picture.width), round(bottom * picture.height))
+    )
+
+
+def crop_counts(plans: Sequence[ImagePlan]) -> dict[str, list[int]]:
+    """`image_crops`, as the model takes it, unless every image is one crop."""
+    counts = [len(plan.crops) for plan in plans]
+    return {} if set(counts) <= {1} else {"image_crops": counts}
 
 
 def forget_last_call(tokenizer: Any) -> None:

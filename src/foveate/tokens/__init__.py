@@ -9,9 +9,9 @@ Shape legend, used as suffixes of tensor names everywhere in Foveate:
     L  visual tokens of one image      T  visual tokens kept of one image
 """
 
-from foveate.tokens.image import Crop, ImagePlan
+from foveate.tokens.image import WHOLE, Crop, ImagePlan
 from foveate.tokens.layout import PLACE, SCOPES, Kind, Layout
 from foveate.tokens.map import TokenMap
 from foveate.tokens.selection import budget, top
 
-__all__ = ["PLACE", "SCOPES", "Crop", "ImagePlan", "Kind", "Layout", "TokenMap", "budget", "top"]
+__all__ = ["PLACE", "SCOPES", "WHOLE", "Crop", "ImagePlan", "Kind", "Layout", "TokenMap", "budget", "top"]

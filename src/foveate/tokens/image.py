@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from foveate.tokens.layout import Kind
 
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -13,10 +15,12 @@ class Crop:
 
     grid    (rows, columns) of its patches; None where only the model's own processor knows
     tokens  visual tokens that the bridge makes of it
+    box     (left, top, right, bottom) of what it shows, in shares of the image's width and height
     """
 
     grid: tuple[int, int] | None
     tokens: int
+    box: tuple[float, float, float, float] = WHOLE
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,7 @@ class Loading:
 
     def _batch(self, samples: Sequence[Conversation]) -> dict[str, Any]:
         batch: dict[str, Any] = self.collator(samples)
-        batch.pop("images", None)
-        return batch | {"plans": [self.collator.plans(sample) for sample in samples]}
+        return batch | {"plans": [sample.plans for sample in samples]}
 
     def _sound(self, item: int) -> Conversation:
         """The sample, or the first one after it that can be used."""

@@ -20,9 +20,10 @@ from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from foveate.anatomy import read
-from foveate.data.collate import image_tokens
+from foveate.data.library import image_plan
 from foveate.errors import FoveateError
 from foveate.reducers import parse, save_reducers
+from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Totals
 from foveate.train.callbacks import Held
@@ -31,7 +32,7 @@ from foveate.train.lock import locked
 from foveate.train.opening import Opened, open_model
 from foveate.train.order import Order, division
 from foveate.train.recipe import Recipe, load_recipe
-from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, report_notes, tokens_per_image
+from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, report_notes
 from foveate.train.schedule import NONE, stage_steps
 from foveate.train.stages import is_assembled, read_config, walk
 from foveate.train.stand_in import StandIn
@@ -70,12 +71,11 @@ def train(recipe: Recipe) -> Path:
 def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> None:
     check_reporting(recipe)
     setups = list(walk(recipe, read_config))
-    counts = [tokens_per_image(recipe, setup) for setup in setups]
     check_machine(recipe, setups[0].config, state)
     renderer = open_renderer(recipe)
     if renderer.end and state.is_main_process:
         log.warning("the chat template writes no token behind an answer: %s is put there, so that the model learns to stop", renderer.end)
-    data = [open_data(recipe, stage, renderer, count, state) for stage, count in zip(recipe.stages, counts, strict=True)]
+    data = [open_data(recipe, setup, renderer, state) for setup in setups]
     facts = {stage.name: facts_of(found) for stage, found in zip(recipe.stages, data, strict=True)}
     files.compare(recipe.output, {"recipe": plain, "facts": facts})
     state.wait_for_everyone()
@@ -134,22 +134,23 @@ def make_trainer(recipe: Recipe, index: int, data: StageData, opened: Opened, st
     micro, accumulation = division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
     anatomy = read(opened.model)
     # A Foveate model uses every trained parameter in every batch; others have blocks of the tower whose output they leave aside.
-    foreign = not is_assembled(opened.model.config)
+    config = opened.model.config
+    foreign = not is_assembled(config)
     arguments = training_arguments(recipe, index, steps, micro, accumulation, find_unused=foreign)
-    per_image = image_tokens(opened.processor)
+    plan = image_plan(opened.processor) if foreign else config.plan_image(config.image_size, config.image_size)
     skipped, lost = notes(recipe, stage)
     held = None
     if stage.validation is not None and data.validation is not None:
-        loading = Loading(data.validation, make_collator(opened.processor, stage.max_length, True), stage.validation.on_bad_sample, skipped)
+        loading = Loading(data.validation, make_collator(opened, stage.max_length, True), stage.validation.on_bad_sample, skipped)
         held = Held(loading, stage.validation.every)
     passes = steps * stage.batch_size / len(samples)
-    collator = make_collator(opened.processor, stage.max_length, remember=passes > 1)
+    collator = make_collator(opened, stage.max_length, remember=passes > 1)
     sizes = samples.source.sizes()[samples.index] if stage.group_by_length else None
     return FoveateTrainer(
         model=opened.model,
         args=arguments,
         train_dataset=range(len(samples)),
-        data_collator=Loading(samples, collator, stage.data.on_bad_sample, skipped, None if per_image else lost),
+        data_collator=Loading(samples, collator, stage.data.on_bad_sample, skipped, lost if plan is None else None),
         order=Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes),
         stage=StageInfo(
             index=index,
@@ -157,16 +158,15 @@ def make_trainer(recipe: Recipe, index: int, data: StageData, opened: Opened, st
             name=stage.name,
             steps=steps,
             parts=stage.parts,
-            per_image=per_image,
             layers=len(anatomy.layers),
-            image_token_id=opened.model.config.image_token_id,
+            image=plan or ImagePlan.whole(1),
             bf16_copy=stage.precision == "bf16-copy",
         ),
         totals=Totals(),
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=None if foreign and not per_image else Costs(opened.model.config, opened.trained),
+        costs=Costs(config, opened.trained),
         rates=stage.rates,
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,

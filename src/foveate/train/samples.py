@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,11 @@ from transformers import AutoTokenizer
 from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Cut, Fit, told
 from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
-from foveate.data.library import LibraryCollator, image_length
+from foveate.data.library import LibraryCollator, image_plan
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor, default_template
-from foveate.train.opening import open_processor
+from foveate.tokens import ImagePlan
+from foveate.train.opening import Opened, open_processor
 from foveate.train.recipe import Data, Recipe, Stage
 from foveate.train.stages import Setup, first_line
 from foveate.world import resolve
@@ -34,11 +36,12 @@ class StageData:
     validation: Conversations | None
 
 
-def open_data(recipe: Recipe, stage: Stage, renderer: Renderer, per_image: int, state: PartialState) -> StageData:
+def open_data(recipe: Recipe, setup: Setup, renderer: Renderer, state: PartialState) -> StageData:
     """What a stage trains on, and what it holds back."""
+    stage, plan_image = setup.stage, planner(recipe, setup)
 
     def opened(spec: Data, name: str) -> Conversations:
-        return open_samples(recipe, spec, name, Fit(renderer, per_image, stage.max_length), state)
+        return open_samples(recipe, spec, name, Fit(renderer, plan_image, stage.max_length), state)
 
     held = None if stage.validation is None else opened(stage.validation, f"{stage.name}-validation")
     return StageData(opened(stage.data, stage.name), held)
@@ -61,11 +64,13 @@ def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: Partia
     return data
 
 
-def tokens_per_image(recipe: Recipe, setup: Setup) -> int:
-    """Visual tokens of an image in a stage, 0 where that depends on the image."""
+def planner(recipe: Recipe, setup: Setup) -> Callable[[int, int], ImagePlan]:
+    """What becomes of an image of a height and width in a stage; at least one token where only training will show it."""
     if setup.assembled:
-        return setup.image.tokens
-    return image_length(open_processor(recipe.model.checkpoint or "", recipe.model.chat_template))
+        plan_image: Callable[[int, int], ImagePlan] = setup.config.plan_image
+        return plan_image
+    plan = image_plan(open_processor(recipe.model.checkpoint or "", recipe.model.chat_template)) or ImagePlan.whole(1)
+    return lambda height, width: plan
 
 
 def facts_of(data: StageData) -> dict[str, Any]:
@@ -94,11 +99,11 @@ def open_renderer(recipe: Recipe) -> Renderer:
     return Renderer(SimpleNamespace(tokenizer=tokenizer, chat_template=template, image_token=MARKER))
 
 
-def make_collator(processor: Any, max_length: int, remember: bool = False) -> Any:
+def make_collator(opened: Opened, max_length: int, remember: bool = False) -> Any:
     """What makes batches for a Foveate model, or for one of the library."""
-    if isinstance(processor, FoveateProcessor):
-        return Collator(processor, max_length, remember)
-    return LibraryCollator(processor, max_length)
+    if isinstance(opened.processor, FoveateProcessor):
+        return Collator(opened.processor, max_length, remember)
+    return LibraryCollator(opened.processor, max_length, opened.model.config.image_token_id)
 
 
 def notes(recipe: Recipe, stage: Stage) -> tuple[Path, Path]:

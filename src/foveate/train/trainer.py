@@ -7,7 +7,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -46,18 +46,16 @@ QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
 
 @dataclass
 class StageInfo:
-    """What the trainer needs to know of the stage beside the arguments of the Trainer.
-
-    `per_image`: visual tokens of an image; 0 where that depends on the image, and the trainer then puts the mean of those seen there."""
+    """What the trainer needs to know of the stage beside the arguments of the Trainer. `image`: what an image becomes, as far as that is
+    known before any is seen."""
 
     index: int
     count: int
     name: str
     steps: int
     parts: Sequence[Part]
-    per_image: int
     layers: int
-    image_token_id: int
+    image: ImagePlan
     bf16_copy: bool = False
 
 
@@ -76,8 +74,8 @@ class BFloat16Copy:
 class ProgressLine(TrainerCallback):
     """A bar on a terminal, a line every ten seconds elsewhere."""
 
-    def __init__(self, stage: StageInfo, batch_size: int, switch: ReducerSwitch) -> None:
-        self.stage, self.batch_size, self.switch = stage, batch_size, switch
+    def __init__(self, stage: StageInfo, batch_size: int, visual_tokens: Callable[[], list[int]]) -> None:
+        self.stage, self.batch_size, self.visual_tokens = stage, batch_size, visual_tokens
         self.loss: float | None = None
         self._bar: Progress | None = None
         self._task: Any = None
@@ -110,7 +108,7 @@ class ProgressLine(TrainerCallback):
 
     def _now(self, step: int) -> tuple[str, float]:
         rate = (step - self._first) * self.batch_size / max(time.monotonic() - self._start, 1e-9)
-        counts = visual_tokens(parse(self.switch.current), self.stage.per_image, self.stage.layers)
+        counts = self.visual_tokens()
         tokens = f"{counts[0]}" if len(set(counts)) == 1 else f"{max(counts)}→{min(counts)}"
         loss = "" if self.loss is None else f", loss {self.loss:.4f}"
         return f"{tokens} tokens/image, {rate:.1f} samples/s{loss}", rate
@@ -145,7 +143,7 @@ class FoveateTrainer(Trainer):
         log_file: files.RunLog,
         log_steps: int,
         save_steps: int,
-        costs: Costs | None,
+        costs: Costs,
         rates: dict[str, float] | None = None,
         validation: Held | None = None,
         stand_in: StandIn | None = None,
@@ -156,7 +154,7 @@ class FoveateTrainer(Trainer):
         self.order, self.stage, self.log_file, self.costs = order, stage, log_file, costs
         self.totals, self.since = totals, Since()
         self.switch = ReducerSwitch(self.model, stage.parts, stage.steps)
-        self.progress = ProgressLine(stage, order.batch_size, self.switch)
+        self.progress = ProgressLine(stage, order.batch_size, self.visual_tokens)
         self.add_callback(self.switch)
         self.rates, self.validation, self.stand_in = rates, validation, stand_in
         self.visual = part_modules(self.model)
@@ -164,8 +162,7 @@ class FoveateTrainer(Trainer):
         self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())
         self.flow = Flow(log_steps, save_steps, stage.steps, validation)
         self.add_callback(self.flow)
-        self._mean = None if stage.per_image else np.zeros(2)  # visual tokens and images so far
-        self.stage.per_image = stage.per_image or 1
+        self._seen = [0, 0]  # visual tokens and images so far, of the batches that came here
         self._reset()
         if self.is_world_process_zero():
             self.add_callback(self.progress)
@@ -218,11 +215,15 @@ class FoveateTrainer(Trainer):
         self._flops = 0.0
         self._clock = time.monotonic()
 
-    def _count(self, visual: float, images: float) -> None:
-        """Takes more images into the mean number of visual tokens."""
-        assert self._mean is not None
-        self._mean += np.array([visual, images])
-        self.stage.per_image = max(1, round(self._mean[0] / max(self._mean[1], 1)))
+    @property
+    def tokens_per_image(self) -> int:
+        """The mean of the images seen so far."""
+        visual, images = self._seen
+        return max(1, round(visual / images)) if images else self.stage.image.visual
+
+    def visual_tokens(self) -> list[int]:
+        """Of such an image in each decoder layer, under the reducer of the moment."""
+        return visual_tokens(parse(self.switch.current), self.tokens_per_image, self.stage.layers)
 
     _micro = (-1, 0)  # the optimiser step under way, and micro-batches of it that were begun
     _step_images = 0
@@ -236,11 +237,9 @@ class FoveateTrainer(Trainer):
         self._micro = step, begun + 1
         self._step_images += images
         self._images += images
-        if self._mean is not None and images:
-            self._count(int((inputs["input_ids"] == self.stage.image_token_id).sum()), images)
+        self._seen = [self._seen[0] + sum(plan.visual for row in plans for plan in row), self._seen[1] + images]
         self._supervised += int((inputs["labels"] >= 0).sum())
-        if self.costs is not None:
-            self._flops += self._cost(self.costs, inputs, plans)
+        self._flops += self._cost(inputs, plans)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.stand_in is not None and self.trains_text and self.accelerator.sync_gradients:
             seen = self.accelerator.reduce(torch.tensor(self._step_images, device=self.args.device), reduction="sum")
@@ -253,10 +252,10 @@ class FoveateTrainer(Trainer):
         self._loss = loss.double() if self._loss is None else self._loss + loss
         return loss
 
-    def _cost(self, costs: Costs, inputs: dict[str, Any], plans: Sequence[Sequence[ImagePlan]]) -> float:
+    def _cost(self, inputs: dict[str, Any], plans: Sequence[Sequence[ImagePlan]]) -> float:
         """FLOPs of a step on these inputs, whose rows have images that become `plans`."""
         rows = zip(inputs["attention_mask"].sum(1).tolist(), plans, strict=True)
-        return sum(costs.of(self.switch.current, tuple(row), length - sum(plan.tokens for plan in row)) for length, row in rows)
+        return sum(self.costs.of(self.switch.current, tuple(row), length - sum(plan.tokens for plan in row)) for length, row in rows)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
@@ -369,10 +368,10 @@ class FoveateTrainer(Trainer):
             "images": self.totals.images,
             "images_per_s": round(self.since.images / max(self.since.seconds, 1e-9), 2),
             "supervised_tokens": self.totals.supervised,
-            "tokens_per_image": self.stage.per_image,
-            "visual_tokens_per_layer": visual_tokens(parse(self.switch.current), self.stage.per_image, self.stage.layers),
+            "tokens_per_image": self.tokens_per_image,
+            "visual_tokens_per_layer": self.visual_tokens(),
         }
-        if self.costs is not None and self.totals.flops is not None:
+        if self.totals.flops is not None:
             row["flops"] = self.totals.flops
         return row | {"seconds": round(self.totals.seconds, 3), "reducer": self.switch.current}
 
@@ -409,8 +408,7 @@ class FoveateTrainer(Trainer):
         self._gather()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
-            mean = None if self._mean is None else self._mean.tolist()
-            state = {"totals": asdict(self.totals), "since": asdict(self.since), "logged": self._logged, "mean": mean}
+            state = {"totals": asdict(self.totals), "since": asdict(self.since), "logged": self._logged, "seen": self._seen}
             (folder / PROGRESS).write_text(json.dumps(state), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -426,8 +424,7 @@ class FoveateTrainer(Trainer):
         if checkpoint is not None:
             state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
             self.totals, self.since, self._logged = Totals(**state["totals"]), Since(**state["since"]), state["logged"]
-            if self._mean is not None and state.get("mean"):
-                self._count(*state["mean"])
+            self._seen = state.get("seen") or [int(count) for count in state.get("mean") or (0, 0)]  # its name in earlier versions
         try:
             self._reset()
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

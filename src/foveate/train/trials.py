@@ -82,9 +82,7 @@ def rehearse(recipe: Recipe, index: int, opened: Opened, state: PartialState) ->
     sample = Conversation(
         0, "rehearsal", [("user", f"{MARKER}\nWhat is this?"), ("assistant", "Grey.")], [Image.new("RGB", (64, 64), "grey")]
     )
-    batch = {
-        name: value.to(state.device) for name, value in make_collator(opened.processor, sys.maxsize)([sample]).items() if name != "images"
-    }
+    batch = {name: value.to(state.device) for name, value in make_collator(opened, sys.maxsize)([sample]).items()}
     with torch.random.fork_rng(), torch.no_grad():
         for reducers, stage in spelled.items():
             try:
