@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLProcessor
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from foveate.data.collate import Collator
@@ -124,6 +124,22 @@ def test_images_are_the_processors_own(name: str, load: Any) -> None:
     )
     alone = collator(samples(size, 2))
     assert not extra & set(alone)  # a batch of text only
+
+
+@pytest.mark.parametrize("name", [*FIXED, *VARYING])
+def test_plans_have_the_tokens_of_each_image(name: str, load: Any) -> None:
+    folder, processor, size = load(name)
+    token = processor.image_token_id if folder is None else AutoConfig.from_pretrained(folder).image_token_id
+    collator = LibraryCollator(processor, 4096, token)
+    mixed = samples(size, 2, 0, 1)
+    batch = collator(mixed)
+    for row, sample in enumerate(mixed):
+        alone = [Conversation(0, "one", [("user", "<image>"), ("assistant", "a")], [image]) for image in sample.images]
+        assert [plan.visual for plan in sample.plans] == [int((collator([one])["input_ids"] == token).sum()) for one in alone]
+        assert sum(plan.visual for plan in sample.plans) == int((batch["input_ids"][row] == token).sum())
+    counts = {plan.visual for sample in mixed for plan in sample.plans}
+    assert counts == {16} if name in FIXED else min(counts) > 0
+    assert name in (*FIXED, "ovis2") or len(counts) > 1
 
 
 @pytest.mark.parametrize("name", [*FIXED, "idefics3", "llava_next", "ovis2"])

@@ -46,7 +46,9 @@ class LibraryCollator:
         if self.pad is None:
             raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
         self.sequences = {"token_type_ids", "mm_token_type_ids"} & set(processor.model_input_names)
-        self.visual: str = self.renderer.tokenizer.convert_ids_to_tokens(image_token_id or self.renderer.image_token_id)
+        self.visual: str = self.renderer.tokenizer.convert_ids_to_tokens(
+            self.renderer.image_token_id if image_token_id is None else image_token_id
+        )
         self.cut: list[Cut] = []
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import ProcessorMixin
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import get_image_size, make_flat_list_of_images
+from transformers.image_utils import get_image_size, infer_channel_dimension_format, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData
 
 from foveate.bridges import build_bridge
@@ -135,7 +135,7 @@ class FoveateProcessor(ProcessorMixin):
         if images is not None and text is not None:
             check_rows(images, [text] if isinstance(text, str) else text, self.image_token)
         if isinstance(images, list | tuple):
-            images = make_flat_list_of_images(images) if any(i not in ([], ()) for i in images) else None
+            images = make_flat_list_of_images(images) if any(not isinstance(i, list | tuple) or i for i in images) else None
         return super().prepare_inputs_layout(images=images, text=text, **kwargs)
 
     def validate_inputs(self, images: Any = None, text: Any = None, **kwargs: Any) -> None:
@@ -157,7 +157,10 @@ class FoveateProcessor(ProcessorMixin):
 
 def size_of(image: Any, channels: Any = None) -> tuple[int, int]:
     """(height, width) of a picture, or of an array whose `channels` are "channels_first" or "channels_last", found out unless told."""
-    return (image.height, image.width) if isinstance(image, Image.Image) else get_image_size(image, channels)
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    height, width = get_image_size(image, channels or infer_channel_dimension_format(image, (1, 3, 4)))
+    return height, width
 
 
 def cut(images: Sequence[Any], plans: Sequence[ImagePlan]) -> list[Any]:
