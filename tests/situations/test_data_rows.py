@@ -399,7 +399,7 @@ def test_names_are_taken_as_they_are(folder: Path) -> None:
     colours = [data[i].images[0].getpixel((0, 0))[0] for i in range(len(names))]  # type: ignore[index]
     assert colours == [0, 1, 2, 3, 4, 7, 6, 7]
     assert len(task(folder / "a.json", images).samples) == len(names)
-    assert len((folder / "checked.tsv").read_text().splitlines()) == len(names)
+    assert len(set((folder / "checked.tsv").read_text().splitlines())) == len(names) - 1  # two of them are one file
 
 
 def test_a_pipe_is_no_picture(folder: Path) -> None:

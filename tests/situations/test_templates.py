@@ -92,6 +92,10 @@ TWICE = "{% for m in messages %}{{ m.content + m.content + eos_token }}{% endfor
 BLIND = "{% for m in messages %}{{ m.content | replace('<image>', '') + eos_token }}{% endfor %}"
 
 
+def one_token(height: int, width: int) -> ImagePlan:
+    return ImagePlan.whole(1)
+
+
 @pytest.mark.parametrize(
     ("template", "odd", "reason"),
     [
@@ -110,7 +114,7 @@ def test_what_a_template_cannot_write_is_named_before_the_first_step(template: s
     rows.append({"id": "odd", **image, "conversations": odd})
     (tmp_path / "data.json").write_text(json.dumps(rows))
     data = Conversations.open(tmp_path / "data.json", tmp_path)
-    bad = find_bad(data.source, None, fits=Fit(Renderer(processor(template)), lambda height, width: ImagePlan.whole(3), max_length=99))
+    bad = find_bad(data.source, None, fits=Fit(Renderer(processor(template)), one_token, max_length=99))
     assert bad[-1].id == "odd"
     assert reason in bad[-1].reason
     assert len(bad) == (4 if template == TWICE else 1)
@@ -137,20 +141,20 @@ def test_what_is_cut_is_counted_exactly() -> None:
     assert total == 21 + 10
     first = int(np.flatnonzero(whole.supervised)[0])
     for length in range(first + 1, len(whole.ids) + 2):
-        fit = Fit(renderer, 1, length)
-        assert fit(turns, 0) == ""
+        fit = Fit(renderer, one_token, length)
+        assert fit(turns, []) == ""
         kept = int(whole.supervised[:length].sum())
         lost = [(cut.tokens, cut.of, cut.answers) for cut in fit.cut]
         whole_answers = 0 if kept > 21 else 1
         assert lost == ([] if kept == total else [(total - kept, total, whole_answers)])
-    assert "no token of an answer within max_length" in Fit(renderer, 1, first)(turns, 0)
+    assert "no token of an answer within max_length" in Fit(renderer, one_token, first)(turns, [])
 
 
 def test_what_is_cut_is_told() -> None:
     renderer = Renderer(processor(templates.CHATML))
-    fit = Fit(renderer, 1, 60)
+    fit = Fit(renderer, one_token, 60)
     for answer, last in (("b" * 10, "d"), ("b" * 100, "d"), ("b" * 100, "dd"), ("b", "d" * 100)):
-        fit([("user", "a"), ("assistant", answer), ("user", "c"), ("assistant", last)], 0)
+        fit([("user", "a"), ("assistant", answer), ("user", "c"), ("assistant", last)], [])
     line = told(fit.cut, "data", 4, 60)
     assert line.startswith("data: max_length 60 cuts 3 of 4 samples, ")
     assert line.endswith("; 2 of them lose 2 whole answers")
