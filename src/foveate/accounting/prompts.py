@@ -145,18 +145,17 @@ def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt,
     the configuration makes of an image. FoveateError where that is another number of tokens than the plan's."""
     grids = Counter(crop.grid for plan in plans for crop in plan.crops)
     calls = {grid: image_of(config, None, grid) for grid in grids}
+    made = {grid: prompt_of(config, [(call, Fraction(1))], 1, None, 0) for grid, call in calls.items()}
     sizes, text = [], text + sum(len(plan.marks) for plan in plans)
     for plan in plans:
-        parts: list[ImageSize] = []
         for crop in plan.crops:
-            items = encode(config, calls[crop.grid]).items
-            patches, others = (sum(counts) for counts in zip(*((image.tokens, others) for image, others in items), strict=True))
-            if crop.tokens - patches not in (0, others):
+            alone = made[crop.grid]
+            beside = crop.tokens - (alone.tokens - alone.text)
+            if beside not in (0, alone.text):
                 raise FoveateError(
-                    f"by its configuration {_an_image(config)} makes {patches + others} visual tokens of what it sees at once, not "
+                    f"by its configuration {_an_image(config)} makes {alone.tokens} visual tokens of what it sees at once, not "
                     f"{crop.tokens}; {WAY_OUT}"
                 )
-            parts += [image for image, _ in items]
-            text += crop.tokens - patches
-        sizes.append(ImageSize.joined(parts))
+            text += beside
+        sizes.append(ImageSize.joined([image for crop in plan.crops for image in made[crop.grid].images]))
     return Prompt(sizes, text), [(calls[grid], Fraction(count)) for grid, count in grids.items()]
