@@ -31,6 +31,7 @@ BRIDGES: dict[str, dict[str, Any]] = {
     "mlp": {"kind": "mlp"},
     "chain_of_sight": {"kind": "chain_of_sight", "scales": [[4, 4], [2, 1]], "width": 32, "head_dim": 16},
     "avg_pool2d": {"kind": "avg_pool2d", "pool": 2},
+    "resampler": {"kind": "resampler", "queries": 4},
 }
 REDUCERS = ["none", "fastv:keep=0.3,layer=1", "fastv:keep=3,layer=1", "random:keep=0.5", "uniform:keep=0.25", "fastervlm:keep=5"]
 
@@ -112,6 +113,30 @@ def test_the_model_puts_the_crops_in_order(made: tuple[Any, Halves]) -> None:
         for counts in ([2, 1, 2], [2, 2, 2, 1]):
             with pytest.raises(FoveateError, match=rf"image_crops counts {sum(counts)} crops, but pixel_values holds 6"):
                 model(**{**batch, "image_crops": torch.tensor(counts)})
+
+
+def test_crops_lie_as_single_images_do(made: tuple[Any, Halves]) -> None:
+    """Rows and columns of a crop's tokens are those of the same picture alone, and an image is known by its pixels in any batch."""
+    model, processor = made
+    batch, single = Collator(processor, 999)(samples()), Collator(processor, 999)(samples()[3:])
+    with torch.no_grad():
+        with foveate.attach(model, []) as run:
+            model(**batch)
+        layout = run.last.layouts[0]
+        with foveate.attach(model, []) as run:
+            model(**single)
+        alone = run.last.layouts[0]
+        one = alone.place[0][alone.visual[0]][:, 3:]
+        for row, crops in enumerate((2, 3, 0, 1)):
+            place = layout.place[row][layout.visual[row]]
+            assert torch.equal(place[:, 3:], one.repeat(crops, 1))
+        kept = []
+        for inputs, row in ((batch, 3), (single, 0)):
+            with foveate.attach(model, "random:keep=0.5") as run:
+                model(**inputs)
+            cut = run.last.maps[0]
+            kept.append(cut.representative[row][cut.target.visual[row]])
+    assert torch.equal(*kept)
 
 
 def test_generation_with_beams(made: tuple[Any, Halves]) -> None:

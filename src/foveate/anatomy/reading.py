@@ -204,7 +204,8 @@ class Anatomy:
         """What each item of a call is told apart by: its pixels, or its features where these are all there is."""
         pixels = media.pixels_given
         if pixels is not None:
-            by_grid = families.grids.pixels_of(media, pixels)
+            crops = media.given.get("image_crops")  # of our own model
+            by_grid = families.grids.pixels_of(media, pixels) if crops is None else pixels.split(crops.tolist())
             pixels = families.crops.pixels_of(pixels) if by_grid is None else by_grid
         return media.features if pixels is None or len(pixels) != len(media.features) else list(pixels)
 

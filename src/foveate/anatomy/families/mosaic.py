@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
+from foveate.anatomy.families.boxes import over_boxes
 from foveate.anatomy.families.crops import before
 from foveate.anatomy.media import Arrangement, Media
 from foveate.anatomy.raster import Laid, places
@@ -33,7 +34,10 @@ def arranged(media: Media) -> Mosaic | None:
         return None
     crops = [int(f.shape[0]) for f in packing["image_features"]]
     inner = [int(f.shape[1]) for f in packing["image_features"] for _ in range(f.shape[0])]
-    parts = [places(length, before=before(media, length), device=media.device) for length in inner]
+    boxes = media.boxes
+    parts = [
+        places(n, before=before(media, n), device=media.device) if boxes is None else over_boxes(boxes[0], media.device) for n in inner
+    ]
     return Mosaic(parts, media.anatomy.core, packing, crops)
 
 
