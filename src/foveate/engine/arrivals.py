@@ -17,7 +17,7 @@ from foveate.contract import Signal
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Item, names_of, unseen
 from foveate.probes.watched import Watched
-from foveate.tokens import Kind, Layout
+from foveate.tokens import PLACE, Kind, Layout
 
 _REMEMBERED = 256  # items encoded by hand, the last call's always
 
@@ -107,6 +107,10 @@ class Arrivals:
         """The layout of the chunk, and (B, N) int64 which of the items' tokens, counted through all of them, a slot holds (-1: none)."""
         items, device = self.items, position.device
         which = torch.full(shape, -1, dtype=torch.int64, device=device)
+        valid, position = torch.ones_like(which, dtype=torch.bool) if valid is None else valid, position.expand(shape)
+        if not items:  # as at every decoded token
+            kind, size = torch.full_like(which, int(Kind.TEXT)), torch.zeros_like(which, dtype=torch.float32)
+            return Layout(kind, valid, position, which[..., None].expand(*shape, len(PLACE)), size), which
         start = 0
         for modality in MODALITIES:
             if modality not in self._slots or not self._items.get(modality):
@@ -120,16 +124,13 @@ class Arrivals:
                 )
             which[slots] = torch.arange(start, start + sum(lengths), device=device)
             start += sum(lengths)
-        layout = Layout.sequence(which >= 0, None, valid_BN=valid, position_BN=position)
-        if not items:
-            return layout, which
         at = which.clamp(min=0)
         here = which >= 0
         image = torch.cat([torch.full((len(item),), i, device=device) for i, item in enumerate(items)])
         kind = torch.where(here, torch.cat([item.kind.to(device) for item in items])[at], int(Kind.TEXT))
         place = torch.cat([image[:, None], torch.cat([item.place.to(device) for item in items])], 1)[at]
         place = torch.where(here[..., None], place, -1)
-        return Layout(kind, layout.valid, layout.position, place, (kind == Kind.PATCH).to(torch.float32)), which
+        return Layout(kind, valid, position, place, (kind == Kind.PATCH).to(torch.float32)), which
 
     @property
     def keys(self) -> Tensor | None:

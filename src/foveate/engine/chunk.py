@@ -79,7 +79,7 @@ class Chunk:
     rotary_calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
     tables: dict[int, Tensor] = field(default_factory=dict)
     shifts: dict[int, Tensor] = field(default_factory=dict)
-    _known: dict[tuple[int, int], tuple[Any, Any]] = field(default_factory=dict)
+    _known: dict[tuple[int, int, bool], tuple[Any, Any]] = field(default_factory=dict)
     _keys: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _rows: Tensor = field(init=False)  # the slots of `whole`, ascending
     _all_before: Tensor | None = None  # the slots of earlier chunks where nothing was cut
@@ -118,10 +118,12 @@ class Chunk:
         steps, since every decoded token comes here."""
         before = self._shift_of(segment)
         earlier = before - self.shift_before
-        self.moves.append(Move(None, earlier))
-        self.moved |= bool(earlier.any())
-        self.shift, self.shift_before = self.shift + earlier, before
-        self.layout = replace(self.layout, position=self.layout.position - earlier[:, None])
+        if bool(earlier.any()):
+            self.moved = True
+            self.moves.append(Move(None, earlier))
+            self.shift = self.shift + earlier
+            self.layout = replace(self.layout, position=self.layout.position - earlier[:, None])
+        self.shift_before = before
         self._known, self._keys = {}, {}
         self.tables[segment], self.shifts[segment], self.segment = self.tables[self.segment], self.shift, segment
 
@@ -201,7 +203,7 @@ class Chunk:
                 f"{self.implementation} counts the sliding window of decoder layer {layer} in slots, so that after a cut it would reach "
                 "further back than it should: load the model with sdpa or eager attention"
             )
-        key = (id(mask), columns.shape[1])
+        key = (id(mask), columns.shape[1], recurrent)
         if key not in self._known:
             self._known[key] = (mask, self._cut_mask(mask, columns, recurrent))
         return self._known[key][1]
@@ -318,7 +320,7 @@ class Chunk:
 
     def side(self, value: Any) -> Any:
         """Anything else that a layer gets: what runs along the sequence is cut as the sequence is."""
-        key = (id(value), -1)
+        key = (id(value), -1, False)
         if key not in self._known:
             self._known[key] = (value, self._cut_side(value))
         return self._known[key][1]

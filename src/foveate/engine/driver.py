@@ -196,7 +196,7 @@ class Driver:
             return None  # the decoder says itself what it lacks
         live = self._live
         forward = live.forward
-        if forward is None or forward.record.layouts:  # called by itself, without the model around it
+        if forward is None or forward.opened:  # called by itself, without the model around it
             live.forward = None
             forward = self._forward(len(self._around))
             forward.entered = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from foveate.anatomy import Anatomy
 from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, View
 from foveate.engine.arrivals import Arrivals
-from foveate.engine.cache import CacheTable, recall, remember
+from foveate.engine.cache import CacheTable, recall, remember, room
 from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
 from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
 from foveate.engine.record import Record
@@ -23,7 +24,7 @@ from foveate.probes.layer import LayerProbe
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.probes.tower_pass import TowerPass
 from foveate.reducers import Reducer, spell
-from foveate.tokens import TokenMap
+from foveate.tokens import Layout, TokenMap
 
 
 class ForwardPass:
@@ -31,6 +32,7 @@ class ForwardPass:
 
     depth    which of the modules around the decoder was called, 0 the outermost
     entered  whether the module that merges images and text has begun
+    opened   whether the decoder has
     """
 
     def __init__(
@@ -38,7 +40,7 @@ class ForwardPass:
     ) -> None:
         self.depth, self.anatomy, self.wiring, self.probes, self._shortcuts = depth, anatomy, wiring, probes, shortcuts
         self.arrivals = Arrivals(anatomy, keyed)
-        self.entered = self.merged = False
+        self.entered = self.merged = self.opened = self.has_images = False
         self.record = Record()
         self.mask: Any = None  # as the caller gave it, before the model makes it a mask for its layers
         self.labels: dict[str, Any] = {}
@@ -50,17 +52,15 @@ class ForwardPass:
         self._asked: Asked | None = None
         self._injected: dict[int, Tensor] = {}  # by layer, what the model adds to the states in front of it
         self._on_embeddings: View | None = None
-        self._here: Any = None  # what the reducers of the layer under way have made of the slots that arrived at it
+        self._here: list[TokenMap] = []  # what the reducers of the layer under way have made of `_arriving`, the slots that came to it
+        self._arriving: Layout | None = None
         self._passing: tuple[TokenMap, Tensor] | None = None  # what goes through the layer under way, and the states of all
+        self._known: dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]] = {}  # what layers were handed, and what they get instead
 
     @property
     def chunk(self) -> Chunk:
         assert self._chunk is not None
         return self._chunk
-
-    @property
-    def has_images(self) -> bool:
-        return bool(self.arrivals.items)
 
     def note_labels(self, kwargs: dict[str, Any]) -> None:
         """The labels among the arguments of one of the modules around the decoder."""
@@ -72,9 +72,17 @@ class ForwardPass:
         """The decoder is about to run on `arriving` (B, N, …). prompt: tokens of the `generate` call's prompt. Returns the decoder's
         arguments where they must be others."""
         shape, device = (arriving.shape[0], arriving.shape[1]), arriving.device
+        self.opened, self.has_images = True, bool(self.arrivals.items)
         cache = kwargs.get("past_key_values")
-        memory = recall(cache) if cache is not None else None
+        memory = recall(cache)
         past = int(cache.get_seq_length()) if cache is not None else 0
+        if self.merged and self.wiring.acts and not self.has_images and past == 0:
+            raise FoveateError(
+                "inputs_embeds do not say which of them are of images, so that nothing could be reduced: hand in input_ids with "
+                "pixel_values or mm_encoder_outputs (text alone: input_ids), or detach"
+            )
+        if not self.has_images and memory is None and cache is not None:
+            return None  # text alone, and nothing before it was cut: nothing is to be done
         positions = kwargs.get("position_ids")
         if positions is None:
             row = torch.arange(past, past + shape[1], device=device)[None]
@@ -82,11 +90,6 @@ class ForwardPass:
             row = positions if positions.ndim == 2 else positions[0]
         valid = valid_slots(self.mask if self.mask is not None else kwargs.get("attention_mask"), past, shape[1])
         layout, which = self.arrivals.layout(shape, None if valid is None else valid.to(device), row.to(torch.int64))
-        if self.merged and self.wiring.acts and not self.has_images and past == 0:
-            raise FoveateError(
-                "inputs_embeds do not say which of them are of images, so that nothing could be reduced: hand in input_ids with "
-                "pixel_values or mm_encoder_outputs (text alone: input_ids), or detach"
-            )
         samples = samples_of({**kwargs, "attention_mask": self.mask}, shape, past > 0) if self.has_images else None
         implementation = str(self.anatomy.text_config._attn_implementation)
         self._chunk = Chunk(
@@ -159,44 +162,54 @@ class ForwardPass:
             self.probes[index].arm(self.has_images)
         if not chunk.changed:
             return None if added is None else ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-        new = self._given(index, kwargs)
         if args:
-            return (hidden, *(chunk.side(value) for value in args[1:])), new
+            new = self._given(index, kwargs)
+            return (hidden, *map(chunk.side, args[1:])), new
+        new = self._given(index, {name: value for name, value in kwargs.items() if name != "hidden_states"})
         return args, {**new, "hidden_states": hidden}
 
     def _given(self, index: int, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The keyword arguments of a layer in terms of the slots that are left."""
+        """The keyword arguments of a layer in terms of the slots that are left: found once for all layers of a segment that are alike and
+        are handed the same objects."""
+        chunk, recurrent = self.chunk, self.anatomy.recurrent(index)
+        window = self.anatomy.window(index) if chunk.flash else None
+        alike = chunk.segment, recurrent, window, *room(chunk.cache, index)
+        key = (*alike, *kwargs, *map(id, kwargs.values()))
+        if key not in self._known:  # with the objects, so that none of them goes and leaves its id to another
+            self._known[key] = list(kwargs.values()), self._cut_given(index, kwargs, recurrent, window)
+        return dict(self._known[key][1])
+
+    def _cut_given(self, index: int, kwargs: dict[str, Any], recurrent: bool, window: int | None) -> dict[str, Any]:
         chunk, new = self.chunk, dict(kwargs)
         beside = any(name.startswith("position_embeddings") for name in kwargs)
         varlen = chunk.varlen(kwargs)
         for name, value in kwargs.items():
             if name == "attention_mask":
-                recurrent = self.anatomy.recurrent(index)
-                new[name] = chunk.mask(value, index, recurrent, self.anatomy.window(index) if chunk.flash else None)
+                new[name] = chunk.mask(value, index, recurrent, window)
             elif name == "position_ids" and isinstance(value, Tensor):
                 new[name] = chunk.counted(value) if beside else chunk.positions(value) if chunk.moved else chunk.side(value)
             elif name in varlen:
                 new[name] = varlen[name]
-            elif name not in ("past_key_values", "hidden_states"):
+            elif name != "past_key_values":
                 new[name] = chunk.side(value)
         return new
 
     def _decide(self, index: int, hidden: Tensor) -> Tensor:
         """The states that go through layer `index`, after what acts in front of it and around it."""
         wiring, chunk = self.wiring, self.chunk
-        if index == 0 and (wiring.cuts or wiring.through):
-            self._on_embeddings = self._view(0, hidden)
         if index in wiring.cuts or index in wiring.through:
-            self._here = TokenMap.identity(chunk.layout)
-        elif chunk.begins(index):
-            chunk.go_on(index)
+            self._arriving, self._here = chunk.layout, []
+        else:
+            if index == 0 and (wiring.cuts or wiring.through):
+                self._view(0, hidden)  # which those after it are shown
+            if chunk.begins(index):
+                chunk.go_on(index)
         if index in wiring.cuts:
             hidden = self._cut(index, hidden)
         return self._bypass(index, hidden) if index in wiring.through else hidden
 
     def _cut(self, index: int, hidden: Tensor) -> Tensor:
         chunk = self.chunk
-        maps: list[TokenMap] = []
         for reducer, number in self.wiring.cuts[index]:
             token_map = decide(reducer, number, self._view(index, hidden), Cut)
             if not isinstance(reducer, Replay):  # recorded maps are aligned already, and meet each other as they did
@@ -206,11 +219,10 @@ class ForwardPass:
                 continue
             hidden = token_map.apply(hidden)
             chunk.enter(index, token_map, renumber)
-            self._here = self._here.then(token_map)
-            maps.append(token_map)
+            self._here.append(token_map)
             self.record.steps.append(Replay(index, token_map, positions="renumber" if renumber else "keep"))
-        if maps:
-            whole = self._here if len(maps) > 1 else maps[0]
+        if self._here:
+            whole = self._here[0] if len(self._here) == 1 else self._so_far()
             self.record.maps[index] = TokenMap(whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean)
         elif chunk.memory is not None or chunk.changed:
             chunk.pass_by(index)
@@ -252,6 +264,11 @@ class ForwardPass:
         hidden = put_back(token_map, output[0] if isinstance(output, tuple) else output, before)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
+    def _so_far(self) -> TokenMap:
+        """The map from the slots that came to the layer under way to those that its reducers have left by now."""
+        assert self._arriving is not None
+        return functools.reduce(TokenMap.then, self._here, TokenMap.identity(self._arriving))
+
     def _view(self, index: int, hidden: Tensor) -> View:
         """What the reducers at layer `index` may look at."""
         chunk = self.chunk
@@ -259,17 +276,18 @@ class ForwardPass:
         for signal in self.wiring.needs:
             if isinstance(signal, (Attention, Keys)) and signal.layer == index - 1:
                 probe, start = self.probes[signal.layer], chunk.cached(signal.layer)
+                here = self._so_far()
                 if isinstance(signal, Attention):
-                    signals[signal] = probe.attention().of_slots(self._here, start)
+                    signals[signal] = probe.attention().of_slots(here, start)
                 else:
-                    signals[signal] = self._here.apply(probe.keys()[:, start : start + self._here.source.shape[1]])
+                    signals[signal] = here.apply(probe.keys()[:, start : start + here.source.shape[1]])
             elif isinstance(signal, (*TOWER_SIGNALS, Groups)):
                 assert self._which is not None
                 spread = self.arrivals.values(signal, self._which)
                 signals[signal] = chunk.whole.apply(spread) if chunk.moves else spread
         assert self._asked is not None
         asked = None if self._asked.unknown else self._asked.at(chunk.whole if chunk.moves else None, chunk.layout)
-        return View(
+        view = View(
             chunk.layout,
             hidden,
             self.arrivals.keys,
@@ -279,6 +297,9 @@ class ForwardPass:
             layers=len(self.anatomy.layers),
             unknown=self._asked.unknown,
         )
+        if self._on_embeddings is None:
+            self._on_embeddings = view
+        return view
 
     # ---- what the caller gets
 
