@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +18,10 @@ from transformers.masking_utils import create_causal_mask
 
 import foveate
 from foveate.anatomy import attends, blocks, read
+from foveate.contract import Cut, FromLayer, Site, View, Workload
 from foveate.errors import NotApplicable
+from foveate.reducers import Reducer
+from foveate.tokens import TokenMap
 from tests.conformance.family import families
 from tests.tiny import Batch, llava, prompt
 
@@ -112,6 +117,43 @@ def test_names_in_a_decoder_that_knows_no_types(called: str) -> None:
         with foveate.attach(model, "pyramiddrop:keep=0.5"), torch.no_grad():
             found.append(model(**batch.inputs, use_cache=False).logits)
     assert torch.equal(*found)
+
+
+@dataclass(frozen=True)
+class Every(Reducer):
+    """Row b keeps the first of every `steps[b]` visual tokens."""
+
+    name: ClassVar[str] = "every"
+    paper: ClassVar[str] = "-"
+    steps: tuple[int, ...] = ()
+
+    def sites(self, layers: int) -> list[Site]:
+        return [FromLayer(0)]
+
+    def reduce(self, view: View, stage: int = 0) -> Cut:
+        return Cut(TokenMap.keep(view.layout, view.layout.rank_in_image % torch.tensor(self.steps)[:, None] == 0))
+
+    def count(self, work: Workload, stage: int = 0) -> list[int]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
+def test_layers_of_two_kinds_share_no_mask(name: str, backend: str, cached: bool) -> None:
+    """Rows without padding, for which the library gives no layer a mask, and of which different numbers of tokens are left."""
+    model, inputs = copy.deepcopy(built(name)), inputs_of(name)
+    model.set_attn_implementation(backend)
+    inputs["input_ids"][1, :2] = 9
+    inputs.pop("attention_mask")
+    inputs |= {"mm_token_type_ids": (inputs["input_ids"] == model.config.image_token_id).long()} if name == "qwen3_5" else {}
+    with torch.no_grad():
+        with foveate.attach(model, Every((2, 3))):
+            both = model(**inputs, use_cache=cached).logits
+        for row, pixels in enumerate(inputs["pixel_values"].chunk(2)):
+            one = {key: value[row : row + 1] for key, value in inputs.items()} | {"pixel_values": pixels}
+            with foveate.attach(model, Every((2 + row,))):
+                torch.testing.assert_close(both[row], model(**one, use_cache=cached).logits[0], atol=1e-5, rtol=1e-5)
 
 
 # ---- towers: classes by any name
