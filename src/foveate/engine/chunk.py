@@ -79,6 +79,7 @@ class Chunk:
     rotary_calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
     tables: dict[int, Tensor] = field(default_factory=dict)
     shifts: dict[int, Tensor] = field(default_factory=dict)
+    given: dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]] = field(default_factory=dict)  # what layers were handed, what they get
     _known: dict[tuple[int, int, bool], tuple[Any, Any]] = field(default_factory=dict)
     _keys: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _rows: Tensor = field(init=False)  # the slots of `whole`, ascending
@@ -109,7 +110,7 @@ class Chunk:
         self.whole = token_map if self.whole.source is token_map.source else self.whole.then(token_map)
         self.layout, self.segment = replace(token_map.target, position=self.positions(self.arrived.position)), segment
         self.changed = self.cut = True
-        self._known, self._keys = {}, {}
+        self.given, self._known, self._keys = {}, {}, {}
         self.tables[segment] = self._sequence_index()
         self.shifts[segment] = self.shift
 
@@ -124,7 +125,7 @@ class Chunk:
             self.shift = self.shift + earlier
             self.layout = replace(self.layout, position=self.layout.position - earlier[:, None])
         self.shift_before = before
-        self._known, self._keys = {}, {}
+        self.given, self._known, self._keys = {}, {}, {}
         self.tables[segment], self.shifts[segment], self.segment = self.tables[self.segment], self.shift, segment
 
     def pass_by(self, segment: int) -> None:
@@ -164,7 +165,7 @@ class Chunk:
         """After that layer: the chunk is as it was in front of it, in a segment of its own, since the layer has cached less."""
         for name, value in self._aside.items():
             setattr(self, name, value)
-        self.segment, self._aside, self._known, self._keys = segment, {}, {}, {}
+        self.segment, self._aside, self.given, self._known, self._keys = segment, {}, {}, {}, {}
         self.tables[segment] = self._sequence_index()
         self.shifts[segment] = self.shift
 

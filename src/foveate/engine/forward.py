@@ -55,7 +55,6 @@ class ForwardPass:
         self._here: list[TokenMap] = []  # what the reducers of the layer under way have made of `_arriving`, the slots that came to it
         self._arriving: Layout | None = None
         self._passing: tuple[TokenMap, Tensor] | None = None  # what goes through the layer under way, and the states of all
-        self._known: dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]] = {}  # what layers were handed, and what they get instead
 
     @property
     def chunk(self) -> Chunk:
@@ -173,11 +172,10 @@ class ForwardPass:
         are handed the same objects."""
         chunk, recurrent = self.chunk, self.anatomy.recurrent(index)
         window = self.anatomy.window(index) if chunk.flash else None
-        alike = chunk.segment, recurrent, window, *room(chunk.cache, index)
-        key = (*alike, *kwargs, *map(id, kwargs.values()))
-        if key not in self._known:  # with the objects, so that none of them goes and leaves its id to another
-            self._known[key] = list(kwargs.values()), self._cut_given(index, kwargs, recurrent, window)
-        return dict(self._known[key][1])
+        key = (chunk.segment, recurrent, window, *room(chunk.cache, index), *kwargs, *map(id, kwargs.values()))
+        if key not in chunk.given:  # with the objects, so that none of them goes and leaves its id to another
+            chunk.given[key] = list(kwargs.values()), self._cut_given(index, kwargs, recurrent, window)
+        return dict(chunk.given[key][1])
 
     def _cut_given(self, index: int, kwargs: dict[str, Any], recurrent: bool, window: int | None) -> dict[str, Any]:
         chunk, new = self.chunk, dict(kwargs)
