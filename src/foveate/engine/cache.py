@@ -166,8 +166,8 @@ def recall(cache: Any) -> CacheTable | None:
     return cache.memory if isinstance(cache, _Remembering) else None
 
 
-def room(cache: Any, layer: int) -> tuple[int | None, int | None]:
-    """What tells apart layers with the same slots: the window of one that slides, and the slots that one has from the start."""
+def capacity(cache: Any, layer: int) -> tuple[int | None, int | None]:
+    """How many slots a layer holds at most: the window of one that slides, and what one has from the start; None where it is not so."""
     layers = () if cache is None else cache.layers
     held = layers[layer] if layer < len(layers) else None
     return getattr(held, "sliding_window", None), getattr(held, "max_cache_len", None)
@@ -175,7 +175,7 @@ def room(cache: Any, layer: int) -> tuple[int | None, int | None]:
 
 def fixed_length(cache: Any, layer: int) -> int | None:
     """Slots of a layer that has a fixed number of them from the start (a static cache), else None."""
-    return room(cache, layer)[1]
+    return capacity(cache, layer)[1]
 
 
 def held_before(cache: Any, layer: int, slots: Tensor) -> Tensor:

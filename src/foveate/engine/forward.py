@@ -13,7 +13,7 @@ from torch import Tensor
 from foveate.anatomy import Anatomy
 from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, View
 from foveate.engine.arrivals import Arrivals
-from foveate.engine.cache import CacheTable, recall, remember, room
+from foveate.engine.cache import CacheTable, capacity, recall, remember
 from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
 from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
 from foveate.engine.record import Record
@@ -172,7 +172,7 @@ class ForwardPass:
         are handed the same objects."""
         chunk, recurrent = self.chunk, self.anatomy.recurrent(index)
         window = self.anatomy.window(index) if chunk.flash else None
-        key = (chunk.segment, recurrent, window, *room(chunk.cache, index), *kwargs, *map(id, kwargs.values()))
+        key = (chunk.segment, recurrent, window, *capacity(chunk.cache, index), *kwargs, *map(id, kwargs.values()))
         if key not in chunk.given:  # with the objects, so that none of them goes and leaves its id to another
             chunk.given[key] = list(kwargs.values()), self._cut_given(index, kwargs, recurrent, window)
         return dict(chunk.given[key][1])
