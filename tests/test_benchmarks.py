@@ -10,13 +10,14 @@ from typing import Any
 import benchmarks.common as common
 import pytest
 from benchmarks.common import Usage, busy, command, earlier, measured
+from benchmarks.overhead.run import table as overhead
 from benchmarks.prefill.show import table as prefill
 from benchmarks.serving.show import table as serving
 from benchmarks.training_step.run import table as training_step
 from rich.console import Console
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-TABLES = {"prefill": prefill, "serving": serving, "training_step": training_step}
+TABLES = {"overhead": overhead, "prefill": prefill, "serving": serving, "training_step": training_step}
 RESULTS = [path for name in TABLES for path in sorted((FOLDER / name).glob("*.json"))]
 
 

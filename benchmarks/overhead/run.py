@@ -98,11 +98,11 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                 if number < 0:
                     continue
                 cpu, wall = cpu + sum(ran for ran, _ in seconds), wall + sum(passed for _, passed in seconds)
-                ms[variant][name]["prefill"].append(1e3 * seconds[0][0])
-                ms[variant][name]["step"].append(1e3 * statistics.median(ran for ran, _ in seconds[1:]))
+                ms[variant][name]["prefill"].append(round(1e3 * seconds[0][0], 3))
+                ms[variant][name]["step"].append(round(1e3 * statistics.median(ran for ran, _ in seconds[1:]), 3))
     for tree in trees.values():
         tree.end()
-    return {"rounds": given.rounds, "granted": cpu / wall, "ms": ms}
+    return {"rounds": given.rounds, "granted": round(cpu / wall, 3), "ms": ms}
 
 
 def table(report: dict[str, Any]) -> str:
