@@ -70,10 +70,10 @@ def test_shares_of_the_original_are_counted_before_earlier_cuts(scope: str, keep
     view = replace(View.of(torch.zeros(1, 10, 2), layout=cut.target), first=first)
     found = Later(keep, of="original", scope=scope).reduce(view).map.target
     before, after, here = (layout.owners(scope) for layout in (first.layout, found, cut.target))
-    for owner in before[first.layout.visual].unique(dim=0):
-        original = int((before[first.layout.visual] == owner).all(-1).sum())
-        arriving = int((here[cut.target.visual] == owner).all(-1).sum())
-        assert int((after[found.visual] == owner).all(-1).sum()) == min(arriving, budget(keep, original))
+    for owner in before[first.layout.visual].unique():
+        original = int((before[first.layout.visual] == owner).sum())
+        arriving = int((here[cut.target.visual] == owner).sum())
+        assert int((after[found.visual] == owner).sum()) == min(arriving, budget(keep, original))
 
 
 def test_its_options_are_checked() -> None:

@@ -124,21 +124,17 @@ def attention_before(reducer: Reducer, view: View, stage: int) -> AttentionRows:
 def leaving(view: View, left: Callable[[int, int], int], scope: str = "image") -> Tensor:
     """(B, N) int64, at each visual slot: what `left(arriving, original)` says of its group of the scope (0 for all other slots)."""
     layout, first = view.layout, (view.first or view).layout
-    visual = layout.visual
-    number = torch.zeros_like(layout.image)
-    if not bool(visual.any()):
-        return number
-    if scope == "image":
-        arriving, seen = layout.image_length, first.visual
-        original = torch.zeros(int(max(layout.image.max(), first.image.max())) + 1, dtype=torch.int64, device=number.device)
-        original[first.image[seen]] = first.image_length[seen]
-        sizes = torch.stack([arriving, original[layout.image.clamp(min=0)]], -1)[visual]
+    if scope == "image":  # counted over the batch already
+        owner, before = layout.image[layout.visual], first.image[first.visual]
     else:
-        both = torch.cat([one.owners(scope)[one.visual] for one in (layout, first)])
-        owner, before = torch.unique(both, dim=0, return_inverse=True)[1].split([int(one.visual.sum()) for one in (layout, first)])
-        sizes = torch.stack([count.bincount(minlength=int(both.shape[0]))[owner] for count in (owner, before)], -1)
-    pairs, which = torch.unique(sizes, dim=0, return_inverse=True)
-    number[visual] = torch.tensor([left(a, o) for a, o in pairs.tolist()], device=number.device)[which]
+        owners = torch.cat([one.owners(scope)[one.visual] for one in (layout, first)])
+        sizes = [int(one.visual.sum()) for one in (layout, first)]
+        owner, before = torch.unique(owners, return_inverse=True)[1].split(sizes)
+    original = before.bincount()
+    arriving = owner.bincount(minlength=len(original))
+    pairs = zip(arriving.tolist(), original.tolist(), strict=True)
+    number = torch.zeros_like(layout.image)
+    number[layout.visual] = torch.tensor([left(a, o) if a else 0 for a, o in pairs], dtype=torch.int64, device=number.device)[owner]
     return number
 
 

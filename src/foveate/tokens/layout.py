@@ -92,7 +92,7 @@ class Layout:
     def shape(self) -> tuple[int, int]:
         return self.kind.shape[0], self.kind.shape[1]
 
-    @property
+    @cached_property
     def visual(self) -> Tensor:
         """(B, N) bool: slots that hold patches."""
         return (self.kind == Kind.PATCH) & self.valid
@@ -124,20 +124,18 @@ class Layout:
         """
         owners, visual = self.owners(scope), self.visual
         group = torch.full(self.shape, -1, dtype=torch.int64, device=owners.device)
-        group[visual] = torch.unique(owners[visual], dim=0, return_inverse=True)[1]
+        group[visual] = torch.unique(owners[visual], return_inverse=True)[1]
         return group
 
     def owners(self, scope: str) -> Tensor:
-        """(B, N, 1 to 3) int64: the group of a visual slot by row, image, crop or frame: what stays the same when others are dropped."""
+        """(B, N) int64: the group of a visual slot, made of row, image, crop or frame: what stays the same when others are dropped."""
         if scope not in SCOPES:
             raise FoveateError(f"scope={scope!r} is not possible; choose one of {', '.join(SCOPES)}")
-        B, N = self.shape
-        parts = [torch.arange(B, device=self.kind.device)[:, None].expand(B, N)]
-        if scope != "sample":
-            parts.append(self.image)
-        if scope in ("crop", "frame"):
-            parts.append(self.place[..., PLACE.index(scope)])
-        return torch.stack(parts, -1)
+        owner = torch.arange(self.shape[0], device=self.kind.device)[:, None].expand(self.shape)
+        parts = {"sample": [], "image": ["image"], "crop": ["image", "crop"], "frame": ["image", "frame"]}[scope]
+        for part in parts:  # of which there are fewer than two million each
+            owner = (owner << 21) + self.place[..., PLACE.index(part)] + 1
+        return owner
 
     @cached_property
     def image_length(self) -> Tensor:
