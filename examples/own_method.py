@@ -11,6 +11,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate
 from foveate import BeforeLM, View
+from foveate.contract import Site
+from foveate.reducers.common import states
 from foveate.reducers.ranker import Ranker
 from foveate.world import asset
 from foveate.world.pictures import render, scene
@@ -24,11 +26,11 @@ class Loudest(Ranker):
     paper: ClassVar[str] = "-"
     keep: float | int = 0.25
 
-    def sites(self, layers):
+    def sites(self, layers: int) -> list[Site]:
         return [BeforeLM()]
 
     def score(self, view: View, stage: int = 0) -> torch.Tensor:
-        return view.tokens.float().norm(dim=-1)
+        return states(self.name, view).float().norm(dim=-1)
 
 
 # on plain tensors: four patches and a word

@@ -4,6 +4,7 @@ Labels stay as they are: what is cut is cut inside of the model, and the loss co
 """
 
 import tempfile
+from typing import Any
 
 import torch
 from PIL import Image
@@ -15,7 +16,7 @@ from foveate.world.pictures import render, scene
 from foveate.world.questions import conversation
 
 
-def samples(count: int) -> list[dict]:
+def samples(count: int) -> list[dict[str, Any]]:
     """Pictures of the embedded world, each with one question and its answer."""
     scenes = [scene(number, "train") for number in range(count)]
     asked = [conversation(one)[0] for one in scenes]
@@ -25,7 +26,7 @@ def samples(count: int) -> list[dict]:
     ]
 
 
-def collate(processor, batch: list[dict]) -> dict:
+def collate(processor: Any, batch: list[dict[str, Any]]) -> dict[str, Any]:
     """Prompts with their answers, padded on the right; labels are -100 but for the answers and their end token."""
     prompts = []
     for sample in batch:

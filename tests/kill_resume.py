@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "train"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 STAGES = ("0-pretrain", "1-grow", "2-all")
 STEPS = 18  # of all stages
@@ -61,14 +61,15 @@ def unmarked(output: Path, stage: str) -> list[Path]:
 
 def moments() -> list[tuple[str, Callable[[Path], bool]]]:
     """(name, whether the moment has come)."""
-    found: list[tuple[str, Callable[[Path], bool]]] = []
-    for stage in STAGES:
-        found += [
-            (f"{stage}: step", lambda out, s=stage: logged(out, s) >= 3 and not unmarked(out, s)),
-            (f"{stage}: saving a checkpoint", lambda out, s=stage: bool(unmarked(out, s)) and not (out / s / "model").exists()),
-            (f"{stage}: saving the model", lambda out, s=stage: (out / s / "model").exists() and not (out / s / "model/complete").exists()),
+
+    def of(stage: str) -> list[tuple[str, Callable[[Path], bool]]]:
+        return [
+            (f"{stage}: step", lambda out: logged(out, stage) >= 3 and not unmarked(out, stage)),
+            (f"{stage}: saving a checkpoint", lambda out: bool(unmarked(out, stage)) and not (out / stage / "model").exists()),
+            (f"{stage}: saving the model", lambda out: (out / stage / "model").exists() and not (out / stage / "model/complete").exists()),
         ]
-    return [*found, ("final: copying", lambda out: (out / "final.tmp").exists())]
+
+    return [*(moment for stage in STAGES for moment in of(stage)), ("final: copying", lambda out: (out / "final.tmp").exists())]
 
 
 QUICK = ("0-pretrain: step", "1-grow: saving a checkpoint", "1-grow: saving the model", "2-all: step")
@@ -185,7 +186,7 @@ def save_parquet(folder: Path) -> Path:
 
 
 def check_at_random(rounds: int, seed: int, folder: Path) -> None:
-    from tiny_training import RECIPE, save_backbones, save_data
+    from tests.train.tiny_training import RECIPE, save_backbones, save_data
 
     save_backbones(folder, dropout=0.1)
     save_data(folder)
@@ -212,7 +213,7 @@ def check_at_random(rounds: int, seed: int, folder: Path) -> None:
 
 
 def check(rounds: int, quick: bool, folder: Path) -> None:
-    from tiny_training import RECIPE, save_backbones, save_data
+    from tests.train.tiny_training import RECIPE, save_backbones, save_data
 
     save_backbones(folder, dropout=0.1)
     save_data(folder)

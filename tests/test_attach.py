@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
@@ -332,7 +333,7 @@ def test_gradient_checkpointing_changes_nothing(make: Any, reentrant: bool, redu
     for name in grads[0]:
         # A reentrant checkpoint adds up gradients of a state that is used twice (a tower's two levels) in another order.
         tolerance = {"rtol": 1e-4, "atol": 1e-7} if reentrant else {"rtol": 0, "atol": 0}
-        torch.testing.assert_close(grads[0][name], grads[1][name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(grads[0][name], grads[1][name], **tolerance, msg=partial("{}: {}".format, name))
 
 
 def test_random_choice_follows_the_image_not_the_row() -> None:

@@ -414,9 +414,9 @@ def test_no_layers_and_negative_tokens_are_told(visual: list[int]) -> None:
     for count in (by.fastv, by.divprune, by.aim, by.mqt):
         with pytest.raises(FoveateError, match="one number for each decoder layer"):
             count(visual, 0, width=48, mlp=80)
-    for count in (by.pyramiddrop, by.profiler):
+    for without_text in (by.pyramiddrop, by.profiler):
         with pytest.raises(FoveateError, match="one number for each decoder layer"):
-            count(visual, width=48, mlp=80)
+            without_text(visual, width=48, mlp=80)
 
 
 def test_a_schedule_over_one_layer_is_told() -> None:

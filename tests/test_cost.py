@@ -333,14 +333,15 @@ def test_activations_are_those_that_autograd_keeps_to_their_order(config: type) 
     states = torch.randn(1, 40, 64, requires_grad=True)
     rotary = model.model.rotary_emb(states, torch.arange(40)[None])
     kept: dict[int, int] = {}
+    alive: list[torch.Tensor] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)
         if not isinstance(tensor, torch.nn.Parameter) and tensor.shape[0] == 1:  # a weight's transposed view has no batch
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    alive = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (alive.append(t), keep(t))[1], lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model.model.layers[0](states, position_embeddings=rotary)
     (told, *_) = predict(small, per_image=30, text_tokens=10, mode="train", dtype_bytes=4).activation_bytes
     assert 0.5 < sum(kept.values()) / told < 2

@@ -49,7 +49,8 @@ def groups_of(reducer: str, ids: list[int], kept: Tensor | None) -> list[list[in
 
 def by_hand(model: Any, reducer: str, single: dict[str, Tensor], kept: Tensor | None) -> Tensor:
     """(N, V) logits of one prompt: the decoder's layers called one by one, on shorter states from the cut on."""
-    core, decoder = model.model, read(model).decoder
+    core: Any = model.model
+    decoder: Any = read(model).decoder
     ids = single["input_ids"]
     hidden = core.get_input_embeddings()(ids)
     visual = torch.cat(list(core.get_image_features(single["pixel_values"], return_dict=True).pooler_output))
@@ -386,7 +387,7 @@ def test_a_compiled_model_that_is_attached_and_detached() -> None:
         bare = model(**inputs, use_cache=False).logits
         with foveate.attach(model, reducer):
             reduced = model(**inputs, use_cache=False)
-        compiled = torch.compile(model, backend="eager")
+        compiled: Any = torch.compile(model, backend="eager")
         torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, bare, rtol=1e-4, atol=1e-5)
         with foveate.attach(compiled, reducer) as run:
             again = compiled(**inputs, use_cache=False)

@@ -43,7 +43,7 @@ KINDS_OF_NUMBERS = [
     ("sdpa", torch.float64),
 ]
 GREEDY: dict[str, Any] = {"do_sample": False, "pad_token_id": 0, "eos_token_id": 1000, "suppress_tokens": [IMAGE]}
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def positions_of(inputs: dict[str, Tensor]) -> Tensor:
@@ -147,9 +147,8 @@ def test_invariant_4_decoding_with_the_cache_is_the_whole_sequence_again(make: A
 
 def state_of(model: nn.Module) -> list[Any]:
     kinds = ("_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called", "_backward_hooks", "_buffers")
-    configs = [
-        (id(m.config), m.config._attn_implementation) for m in model.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)
-    ]
+    known = [getattr(m, "config", None) for m in model.modules()]
+    configs = [(id(config), config._attn_implementation) for config in known if isinstance(config, PreTrainedConfig)]
     return [(name, sorted(vars(m)), *(len(getattr(m, kind)) for kind in kinds)) for name, m in model.named_modules()] + configs
 
 
@@ -165,7 +164,7 @@ def test_invariant_5_detaching_leaves_the_model_as_it_was(make: Any, where: str,
     model, inputs = make(), Batch(ROWS).inputs
     bridge = model.model.bridge if hasattr(model.model, "bridge") else model.model.multi_modal_projector
     parts = {"tower": model.model.vision_tower, "bridge": bridge, "head": model.get_output_embeddings()}
-    layers = read(model).layers
+    layers: Any = read(model).layers
     parts |= {"attention": layers[1].self_attn.o_proj, "last layer": layers[-1]}  # in the midst of what FastV watches
     bare = model(**inputs, use_cache=True)
     before = state_of(model)
@@ -223,7 +222,7 @@ def test_invariant_6_training_sees_the_same_supervised_tokens(make: Any, reducer
         assert out.logits.shape[:2] == labels.shape
         mean = nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         torch.testing.assert_close(out.loss, mean)
-        (grad,) = (f.grad.abs().sum(-1) for f in features)
+        (grad,) = (f.grad.abs().sum(-1) for f in features if f.grad is not None)
         for b in range(2):
             before_any_answer = (labels[b] < 0) & (torch.arange(labels.shape[1]) < int((labels[b] >= 0).nonzero()[-1]))
             visual = (batch.inputs["input_ids"][b] == IMAGE) & before_any_answer

@@ -48,7 +48,9 @@ class Asking(Reducer):
             view.signal(signal)
         self.seen.append(view)
         score = view.signal(self.needs[0])
-        score = score.row(view.questions[0].asking) if isinstance(score, AttentionRows) else score
+        if isinstance(score, AttentionRows):
+            assert view.questions is not None
+            score = score.row(view.questions[0].asking)
         return Cut(TokenMap.keep(view.layout, top(view.layout, score if score.ndim == 2 else score.sum(-1), 4)))
 
     def count(self, work: Workload, stage: int = 0) -> list[int]:
@@ -97,6 +99,7 @@ def test_attention_rows_are_those_of_the_eager_map(make: Callable[..., Any], att
     )
     assert view.signal(Keys(1)).shape == (len(ROWS), real.shape[1], 2 * 8)
     last = real.to(torch.int64).cumsum(1).argmax(1)
+    assert view.questions is not None
     assert torch.equal(view.questions[0].asking, last)
 
 
@@ -112,6 +115,7 @@ def test_the_map_does_not_depend_on_the_answer() -> None:
             model(input_ids=ids, pixel_values=Batch([row]).pixels, labels=labels)
             maps.append(run.last.maps[2].representative)
         seen.append(reducer.seen[0])
+    assert seen[0].questions is not None
     (question,) = seen[0].questions
     assert question.asking.tolist() == [len(row) - 1]
     assert not question.text[0, len(row) :].any()

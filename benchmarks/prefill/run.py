@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,8 @@ class Bench:
         self.words = words(self.config, BEFORE + given.tokens + AFTER).to(self.device)
         self.layers = self.config.text_config.num_hidden_layers
         core = read(self.model)
-        self.core, self.tower = core.core, Tower(core.tower, self.device)
+        self.core: Any = core.core
+        self.tower = Tower(core.tower, self.device)
         gc.collect()
         gc.freeze()  # collecting between two measurements shall not go through all of the libraries again
 
@@ -289,7 +291,7 @@ def measure(given: argparse.Namespace) -> None:
             return seconds
 
         for number in range(len(rounds), given.rounds):
-            found, share = measured(number, lambda number=number: one_round(number), console)
+            found, share = measured(number, partial(one_round, number), console)
             rounds.append(found)
             granted.append(share)
             progress.update(task, completed=len(rounds) * (len(timed) + 1))

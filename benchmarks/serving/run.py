@@ -26,6 +26,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def measure(given: argparse.Namespace) -> None:
             return found
 
         for number in range(len(rounds), given.rounds):
-            found, share = measured(number, lambda number=number: one_round(number), console)
+            found, share = measured(number, partial(one_round, number), console)
             rounds.append(found)
             granted.append(share)
             progress.update(task, completed=len(rounds) * cells)

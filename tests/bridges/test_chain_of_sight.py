@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bridge_oracle import chain_of_sight as oracle
-from bridge_oracle import weights_of, window_merge
 from peft import LoraConfig, get_peft_model
+from tests.bridges.bridge_oracle import chain_of_sight as oracle
+from tests.bridges.bridge_oracle import weights_of, window_merge
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -54,6 +54,11 @@ def features(grid: int, levels: int = 2, images: int = 1) -> list[Tensor]:
     return [torch.randn(images, grid * grid, 6, dtype=torch.float64) for _ in range(levels)]
 
 
+def parts(bridge: ChainOfSight) -> list[Any]:
+    """The resampler of each scale; torch does not type what a module list holds."""
+    return list(bridge.resamplers)
+
+
 def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
@@ -66,7 +71,7 @@ def test_property_1_token_counts(pixels: int, windows: list[int], queries: list[
     side = pixels // 14
     bridge = on_meta(list(zip(windows, queries, strict=True)), side)
     assert bridge.tokens((side, side)) == len(bridge.boxes((side, side))) == total
-    assert [part.queries.shape[:2].numel() for part in bridge.resamplers] == per_scale
+    assert [part.queries.shape[:2].numel() for part in parts(bridge)] == per_scale
     assert bridge([torch.empty(1, side * side, 1024, device="meta")] * 2, (side, side)).shape == (1, total, 4096)
 
 
@@ -84,7 +89,7 @@ def test_property_1_parameter_counts(scales: Scales, grid: int, count: int) -> N
 
 
 def test_property_1_parameters_of_one_unit() -> None:
-    unit = on_meta([(16, 16)], 16, levels=1).resamplers[0].blocks[0]
+    unit = parts(on_meta([(16, 16)], 16, levels=1))[0].blocks[0]
     assert parameters(unit) == 12_595_200
     shapes = {name: p.numel() for name, p in unit.named_parameters()}
     assert (shapes["to_q.weight"], shapes["to_kv.weight"]) == (1_048_576, 2_097_152)
@@ -213,7 +218,8 @@ def test_property_6_one_global_window_is_the_plain_resampler() -> None:
 def test_property_6_one_global_window_is_torchs_cross_attention() -> None:
     """The same block out of torch.nn.MultiheadAttention and a two-layer MLP."""
     bridge, x = tiny([(4, 3)], 4, levels=1), features(4, levels=1, images=2)
-    part, block = bridge.resamplers[0], bridge.resamplers[0].blocks[0]
+    (part,) = parts(bridge)
+    block = part.blocks[0]
     attention = nn.MultiheadAttention(8, 2, bias=True, kdim=6, vdim=6, batch_first=True, dtype=torch.float64)
     key, value = block.to_kv.weight.chunk(2)
     attention.load_state_dict(
@@ -254,8 +260,8 @@ def test_inflation_correspondence(
     side = pixels // 14
     scaled = bridge.scaled(scales=scales, grid=side, sources=sources if explicit else None)
     assert scaled.tokens((side, side)) == total
-    for target, source, repeat, tokens in zip(scaled.resamplers, sources, repeats, per_scale, strict=True):
-        origin = bridge.resamplers[source]
+    for target, source, repeat, tokens in zip(parts(scaled), sources, repeats, per_scale, strict=True):
+        origin = parts(bridge)[source]
         assert target.queries.shape[:2].numel() == tokens == origin.queries.shape[:2].numel() * repeat
         assert all(torch.equal(target.blocks.state_dict()[name], value) for name, value in origin.blocks.state_dict().items())
         assert torch.equal(target.queries.unique(dim=0), origin.queries.unique(dim=0))
@@ -280,11 +286,11 @@ def test_inflation_correspondence(
 def test_default_sources_are_the_papers(pixels: int, windows: list[int], sources: list[int], local: int) -> None:
     with torch.device("meta"):
         bridge = ChainOfSight([(16, 16), (4, local)], levels=1, width=64, vision_width=8, text_width=8)
-    for n, scale in enumerate(bridge.resamplers):  # ids in place of queries tell where a scale comes from
+    for n, scale in enumerate(parts(bridge)):  # ids in place of queries tell where a scale comes from
         scale.queries = nn.Parameter(torch.full(scale.queries.shape, float(n)))
     queries = [16, 16, local][-len(windows) :] if len(windows) == 3 else [16, local]
     scaled = bridge.scaled(scales=list(zip(windows, queries, strict=True)), grid=pixels // 14)
-    assert [int(scale.queries.unique().item()) for scale in scaled.resamplers] == sources
+    assert [int(scale.queries.unique().item()) for scale in parts(scaled)] == sources
 
 
 @pytest.mark.parametrize(("local", "pretrain", "finetune"), [(4, 80, 1296), (2, 48, 784), (1, 32, 528)])
@@ -321,17 +327,17 @@ def test_property_7_constant_features_give_the_parents_token(grid: int, scales: 
 
 def test_property_8_inflation_example() -> None:
     bridge = tiny([(4, 2), (2, 2)], 4)
-    whole, (a, b, c, d) = bridge.resamplers[0].queries[0], bridge.resamplers[1].queries
+    whole, (a, b, c, d) = parts(bridge)[0].queries[0], parts(bridge)[1].queries
     scaled = bridge.scaled(scales=[(4, 2), (2, 2), (1, 2)], grid=4, sources=[0, 0, 1])
     rows = [[a, a, b, b], [a, a, b, b], [c, c, d, d], [c, c, d, d]]
-    assert torch.equal(scaled.resamplers[2].queries, torch.stack([block for row in rows for block in row]))
-    assert torch.equal(scaled.resamplers[1].queries, torch.stack([whole] * 4))
+    assert torch.equal(parts(scaled)[2].queries, torch.stack([block for row in rows for block in row]))
+    assert torch.equal(parts(scaled)[1].queries, torch.stack([whole] * 4))
 
 
 def test_property_9_window_of_one_patch_differs_by_its_queries_only() -> None:
     bridge, x = tiny([(1, 3)], 2), features(2)
     attended: list[Tensor] = []
-    for block in bridge.resamplers[0].blocks:
+    for block in parts(bridge)[0].blocks:
         block.proj.register_forward_hook(lambda _, args, out: attended.append(out))
     out = bridge(x, (2, 2))
     assert len(attended) == 2
@@ -340,7 +346,7 @@ def test_property_9_window_of_one_patch_differs_by_its_queries_only() -> None:
         torch.testing.assert_close(level, level[:, :1].expand(-1, 3, -1), atol=1e-12, rtol=0)
     assert len(out[0].unique(dim=0)) == 12
     with torch.no_grad():
-        bridge.resamplers[0].queries[:] = bridge.resamplers[0].queries[:, :1]
+        parts(bridge)[0].queries[:] = parts(bridge)[0].queries[:, :1]
     same = bridge(x, (2, 2)).unflatten(1, (4, 3))
     torch.testing.assert_close(same, same[:, :, :1].expand_as(same), atol=1e-12, rtol=0)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bridge_oracle import block, layer_norm, linear, mlp, weights_of
+from tests.bridges.bridge_oracle import block, layer_norm, linear, mlp, weights_of
 from torch import nn
 from torch.nn import functional as F
 from transformers import Idefics3Config, InternVLConfig, LlavaConfig

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from bridge_oracle import window_merge
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.bridges.bridge_oracle import window_merge
 
 from foveate.bridges.windows import window_boxes, window_grid, window_partition
 from foveate.errors import FoveateError

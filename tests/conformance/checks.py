@@ -22,7 +22,7 @@ from foveate.reducers.base import tokens_by_layer
 from foveate.tokens import TokenMap
 from tests.conformance.family import Family, Row, families
 
-TOLERANCE = {"rtol": 1e-3, "atol": 2e-4}  # float32; states of the tiny models are of order 1
+TOLERANCE: dict[str, Any] = {"rtol": 1e-3, "atol": 2e-4}  # float32; states of the tiny models are of order 1
 MERGES, RECURS = "masking: the method merges tokens", "masking: a layer recurs or convolves, and sees what is masked"
 NEW = 4  # tokens generated where the cache is compared with the whole run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(("name", "method", "check"), [(n, m, c) for n in chosen for m in SETTINGS for c in CHECKS])
 
 
-def test_cell(name: str, method: str, check: str, record_property: pytest.RecordProperty, request: pytest.FixtureRequest) -> None:
+def test_cell(name: str, method: str, check: str, record_property: Callable[[str, object], None], request: pytest.FixtureRequest) -> None:
     record_property("cell", [name, method, check])
     failure = bare_failure(check, name)
     assert failure is None or (name, check) in BARE, f"the bare model fails this check, and nobody has said why: {failure}"

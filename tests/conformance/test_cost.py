@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -73,7 +75,7 @@ def test_predicted_is_the_ledger_and_what_a_counter_sees(name: str, reducers: st
 
 @pytest.mark.parametrize("reducers", SCORED)
 def test_scores_are_told_as_a_counter_sees_them(
-    name: str, reducers: str, record_property: pytest.RecordProperty, request: pytest.FixtureRequest
+    name: str, reducers: str, record_property: Callable[[str, object], None], request: pytest.FixtureRequest
 ) -> None:
     record_property("scored", [name, reducers])
     word = "untold" if name in UNTOLD else scored(name, reducers)

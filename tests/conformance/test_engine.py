@@ -16,7 +16,7 @@ from tests.conformance.checks import load
 
 REDUCERS = ["random:keep=0.5", "vcc:layer=2,stride=4", "fastv:keep=0.5,layer=2", "random:keep=0.3,positions=renumber"]
 every_reducer = pytest.mark.parametrize("reducer", REDUCERS)
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 @contextmanager
@@ -30,7 +30,8 @@ def turned(model: Any) -> Iterator[list[list[tuple[Tensor, Tensor]]]]:
 
         return hook
 
-    hooks = [layer.self_attn.register_forward_pre_hook(note(i), with_kwargs=True) for i, layer in enumerate(read(model).layers)]
+    attending: list[Any] = [layer.self_attn for layer in read(model).layers]
+    hooks = [attention.register_forward_pre_hook(note(i), with_kwargs=True) for i, attention in enumerate(attending)]
     yield seen
     for hook in hooks:
         hook.remove()

@@ -29,7 +29,7 @@ PACKED = (
     *("qwen3_vl", "qwen3_vl_moe", "video_llama_3"),
 )
 UNREADABLE = ("fast_vlm", "got_ocr2", "perception_lm")
-CLOSE = {"rtol": 1e-4, "atol": 1e-6}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6}
 
 
 @dataclass(frozen=True)

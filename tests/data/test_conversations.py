@@ -11,7 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, PreTrainedTokenizerFast
 
-from foveate.data.collate import Collator, Fit, Renderer
+from foveate.data.chat import Renderer
+from foveate.data.collate import Collator, Fit
 from foveate.data.conversations import Bad, Checked, Conversations, find_bad, refuse_or_skip
 from foveate.data.pixels import shown_size
 from foveate.errors import FoveateError

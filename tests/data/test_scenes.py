@@ -134,7 +134,7 @@ def test_one_to_five_objects_all_common() -> None:
 
 
 def test_handwritten_digits_of_the_splits_are_apart() -> None:
-    train, test = (set().union(*map(set, digit_pool(split).values())) for split in ("train", "test"))  # type: ignore[arg-type]
+    train, test = (set().union(*map(set, digit_pool(split).values())) for split in ("train", "test"))
     assert not train & test
     assert train | test == set(range(1797))
     for split, pool in (("train", train), ("test", test)):
@@ -211,7 +211,7 @@ def test_no_answer_wins_by_guessing(family: str) -> None:
 
 
 def test_questions_of_a_conversation_do_not_answer_each_other() -> None:
-    sizes = Counter()
+    sizes: Counter[int] = Counter()
     for i in range(300):
         asked = conversation(scene(i))
         sizes[len(asked)] += 1

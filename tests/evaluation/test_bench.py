@@ -28,14 +28,14 @@ from foveate.data.pixels import open_image as load_image
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation import asking
-from foveate.evaluation import bench as benching
 from foveate.evaluation.asking import batches, limited
 from foveate.evaluation.bench import bench, plan
 from foveate.evaluation.cells import Bench, load_bench
 from foveate.evaluation.evaluate import evaluate
 from foveate.evaluation.samples import Metric, Sample, Task, picture
 from foveate.evaluation.table import CARD_BEGIN, CARD_END, markdown, print_table, push_to_model_card, rows
-from foveate.inference import load_model, model_hash, prompts
+from foveate.inference import Broken, ask, load_model, model_hash, prompts
+from foveate.reducers import parse
 from foveate.world import asset
 
 SIZE = 6  # of a batch
@@ -45,7 +45,7 @@ class Counted:
     """Stands in for the runner's `ask` and counts its calls; stops the run in front of call `stop`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int | None = None, error: type[FoveateError] = FoveateError) -> None:
-        self.calls, self.stop, self.error, self.answer = 0, stop, error, asking.ask
+        self.calls, self.stop, self.error, self.answer = 0, stop, error, ask
         monkeypatch.setattr(asking, "ask", self)
 
     def __call__(self, *args: Any) -> Any:
@@ -198,7 +198,7 @@ def test_costs_are_those_of_each_question_alone(given: tuple[Any, Any], world: P
     questions = [row["question"] for row in json.loads((world / "test.json").read_text())]
     lengths = [len(processor.tokenizer(text)["input_ids"]) - 1 for text in prompts(processor, questions)]
     for cell in found.cells:
-        alone = [predict(model.config, text_tokens=n, reducers=benching.parse(cell.reducer), dtype_bytes=4) for n in lengths]
+        alone = [predict(model.config, text_tokens=n, reducers=parse(cell.reducer), dtype_bytes=4) for n in lengths]
         for part, flops in cell.flops.items():
             assert flops == pytest.approx(sum(ledger.flops[part] for ledger in alone) / len(alone))
         assert cell.kv_bytes == pytest.approx(sum(sum(ledger.kv_bytes) for ledger in alone) / len(alone))
@@ -243,7 +243,7 @@ def test_pictures_by_number_and_none(vlm: tuple[Any, Any], tmp_path: Path) -> No
         for sample, answer in zip(samples, cell.answers, strict=True):
             text = prompts(processor, [sample.question], [len(sample.images)])
             assert text[0].count("<image>") == len(sample.images)
-            pictures = {"images": [Image.open(path) for path in sample.images]} if sample.images else {}
+            pictures = {"images": [Image.open(path) for path in sample.images if isinstance(path, Path)]} if sample.images else {}
             inputs = processor(text=text, return_tensors="pt", add_special_tokens=False, **pictures)
             with torch.no_grad(), attach(model, reducers):
                 output = model.generate(**inputs, do_sample=False, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :].tolist()
@@ -355,7 +355,7 @@ def test_a_stopped_run_leaves_its_cells_and_tables(
     given: tuple[Any, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    counted = Counted(monkeypatch, stop=7, error=benching.Broken)
+    counted = Counted(monkeypatch, stop=7, error=Broken)
     with pytest.raises(FoveateError, match="scenes, vcc:layer=1,stride=4: stopped"):
         run(given, world, out, ["vcc:layer=1"], [0.5, 0.25], baselines=False, progress=True)
     assert [cell.reducer for cell in load_bench(out).cells] == ["none", "vcc:layer=1,stride=2"]
@@ -414,6 +414,8 @@ def test_the_table_says_what_was_seen(given: tuple[Any, Any], world: Path, tmp_p
         ),
     ]
     bare, half = lines[0], lines[1]
+    assert half.accuracy is not None
+    assert bare.accuracy is not None
     assert (half.tokens, half.change) == (12, half.accuracy - bare.accuracy)
     assert bare.paired is None
     assert half.paired is not None

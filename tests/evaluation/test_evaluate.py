@@ -57,10 +57,21 @@ def test_answers_do_not_depend_on_the_batch(model: Any, processor: Any, world: P
         assert row.prediction == processor.tokenizer.decode(kept).strip()
 
 
-def test_each_image_is_encoded_once_in_a_batch(model: Any, processor: Any, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+def pictures_seen(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The pixels of each later call of the tower, in the list that is returned."""
+    seen: list[torch.Tensor] = []
     encode = model.model.vision_tower.forward
-    monkeypatch.setattr(model.model.vision_tower, "forward", lambda pixels, **kw: seen.append(pixels) or encode(pixels, **kw))
+
+    def looking(pixels: torch.Tensor, **options: Any) -> Any:
+        seen.append(pixels)
+        return encode(pixels, **options)
+
+    monkeypatch.setattr(model.model.vision_tower, "forward", looking)
+    return seen
+
+
+def test_each_image_is_encoded_once_in_a_batch(model: Any, processor: Any, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = pictures_seen(model, monkeypatch)
     evaluate(model, world, processor=processor, progress=False)
     assert [len(pixels) for pixels in seen] == [3]
 
@@ -68,9 +79,7 @@ def test_each_image_is_encoded_once_in_a_batch(model: Any, processor: Any, world
 def test_blind_shows_the_same_grey_picture_to_every_question(
     model: Any, processor: Any, world: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
-    encode = model.model.vision_tower.forward
-    monkeypatch.setattr(model.model.vision_tower, "forward", lambda pixels, **kw: seen.append(pixels) or encode(pixels, **kw))
+    seen = pictures_seen(model, monkeypatch)
     result = evaluate(model, world, processor=processor, blind=True, progress=False)
     assert result.blind
     pixels = torch.cat(seen)
@@ -151,7 +160,7 @@ def test_unknown_family_is_named(world: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"batch_size": 0}, {"max_new_tokens": 0}, {"limit": 0}])
-def test_numbers_must_be_positive(change: dict[str, int], model: Any, processor: Any, world: Path) -> None:
+def test_numbers_must_be_positive(change: dict[str, Any], model: Any, processor: Any, world: Path) -> None:
     with pytest.raises(FoveateError, match="at least 1"):
         evaluate(model, world, processor=processor, progress=False, **change)
 
@@ -192,7 +201,12 @@ def test_what_the_template_has_written_the_tokenizer_does_not_write_again(
     both.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 257)])
     (text,) = prompts(both, ["what?"])
     seen = []
-    monkeypatch.setattr(model, "generate", lambda **given: seen.append(given["input_ids"].tolist()) or given["input_ids"])
+
+    def generate(**given: Any) -> torch.Tensor:
+        seen.append(given["input_ids"].tolist())
+        return given["input_ids"]
+
+    monkeypatch.setattr(model, "generate", generate)
     for one in (processor, both):
         ask(model, one, [Image.new("RGB", (16, 16))], [[0]], [text], 1)
     assert seen[0] == seen[1]

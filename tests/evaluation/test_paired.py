@@ -39,7 +39,7 @@ def test_mcnemar_by_hand(lost: int, gained: int, p: float) -> None:
 
 
 def test_only_questions_that_one_of_both_gets_right_count() -> None:
-    bare, method = cell([1] * 5 + [1] * 7 + [0] * 8), cell([0] * 5 + [1] * 7 + [0] * 8)
+    bare, method = cell([1.0] * 5 + [1.0] * 7 + [0.0] * 8), cell([0.0] * 5 + [1.0] * 7 + [0.0] * 8)
     found = compare(bare, [method])
     assert (found.lost, found.gained, found.test) == (5, 0, "mcnemar")
     assert found.p == pytest.approx(1 / 16)

@@ -377,7 +377,7 @@ def test_numbers_count_options_from_0() -> None:
 )
 def test_a_reference_that_is_no_option(answer: str, options: tuple[str, ...], message: str) -> None:
     with pytest.raises(FoveateError, match=message):
-        make("choice", {}).complete(sample(answer, **({"options": options} if options else {})))
+        make("choice", {}).complete(sample(answer, options=options) if options else sample(answer))
     with pytest.raises(FoveateError, match="counts no option"):
         make("choice", {}).references(-1)
 

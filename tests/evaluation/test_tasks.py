@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from foveate.data.pixels import open_image
+from foveate.data.pixels import Held, open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.samples import Sample, Task
 from foveate.evaluation.tasks import load_task
@@ -165,8 +165,10 @@ def check_dataset(task: Task) -> None:
         ("3", "Where?", ("left",), "b"),
     ]
     images = [sample.images[0] for sample in task.samples]
+    assert isinstance(images[0], Held)
+    assert isinstance(images[2], Held)
     assert images[0] is images[1]
-    assert images[0][1] != images[2][1]
+    assert images[0].name != images[2].name
     assert np.array_equal(np.asarray(open_image(images[3])), np.asarray(picture(1)))
 
 
@@ -432,11 +434,11 @@ def test_an_image_that_is_gone_when_it_is_asked_about(folder: Path) -> None:
     with pytest.raises(FoveateError, match=r"0\.png"):
         open_image(task.samples[0].images[0])
     with pytest.raises(FoveateError, match=r"cannot read the image x.png"):
-        open_image((b"no picture", "x.png"))
+        open_image(Held(b"no picture", "x.png"))
 
 
 def test_images_come_as_rgb() -> None:
     held = io.BytesIO()
     Image.new("LA", (3, 2), (7, 0)).save(held, "PNG")
-    opened = open_image((held.getvalue(), "grey.png"))
+    opened = open_image(Held(held.getvalue(), "grey.png"))
     assert (opened.mode, opened.size) == ("RGB", (3, 2))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_backbones import Assembled, Backbones, save_clip, save_lm
+from tests.model.tiny_backbones import Assembled, Backbones, save_clip, save_lm
 
 from foveate.model import FoveateForConditionalGeneration
 

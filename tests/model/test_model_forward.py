@@ -2,35 +2,38 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from tiny_backbones import COS, Assembled, Backbones
+from tests.model.tiny_backbones import COS, Assembled, Backbones
 from transformers import AutoModelForImageTextToText
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.errors import FoveateError
+from foveate.model import FoveateProcessor
 
 Assemble = Callable[..., Assembled]
 Picture = Callable[..., Image.Image]
+Pictures = list[Image.Image]
 PROMPTS = ["<image>\nOne image here?", "No image at all.", "First <image> then <image>."]
 
 
 @pytest.fixture
-def pictures(picture: Picture) -> list[Image.Image]:
+def pictures(picture: Picture) -> Pictures:
     return [picture(i) for i in range(3)]
 
 
-def rows(processor, pictures: list[Image.Image]) -> list[dict[str, torch.Tensor]]:
+def rows(processor: FoveateProcessor, pictures: Pictures) -> list[dict[str, torch.Tensor]]:
     """Each prompt of PROMPTS alone."""
     images = [pictures[:1], [], pictures[1:]]
     return [processor(images=i, text=t, return_tensors="pt") for i, t in zip(images, PROMPTS, strict=True)]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_gives_what_its_rows_give(assemble: Assemble, pictures, side: str) -> None:
+def test_a_batch_gives_what_its_rows_give(assemble: Assemble, pictures: Pictures, side: str) -> None:
     model, processor = assemble(COS)
     batch = processor(images=pictures, text=PROMPTS, padding=True, padding_side=side, return_tensors="pt")
     assert batch["pixel_values"].shape[0] == 3
@@ -40,7 +43,7 @@ def test_a_batch_gives_what_its_rows_give(assemble: Assemble, pictures, side: st
 
 
 @pytest.mark.parametrize("beams", [1, 2])
-def test_batched_generation_gives_what_its_rows_give(assemble: Assemble, pictures, beams: int) -> None:
+def test_batched_generation_gives_what_its_rows_give(assemble: Assemble, pictures: Pictures, beams: int) -> None:
     model, processor = assemble()
     batch = processor(images=pictures, text=PROMPTS, padding=True, padding_side="left", return_tensors="pt")
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": beams}
@@ -49,7 +52,7 @@ def test_batched_generation_gives_what_its_rows_give(assemble: Assemble, picture
         assert row.tolist() == model.generate(**single, **options)[0, -5:].tolist()
 
 
-def test_visual_tokens_stand_where_the_placeholders_were(assemble: Assemble, pictures) -> None:
+def test_visual_tokens_stand_where_the_placeholders_were(assemble: Assemble, pictures: Pictures) -> None:
     model, processor = assemble()
     batch = processor(images=pictures[1:], text=PROMPTS[2], return_tensors="pt")
     features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output)
@@ -57,11 +60,12 @@ def test_visual_tokens_stand_where_the_placeholders_were(assemble: Assemble, pic
     where = batch["input_ids"][0] == processor.image_token_id
     assert where.sum() == 32
     assert torch.equal(embeds[0, where], features)
+    assert visual is not None
     assert torch.equal(visual, features)
     assert torch.equal(embeds[0, ~where], model.get_input_embeddings()(batch["input_ids"])[0, ~where])
 
 
-def test_images_can_come_encoded_and_text_as_embeddings(assemble: Assemble, pictures) -> None:
+def test_images_can_come_encoded_and_text_as_embeddings(assemble: Assemble, pictures: Pictures) -> None:
     model, processor = assemble()
     batch = processor(images=pictures[:1], text=PROMPTS[0], return_tensors="pt")
     expected = model(**batch)
@@ -76,7 +80,7 @@ def test_images_can_come_encoded_and_text_as_embeddings(assemble: Assemble, pict
     assert len(model(**batch, output_hidden_states=True).hidden_states) == 3
 
 
-def test_mismatches_name_both_numbers(assemble: Assemble, pictures) -> None:
+def test_mismatches_name_both_numbers(assemble: Assemble, pictures: Pictures) -> None:
     model, processor = assemble()
     batch = processor(images=pictures[:1], text=PROMPTS[0], return_tensors="pt")
     ids, pixels = batch["input_ids"], batch["pixel_values"]
@@ -129,7 +133,7 @@ def test_blank_image_lets_every_part_take_part_and_changes_nothing(assemble: Ass
     assert not tower_ran
 
 
-def test_gradient_checkpointing_changes_nothing(assemble: Assemble, pictures) -> None:
+def test_gradient_checkpointing_changes_nothing(assemble: Assemble, pictures: Pictures) -> None:
     model, processor = assemble(COS)
     batch = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
     model.train()
@@ -142,14 +146,15 @@ def test_gradient_checkpointing_changes_nothing(assemble: Assemble, pictures) ->
 
     loss, grads = step()
     model.gradient_checkpointing_enable()
-    assert any(getattr(m, "gradient_checkpointing", False) for m in model.get_decoder().layers)
+    decoder: Any = model.get_decoder()
+    assert any(getattr(m, "gradient_checkpointing", False) for m in decoder.layers)
     again, grads_again = step()
     assert torch.equal(loss, again)
     assert grads.keys() == grads_again.keys()
     assert all(torch.equal(grads[n], grads_again[n]) for n in grads)
 
 
-def test_bfloat16_and_float32_loading(assemble: Assemble, pictures, tmp_path: Path) -> None:
+def test_bfloat16_and_float32_loading(assemble: Assemble, pictures: Pictures, tmp_path: Path) -> None:
     model, processor = assemble(dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     batch = processor(images=pictures[:1], text=PROMPTS[0], return_tensors="pt")
@@ -165,20 +170,22 @@ def test_bfloat16_and_float32_loading(assemble: Assemble, pictures, tmp_path: Pa
     torch.testing.assert_close(mixed(**batch).logits, model(**batch).logits, rtol=0.1, atol=0.1)
 
 
-def test_attention_is_chosen_for_all_parts_and_survives_assembly(assemble: Assemble, pictures) -> None:
+def test_attention_is_chosen_for_all_parts_and_survives_assembly(assemble: Assemble, pictures: Pictures) -> None:
+    def chosen(model: Any) -> list[str]:
+        parts = (model.model.vision_tower, model.model.causal_lm, model.get_decoder())
+        return [part.config._attn_implementation for part in parts]
+
     model, processor = assemble()
-    parts = (model.model.vision_tower, model.model.causal_lm, model.get_decoder())
-    assert [part.config._attn_implementation for part in parts] == ["sdpa"] * 3
+    assert chosen(model) == ["sdpa"] * 3
     eager, _ = assemble(attn_implementation="eager")
-    parts = (eager.model.vision_tower, eager.model.causal_lm, eager.get_decoder())
-    assert [part.config._attn_implementation for part in parts] == ["eager"] * 3
+    assert chosen(eager) == ["eager"] * 3
     eager.model.bridge.load_state_dict(model.model.bridge.state_dict())
     batch = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")
     mask = batch["attention_mask"].bool()
     torch.testing.assert_close(eager(**batch).logits[mask], model(**batch).logits[mask], rtol=1e-4, atol=1e-5)
 
 
-def test_lora_on_the_language_model(assemble: Assemble, pictures, tmp_path: Path) -> None:
+def test_lora_on_the_language_model(assemble: Assemble, pictures: Pictures, tmp_path: Path) -> None:
     model, processor = assemble()
     model.save_pretrained(tmp_path / "base")
     batch = processor(images=pictures[:1], text=PROMPTS[0], return_tensors="pt")
@@ -197,7 +204,7 @@ def test_lora_on_the_language_model(assemble: Assemble, pictures, tmp_path: Path
     torch.testing.assert_close(merged(**batch).logits, after, rtol=1e-4, atol=1e-5)
 
 
-def test_ready_modules_and_a_ready_bridge(assemble: Assemble, folders: Backbones, pictures) -> None:
+def test_ready_modules_and_a_ready_bridge(assemble: Assemble, folders: Backbones, pictures: Pictures) -> None:
     reference, processor = assemble()
     parts = {"vision": reference.model.vision_tower, "text": reference.model.causal_lm, "bridge": reference.model.bridge}
     state = {n: v.clone() for n, v in reference.state_dict().items()}
@@ -212,7 +219,7 @@ def test_ready_modules_and_a_ready_bridge(assemble: Assemble, folders: Backbones
 def test_a_fresh_bridge_keeps_its_own_initialisation(assemble: Assemble) -> None:
     torch.manual_seed(5)
     model, _ = assemble(COS)
-    bridge = model.model.bridge
+    bridge: Any = model.model.bridge
     for name, p in bridge.named_parameters():
         if name.endswith("weight") and p.dim() == 2:  # truncated normal, 0.02, of Chain-of-Sight
             assert 0.01 < p.std() < 0.03, name

@@ -1,15 +1,22 @@
 """Any causal LM: families that differ in tying, head bias, logit scaling and capping, embedding scaling."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from tiny_backbones import Backbones, byte_tokenizer, save_lm
+from PIL import Image
+from tests.model.tiny_backbones import Assembled, Backbones, byte_tokenizer, save_lm
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from foveate.model import FoveateForConditionalGeneration, FoveateModel
 
+Family = tuple[Path, Assembled]
+Picture = Callable[..., Image.Image]
 COMMON = {"vocab_size": 260, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 KV = {"num_key_value_heads": 1}
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "llama": KV | {"tie_word_embeddings": True},
     "qwen3": KV | {"head_dim": 16, "tie_word_embeddings": False},
     "gemma2": KV | {"head_dim": 16, "final_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
@@ -21,13 +28,13 @@ FAMILIES = {
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest, tmp_path, folders: Backbones):
+def family(request: pytest.FixtureRequest, tmp_path: Path, folders: Backbones) -> Family:
     settings = COMMON | FAMILIES[request.param] | {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258, "initializer_range": 0.3}
     text = save_lm(tmp_path / "lm", config=CONFIG_MAPPING[request.param](**settings))
     return text, FoveateForConditionalGeneration.from_backbones(folders[0], text, {"kind": "mlp"})
 
 
-def test_text_only_logits_and_loss_are_the_language_models_own(family) -> None:
+def test_text_only_logits_and_loss_are_the_language_models_own(family: Family) -> None:
     text, (model, processor) = family
     alone = AutoModelForCausalLM.from_pretrained(text)
     batch = processor(text=["a longer prompt", "short"], padding=True, return_tensors="pt")
@@ -38,7 +45,7 @@ def test_text_only_logits_and_loss_are_the_language_models_own(family) -> None:
     assert torch.equal(model(**batch, logits_to_keep=2).logits, theirs.logits[:, -2:])
 
 
-def test_save_and_load_give_the_same_model_tied_or_not(family, tmp_path, picture) -> None:
+def test_save_and_load_give_the_same_model_tied_or_not(family: Family, tmp_path: Path, picture: Picture) -> None:
     _, (model, processor) = family
     batch = processor(images=[picture(0)], text=["<image>\nwhat?"], return_tensors="pt")
     model.save_pretrained(tmp_path / "saved")
@@ -52,9 +59,10 @@ def test_save_and_load_give_the_same_model_tied_or_not(family, tmp_path, picture
     assert torch.equal(body(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
 
 
-def test_decoder_is_found_and_greedy_generation_is_the_full_rerun(family, picture) -> None:
+def test_decoder_is_found_and_greedy_generation_is_the_full_rerun(family: Family, picture: Picture) -> None:
     _, (model, processor) = family
-    assert len(model.get_decoder().layers) == 2
+    decoder: Any = model.get_decoder()
+    assert len(decoder.layers) == 2
     batch = processor(images=[picture(1)], text=["<image>\nwhat?"], return_tensors="pt")
     cached = model.generate(**batch, max_new_tokens=4, min_new_tokens=4, do_sample=False)
     ids = batch["input_ids"]
@@ -65,7 +73,7 @@ def test_decoder_is_found_and_greedy_generation_is_the_full_rerun(family, pictur
     assert cached.tolist() == ids.tolist()
 
 
-def test_added_image_token_resizes_both_ends(family, tmp_path, folders: Backbones, picture) -> None:
+def test_added_image_token_resizes_both_ends(family: Family, tmp_path: Path, folders: Backbones, picture: Picture) -> None:
     """The families again, now with a tokenizer that lacks the token."""
     text, _ = family
     byte_tokenizer(image_token=False).save_pretrained(text)
@@ -74,7 +82,8 @@ def test_added_image_token_resizes_both_ends(family, tmp_path, folders: Backbone
     lm.save_pretrained(text)
     model, processor = FoveateForConditionalGeneration.from_backbones(folders[0], text, {"kind": "mlp"}, add_image_token=True)
     assert model.config.image_token_id == processor.image_token_id == 259
-    assert model.get_input_embeddings().weight.shape[0] == model.get_output_embeddings().weight.shape[0] == 260
+    both: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    assert [len(matrix.weight) for matrix in both] == [260, 260]
     assert model.config.text_config.vocab_size == 260
     batch = processor(images=[picture(0)], text=["<image>x"], return_tensors="pt")
     labels = batch["input_ids"]

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_backbones import COS, Assembled, Backbones, byte_tokenizer, llama_config, save_lm
+from tests.model.tiny_backbones import COS, Assembled, Backbones, byte_tokenizer, llama_config, save_lm
 from transformers import AutoProcessor, AutoTokenizer
 
 from foveate.errors import FoveateError
@@ -59,7 +60,8 @@ def test_flat_and_nested_images_text_only_and_mixed(assemble: Assemble, picture:
     assert flat.keys() == nested.keys() == {"input_ids", "attention_mask", "pixel_values"}
     assert all(torch.equal(flat[k], nested[k]) for k in flat)
     assert flat["pixel_values"].shape[0] == 3
-    for nothing in (None, [], [[], []]):
+    nothings: tuple[Any, ...] = (None, [], [[], []])
+    for nothing in nothings:
         assert "pixel_values" not in processor(images=nothing, text=["no", "image"])
 
 
@@ -78,7 +80,7 @@ def test_miscounts_name_both_numbers(assemble: Assemble, picture: Picture) -> No
 
 
 @pytest.mark.parametrize("bridge", [{"kind": "mlp"}, COS])
-def test_saved_and_loaded_it_does_the_same(assemble: Assemble, picture: Picture, tmp_path: Path, bridge) -> None:
+def test_saved_and_loaded_it_does_the_same(assemble: Assemble, picture: Picture, tmp_path: Path, bridge: dict[str, Any]) -> None:
     model, processor = assemble(bridge)
     processor.save_pretrained(tmp_path)
     model.config.save_pretrained(tmp_path)
@@ -161,11 +163,16 @@ def test_missing_image_token_is_demanded_by_name(folders: Backbones, assemble: A
     assert "<image>" not in AutoTokenizer.from_pretrained(text).get_vocab()
 
 
+def rows(model: Any) -> int:
+    """Of the embeddings."""
+    return len(model.get_input_embeddings().weight)
+
+
 def test_rows_that_the_embeddings_already_have_are_used(assemble: Assemble, tmp_path: Path) -> None:
     """Many models have more rows than their tokenizer has tokens."""
     text = save_lm(tmp_path / "lm", byte_tokenizer(image_token=False), llama_config(320))
     model, processor = assemble(text=text, add_image_token=True)
-    assert model.get_input_embeddings().weight.shape[0] == 320
+    assert rows(model) == 320
     assert processor.image_token_id == 259
 
 
@@ -174,7 +181,7 @@ def test_a_token_without_a_row_is_an_error(assemble: Assemble, tmp_path: Path) -
     with pytest.raises(FoveateError, match=r"259.*259 embeddings"):
         assemble(text=text)
     model, _ = assemble(text=text, add_image_token=True)
-    assert model.get_input_embeddings().weight.shape[0] == 260
+    assert rows(model) == 260
 
 
 def test_tokenizers_without_padding_get_some(assemble: Assemble, tmp_path: Path) -> None:

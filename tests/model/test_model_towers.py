@@ -1,11 +1,13 @@
 """Any tower: what stands before the patches is dropped, other resolutions are interpolated, several levels are handed on."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_backbones import COS, Backbones
+from PIL import Image
+from tests.model.tiny_backbones import COS, Assembled, Backbones
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -20,6 +22,8 @@ from foveate.errors import FoveateError
 from foveate.model import FoveateForConditionalGeneration
 from foveate.model.modeling import patch_states
 
+Assemble = Callable[..., Assembled]
+Picture = Callable[..., Image.Image]
 COMMON = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 TOWERS = {  # model type -> (extra settings, tokens before the patches)
     "clip_vision_model": ({}, 1),
@@ -55,7 +59,7 @@ def test_each_level_is_the_towers_hidden_state_without_prefix(kind: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", TOWERS)
-def test_other_resolutions(kind: str, tmp_path: Path, folders: Backbones, picture) -> None:
+def test_other_resolutions(kind: str, tmp_path: Path, folders: Backbones, picture: Picture) -> None:
     path = save_tower(tmp_path / "tower", kind)
     model, processor = FoveateForConditionalGeneration.from_backbones(path, folders[1], {"kind": "mlp"}, image_size=48)
     assert model.grid == (6, 6)
@@ -65,7 +69,7 @@ def test_other_resolutions(kind: str, tmp_path: Path, folders: Backbones, pictur
     assert torch.isfinite(model(**batch).logits).all()
 
 
-def test_own_resolution_is_not_interpolated(assemble) -> None:
+def test_own_resolution_is_not_interpolated(assemble: Assemble) -> None:
     model, _ = assemble()
     calls: list[dict[str, Any]] = []
     model.model.vision_tower.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
@@ -74,7 +78,7 @@ def test_own_resolution_is_not_interpolated(assemble) -> None:
     assert [call.get("interpolate_pos_encoding", False) for call in calls] == [False, True]
 
 
-def test_features_equal_the_towers_at_another_resolution(assemble, folders: Backbones) -> None:
+def test_features_equal_the_towers_at_another_resolution(assemble: Assemble, folders: Backbones) -> None:
     model, _ = assemble(image_size=64)
     pixels = torch.randn(1, 3, 64, 64)
     states = AutoModel.from_pretrained(folders[0])(pixels, output_hidden_states=True, interpolate_pos_encoding=True).hidden_states
@@ -102,7 +106,7 @@ def test_vision_side_of_a_model_with_two_sides(tmp_path: Path, folders: Backbone
     assert processor.image_size == 32
 
 
-def test_two_levels_reach_chain_of_sight_and_its_blanks_are_filled(assemble, picture) -> None:
+def test_two_levels_reach_chain_of_sight_and_its_blanks_are_filled(assemble: Assemble, picture: Picture) -> None:
     model, processor = assemble(COS, vision_feature_layer=[1, 2])
     bridge = model.config.bridge
     assert (bridge["levels"], bridge["grid"], bridge["vision_width"], bridge["text_width"], bridge["width"]) == (2, 4, 32, 32, 32)
@@ -113,7 +117,7 @@ def test_two_levels_reach_chain_of_sight_and_its_blanks_are_filled(assemble, pic
     assert all((grads[f"encoder.layers.{i}.mlp.fc1.weight"] != 0).any() for i in (0, 1))
 
 
-def test_scaling_the_bridge(assemble, picture, tmp_path: Path) -> None:
+def test_scaling_the_bridge(assemble: Assemble, picture: Picture, tmp_path: Path) -> None:
     model, processor = assemble(COS, vision_feature_layer=[1, 2])
     model.model.bridge.requires_grad_(False)
     model.scale_bridge([[8, 4], [4, 4], [2, 1]], image_size=64, sources=[0, 0, 1])
@@ -130,7 +134,7 @@ def test_scaling_the_bridge(assemble, picture, tmp_path: Path) -> None:
     assert torch.equal(again(**batch).logits, model(**batch).logits)
 
 
-def test_image_size_can_change_only_where_the_bridge_is_free_of_its_grid(assemble) -> None:
+def test_image_size_can_change_only_where_the_bridge_is_free_of_its_grid(assemble: Assemble) -> None:
     free, _ = assemble()
     free.set_image_size(64)
     assert free.config.image_size == 64
@@ -143,7 +147,7 @@ def test_image_size_can_change_only_where_the_bridge_is_free_of_its_grid(assembl
         free.scale_bridge([[8, 4]], image_size=64)
 
 
-def test_unused_parameters_are_those_without_a_gradient(assemble) -> None:
+def test_unused_parameters_are_those_without_a_gradient(assemble: Assemble) -> None:
     model, _ = assemble()
     unused = model.model.unused_tower_parameters()
     assert {name.split(".")[0] for name in unused} == {"encoder", "post_layernorm"}
@@ -152,7 +156,7 @@ def test_unused_parameters_are_those_without_a_gradient(assemble) -> None:
     assert {n for n, p in model.model.vision_tower.named_parameters() if p.grad is None} == set(unused)
 
 
-def test_errors(assemble, tmp_path: Path, folders: Backbones) -> None:
+def test_errors(assemble: Assemble, tmp_path: Path, folders: Backbones) -> None:
     with pytest.raises(FoveateError, match=r"vision_feature_layer 7 .*0 to 3"):
         assemble(vision_feature_layer=[7])[0].get_image_features(torch.randn(1, 3, 32, 32))
     with pytest.raises(FoveateError, match=r"takes 1 feature levels.*\[1, 2\]"):

@@ -18,7 +18,7 @@ from foveate.model import FoveateForConditionalGeneration, FoveateProcessor
 
 Backbones = tuple[Path, Path]
 Assembled = tuple[FoveateForConditionalGeneration, FoveateProcessor]
-COS = {"kind": "chain_of_sight", "scales": [[4, 4], [2, 1]]}
+COS: dict[str, Any] = {"kind": "chain_of_sight", "scales": [[4, 4], [2, 1]]}
 
 
 def byte_tokenizer(image_token: bool = True, pad: bool = True, template: str | None = None) -> PreTrainedTokenizerFast:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
-from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, View
+from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, Signal, View
 from foveate.reducers import aim
 from foveate.reducers.aim import AIM, walk
 from foveate.tokens import Layout, TokenMap, budget
@@ -176,7 +176,9 @@ def test_weight_on_cached_slots_never_comes_back() -> None:
 def pruning(batch: Ragged, stage: int, attention: AttentionRows | None = None, steps: int = 8) -> tuple[AIM, View]:
     """In front of a pruning in a model of 28 layers; the first stands in front of layer 14."""
     reducer = AIM(1.0, steps=steps)
-    signals = {Attention(reducer.sites(28)[stage].layer - 1): causal(batch.layout.valid) if attention is None else attention}
+    signals: dict[Signal, Any] = {
+        Attention(reducer.sites(28)[stage].layer - 1): causal(batch.layout.valid) if attention is None else attention
+    }
     return reducer, View.of(batch.tokens, layout=batch.layout, signals=signals, layers=28)
 
 
@@ -197,8 +199,8 @@ def test_pruning_each_image_of_a_ragged_batch(batch: Ragged, stage: int, seed: i
         assert all(score[d] <= score[k] * (1 + 1e-4) + 1e-9 for d in dropped for k in found)
     check_raster(batch, token_map, [budget(1 - stage / 4, h * w) for h, w in batch.grids])
     alone = []
-    for b, (row, (start, end)) in enumerate(zip(batch.rows, batch.spans, strict=True)):
-        alone.append(reducer.reduce(pruning(row, stage, one_row(attention, b, start, end), steps=4)[1], stage).map)
+    for b, (own, (start, end)) in enumerate(zip(batch.rows, batch.spans, strict=True)):
+        alone.append(reducer.reduce(pruning(own, stage, one_row(attention, b, start, end), steps=4)[1], stage).map)
     check_rows(batch, token_map, alone)
 
 
@@ -251,7 +253,7 @@ def test_shares_are_of_the_tokens_after_merging() -> None:
     once = reducer.reduce(first).map
     tokens, layout = once.apply(batch.tokens), once.target
     for stage, numbers in ((1, [12, 3]), (2, [8, 2]), (3, [4, 1]), (4, [0, 0])):
-        signals = {Attention(reducer.sites(28)[stage].layer - 1): causal(layout.valid)}
+        signals: dict[Signal, Any] = {Attention(reducer.sites(28)[stage].layer - 1): causal(layout.valid)}
         view = View(layout, tokens, signals=signals, first=first, layers=28).asked_at(layout.valid.sum(1) - 1)
         token_map = reducer.reduce(view, stage).map
         tokens, layout = token_map.apply(tokens), token_map.target
@@ -262,7 +264,7 @@ def test_shares_are_of_the_tokens_after_merging() -> None:
 
 def test_a_text_only_batch() -> None:
     layout = Layout.sequence(torch.zeros(2, 3, dtype=torch.bool))
-    signals = {Attention(13): causal(layout.valid)}
+    signals: dict[Signal, Any] = {Attention(13): causal(layout.valid)}
     view = View.of(torch.randn(2, 3, 4), layout=layout, signals=signals, layers=28)
     assert all(AIM().reduce(view, stage).map.is_identity for stage in (0, 1, 8))
 

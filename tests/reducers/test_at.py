@@ -62,7 +62,7 @@ def test_strides_that_would_leave_everything_are_errors(text: str) -> None:
 def test_a_method_without_budget() -> None:
     class Plain(Reducer):
         name = "plain"
-        sites = reduce = count = None
+        sites = reduce = count = None  # type: ignore[assignment]
 
     with pytest.raises(FoveateError, match="plain has no option keep"):
         Plain().at(0.5)

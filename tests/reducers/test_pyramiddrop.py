@@ -3,6 +3,7 @@
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
-from foveate.contract import Attention, AttentionRows, FromLayer, View
+from foveate.contract import Attention, AttentionRows, FromLayer, Signal, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.pyramiddrop import PyramidDrop
 from foveate.tokens import Layout, TokenMap
@@ -25,7 +26,7 @@ quick = settings(max_examples=40, deadline=None)
 
 def view(layout: Layout, weights: Tensor, stage: int = 0, layers: int = 32, first: View | None = None) -> View:
     """In front of a drop of a model that is cut into four stages, whose last layers' attention is `weights`."""
-    signals = {Attention(layers * (stage + 1) // 4 - 1): AttentionRows.of(weights)}
+    signals: dict[Signal, Any] = {Attention(layers * (stage + 1) // 4 - 1): AttentionRows.of(weights)}
     return replace(View.of(torch.zeros(*layout.shape, 1), layout=layout, signals=signals, layers=layers), first=first)
 
 
@@ -188,7 +189,7 @@ def test_each_drop_looks_at_the_last_layer_of_its_own_stage() -> None:
     """Whatever else the view holds: attention of the other stages would keep other tokens."""
     layout = Layout.sequence(torch.arange(9)[None] < 8)
     weights = torch.zeros(3, 1, 1, 9, 9)
-    signals = {}
+    signals: dict[Signal, Any] = {}
     for stage, layer in enumerate((7, 15, 23)):
         weights[stage, ..., stage] = 1
         signals[Attention(layer)] = AttentionRows.of(weights[stage])

@@ -79,7 +79,7 @@ def test_shares_of_the_original_are_counted_before_earlier_cuts(scope: str, keep
 def test_its_options_are_checked() -> None:
     for options, message in (({"keep": 0}, "keep=0 is not possible"), ({"of": "x"}, "of='x'"), ({"positions": "x"}, "positions='x'")):
         with pytest.raises(FoveateError, match=message):
-            Later(**options)  # type: ignore[arg-type]
+            Later(**options)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate import FoveateError
-from foveate.contract import Attention, AttentionRows, FromLayer, View
+from foveate.contract import Attention, AttentionRows, FromLayer, Signal, View
 from foveate.reducers.base import parse_with
 from foveate.reducers.sparsevlm import LISTS, SparseVLM, peaks, raters, relevance
 from foveate.tokens import Layout, TokenMap, budget, top
@@ -267,7 +268,7 @@ def test_order_of_heads_scale_and_the_random_state_change_nothing(layout: Layout
 def test_keeping_everything_is_the_identity(layout: Layout, keep: float | int | str, recycle: bool) -> None:
     B, N = layout.shape
     reducer = SparseVLM(keep, (2, 3, 4), recycle)
-    weights = {Attention(k): AttentionRows.of(torch.rand(B, 1, N, N)) for k in (1, 2, 3)}
+    weights: dict[Signal, Any] = {Attention(k): AttentionRows.of(torch.rand(B, 1, N, N)) for k in (1, 2, 3)}
     for stage in range(3):
         assert reducer.reduce(View.of(torch.randn(B, N, 3), layout=layout, signals=weights), stage).map.is_identity
 

@@ -50,7 +50,10 @@ def one_pass(tokens: list[Token], r: int, *, protect: int = 0, weighted: bool = 
         x, y = tokens[i].state, tokens[j].state
         return -math.inf if min(i, j) < protect else float(x @ y) / float(np.linalg.norm(x) * np.linalg.norm(y))
 
-    best = {i: max(b, key=lambda j, i=i: (similarity(i, j), -j)) for i in a}
+    def nearest(i: int) -> int:
+        return max(b, key=lambda j: (similarity(i, j), -j))
+
+    best = {i: nearest(i) for i in a}
     order = sorted(a, key=lambda i: (-similarity(i, best[i]), i))
     stays = sorted(order[r:]) if protect else order[r:]
     left = [(i, tokens[i]) for i in stays]

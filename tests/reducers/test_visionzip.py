@@ -1,6 +1,7 @@
 """VisionZip against its steps in plain loops: which patches merge into which, with which weights, and where they stand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_the_steps(layout: Layout, dominant: float, contextual: float, seed: int
     assert view.tokens is not None
     m = reducer.reduce(view).map
     y = m.apply(view.tokens)
-    made = {}
+    made: dict[tuple[int, int], Any] = {}
     for group in members(layout):
         made |= groups_of(group, view, dominant, contextual)
         assert sum(at in made for at in group) == counted(reducer, len(group), len(group))

@@ -19,6 +19,7 @@ from foveate.accounting import predict
 from foveate.cli import main
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
+from foveate.evaluation.asking import answered
 from foveate.evaluation.samples import Metric, Sample, Task
 from foveate.evaluation.tasks import load_task
 from foveate.reducers import load_reducers, parse, spell
@@ -235,7 +236,7 @@ class Watched:
     """Stands in for what answers the questions, notes the reducers, and stops the search in front of call `stop`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: int | None = None) -> None:
-        self.reducers, self.stop, self.answered = list[str](), stop, run.answered
+        self.reducers, self.stop, self.answered = list[str](), stop, answered
         monkeypatch.setattr(run, "answered", self)
 
     def __call__(self, model: Any, processor: Any, asked: Any, reducers: Any, *rest: Any) -> Any:

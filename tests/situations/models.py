@@ -37,7 +37,7 @@ def qwen(attn: str = "sdpa") -> Any:
         "fullatt_block_indexes": [0, 1],
     }
     rope = {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [2, 1, 1]}
-    text = {
+    text: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -81,8 +81,8 @@ def media(name: str, count: int, seed: int = 1) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(64 * count, 3 * 2 * 4 * 4, generator=generator), "image_grid_thw": grid}
 
 
-def inputs(name: str, rows: list[list[int]], seed: int = 1) -> dict[str, Tensor]:
-    """Rows of equal length, with pixels for their placeholders."""
+def inputs(name: str, rows: list[list[int]], seed: int = 1) -> dict[str, Any]:
+    """Rows of equal length, with pixels for their placeholders: tensors by name."""
     ids = torch.tensor(rows)
     found = {"input_ids": ids, **media(name, int((ids == IMAGE).sum()) // PATCHES, seed)}
     return found | ({"mm_token_type_ids": (ids == IMAGE).int()} if name == "qwen2_5_vl" else {})
@@ -115,6 +115,7 @@ def flash(
     if attention_mask is not None and attention_mask.shape[1] < K:  # a cache of fixed length: the slots that are filled
         K = attention_mask.shape[1]
         key, value = key[:, :, :K], value[:, :, :K]
+    assert scaling is not None
     groups = query.shape[1] // key.shape[1]
     scores = query @ key.repeat_interleave(groups, 1).transpose(-1, -2) * scaling
     i, j = torch.arange(N)[:, None] + K - N, torch.arange(K)[None]

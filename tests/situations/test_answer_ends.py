@@ -96,7 +96,8 @@ def backbones(tmp_path_factory: pytest.TempPathFactory) -> Any:
 )
 def test_the_end_is_saved(name: str, eos: str, backbones: Any, tmp_path: Path) -> None:
     """In the configurations before the old one, and in the tokenizer unless the template (Phi-3's) writes the old one by its name."""
-    model, made = from_backbones(*backbones(name), COS)
+    tower, lm = backbones(name)
+    model, made = from_backbones(tower, lm, COS)
     before = Renderer(made).render([("user", "a"), ("assistant", "b")])
     save_end(model, made)
     save_end(model, made)  # as in the next stage
@@ -288,7 +289,8 @@ def test_thoughts_are_no_part_of_an_answer(said: str, text: str, thinking: bool)
 
 def test_every_way_of_asking_closes_the_thought(backbones: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation, pictures and the harness put the prompt of training, and stop where it has stopped."""
-    model, made = from_backbones(*backbones("qwen3"), COS)
+    tower, lm = backbones("qwen3")
+    model, made = from_backbones(tower, lm, COS)
     picture = Image.new("RGB", (32, 32))
     text, [(start, _)] = Renderer(made).render([("user", "<image>\nwhat?"), ("assistant", "red")])
     wanted = made(text=[text[:start]], images=[[picture]], return_tensors="pt")["input_ids"].tolist()

@@ -84,11 +84,11 @@ def test_what_this_machine_or_the_data_lacks(root: Path, tmp_path: Path, change:
         main(recipe(root, f"lacks-{tmp_path.name}", change))
 
 
-def test_an_output_that_cannot_be_written_to(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("output", ["file", "file/inside", "/proc/none"])
+def test_an_output_that_cannot_be_written_to(root: Path, tmp_path: Path, output: str) -> None:
     (tmp_path / "file").write_text("here already")
-    for output in (tmp_path / "file", tmp_path / "file" / "inside", Path("/proc/none")):
-        with pytest.raises(FoveateError, match="cannot be written to"):
-            main(recipe(root, "unwritable", lambda made, output=output: made.update(output=str(output))))
+    with pytest.raises(FoveateError, match="cannot be written to"):
+        main(recipe(root, "unwritable", lambda made: made.update(output=str(tmp_path / output))))
 
 
 # ---- families ------------------------------------------------------------------------------------------------------------------------

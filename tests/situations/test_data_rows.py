@@ -64,7 +64,7 @@ def task(where: Path, images: Path, more: str = "") -> Task:
 
 
 def stage(**data: Any) -> Stage:
-    fields = {"name": "s", "train": {"bridge": True}, "batch_size": 1, "learning_rate": 1e-3, "epochs": 1}
+    fields: dict[str, Any] = {"name": "s", "train": {"bridge": True}, "batch_size": 1, "learning_rate": 1e-3, "epochs": 1}
     return Stage(**fields, data=Data(**data))
 
 
@@ -465,7 +465,7 @@ def test_data_is_known_by_its_content(folder: Path, ending: str) -> None:
 
 
 def test_pictures_are_part_of_the_content(folder: Path) -> None:
-    marks = []
+    marks: list[str] = []
     for number in (0, 1, 0):
         content = (folder / "images" / f"{number}.png").read_bytes()
         held = datasets.Dataset.from_list([{"image": content, "conversations": talk("<image>\na", "b")}])
@@ -536,6 +536,7 @@ def test_training_rows_of_another_kind_say_what_a_sample_is(folder: Path, held: 
 
 @pytest.mark.parametrize("name", ["nowhere", "no/where", "nowhere.json", "nowhere.parquet", "/no/where", "~/nowhere-at-all"])
 def test_data_that_is_not_there(name: str) -> None:
-    for spec in ({"conversations": Path(name)}, {"dataset": name}):
+    specs: tuple[dict[str, Any], ...] = ({"conversations": Path(name)}, {"dataset": name})
+    for spec in specs:
         with pytest.raises(FoveateError, match=r"there is no file or folder /|No such file as /"):
-            Conversations.open(**spec)  # type: ignore[arg-type]
+            Conversations.open(**spec)

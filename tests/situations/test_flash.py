@@ -26,7 +26,7 @@ CUTS = [
 ]
 MAKERS = {"llava": llava, "foveate": assembled, "qwen2_5_vl": qwen}
 ONE = [5, 6, 7] + [IMAGE] * PATCHES + [1, 2, 3]
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 every_cut = pytest.mark.parametrize("reducer", CUTS)
 
 
@@ -103,7 +103,8 @@ def test_scores_within_a_window(reducer: str) -> None:
     """What is kept before the window would reach too far: by the rows of a layer with a window, which are those of SDPA."""
     call, kept = inputs("llava", [ONE]), []
     for backend in ("sdpa", "flash_stand_in"):
-        model, seen = text_backend(mistral(window=12), backend), []
+        model = text_backend(mistral(window=12), backend)
+        seen: list[Any] = []
         (method,) = foveate.reducers.parse(reducer)
         decide = type(method).reduce
 

@@ -169,7 +169,7 @@ def read_whole(path: Path, images: Path) -> str:
             assert len(sample.images) == sum(text.count("<image>") for _, text in sample.turns)
         assert len(data.source.sizes()) == len(data)
         assert len(data.source.fingerprint) >= 16
-    reads = {"task": lambda: load_task(f"{path}:metric=exact,images={images}", progress=False)}
+    reads: dict[str, Callable[[], object]] = {"task": lambda: load_task(f"{path}:metric=exact,images={images}", progress=False)}
     if path.name == "test.json":
         reads["world"] = lambda: world_samples(path.parent)
     for name, read in reads.items():

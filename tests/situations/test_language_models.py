@@ -22,7 +22,7 @@ GROUPED = SIDES | {"num_key_value_heads": 1}
 HEADS = GROUPED | {"head_dim": 16}
 SHORT = BASE | {"n_embd": 32, "n_layer": 3, "n_head": 2}
 WIDE = BASE | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-SERVED = {
+SERVED: dict[str, dict[str, Any]] = {
     "gemma2": HEADS,
     "gpt_neox": SIDES,
     "mistral": GROUPED,
@@ -33,7 +33,7 @@ SERVED = {
     "qwen3": HEADS,
     "smollm3": GROUPED,  # some layers without positions
 }
-BARE = {  # whole as models, without reducers and recipes
+BARE: dict[str, dict[str, Any]] = {  # whole as models, without reducers and recipes
     "gpt2": SHORT | {"n_positions": 128},
     "gptj": SHORT | {"rotary_dim": 8},
     "falcon": WIDE,
@@ -42,7 +42,7 @@ BARE = {  # whole as models, without reducers and recipes
     "mpt": BASE | {"d_model": 32, "n_layers": 3, "n_heads": 2},
     "xglm": BASE | {"d_model": 32, "num_layers": 3, "attention_heads": 2, "ffn_dim": 48},
 }
-REFUSED = {
+REFUSED: dict[str, dict[str, Any]] = {
     "mamba": BASE | {"hidden_size": 32, "num_hidden_layers": 3},
     "mamba2": BASE | {"hidden_size": 32, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 16, "n_groups": 1},
     "rwkv": BASE | {"hidden_size": 32, "num_hidden_layers": 3},

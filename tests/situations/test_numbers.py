@@ -165,8 +165,9 @@ def test_validation_is_the_loss_of_its_samples(root: Path) -> None:
     collate = Collator(AutoProcessor.from_pretrained(final), 2048)
     total = count = 0.0
     trained.requires_grad_(False)
-    for sample in Conversations.open(root / "data.json", root / "images", limit=5):
-        batch = collate([sample])
+    samples = Conversations.open(root / "data.json", root / "images", limit=5)
+    for index in range(len(samples)):
+        batch = collate([samples[index]])
         tokens = int((batch["labels"][:, 1:] >= 0).sum())
         total, count = total + float(trained(**batch).loss) * tokens, count + tokens
     assert rows(root / "by-hand")[-1]["validation_loss"] == pytest.approx(total / count, rel=1e-5)

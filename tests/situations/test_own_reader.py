@@ -42,7 +42,7 @@ class Postcard(nn.Module):
 
 
 class PostcardAnatomy(Anatomy):
-    encodings = {"look": "image"}  # type: ignore[assignment]
+    encodings = {"look": "image"}
 
     def rasters(self, given: dict[str, Any]) -> list[tuple[int, int]]:
         return [(picture.shape[-2] // 8, picture.shape[-1] // 8) for picture in given["pictures"]]

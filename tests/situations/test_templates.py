@@ -184,14 +184,17 @@ def shipped() -> Any:
 
 def spoil(world: Conversations, how: str) -> int:
     """Makes sample 1 bad after the check; returns the max_length to use."""
-    folder = Path(world.source.images(world.source.row(1))[0]).parent
+    (shown,) = world.source.images(world.source.row(1))
+    assert isinstance(shown, Path)
+    folder = shown.parent
     if how == "gone":
         (folder / "1.png").unlink()
     elif how == "broken":
         (folder / "1.png").write_bytes(b"none")
     else:
         row = world.source.row
-        world.source.row = lambda i: {**row(i), "conversations": talk("<image>\n" + "x" * 2000, "y")} if i == 1 else row(i)  # type: ignore[method-assign]
+        longer = {"conversations": talk("<image>\n" + "x" * 2000, "y")}
+        world.source.row = lambda index: row(index) | (longer if index == 1 else {})  # type: ignore[method-assign]
     return 1000
 
 

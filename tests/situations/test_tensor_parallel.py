@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import start_processes
 from transformers import AutoModelForImageTextToText
 from transformers.distributed import DistributedConfig
 
@@ -74,7 +74,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(worker, (port, str(folder)), RANKS, start_method="fork")  # type: ignore[no-untyped-call] # all is imported already
+    start_processes(worker, (port, str(folder)), RANKS, start_method="fork")  # all is imported already
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
 
 

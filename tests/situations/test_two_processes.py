@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from foveate.train import run
 from foveate.train.run import main
 from foveate.train.stand_in import StandIn
+from foveate.train.trainer import FoveateTrainer
 from tests.situations.runs import checkpoint, prepare, recipe, rows, save_llava, stage
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def test_a_stand_in_changes_no_loss_and_no_weight(
     """In one process, with it and without."""
     name = f"{'-'.join(train)}-{checkpointed}"
     plain = main(made(root, f"plain-{name}", train, checkpointed))
-    make = run.FoveateTrainer
+    make = FoveateTrainer
 
     def with_stand_in(**kwargs: Any) -> Any:
         return make(**{**kwargs, "stand_in": StandIn(kwargs["model"], kwargs["data_collator"].collator.processor)})

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def save(folder: Path, content: str) -> None:
     save_cell(folder, Cell(content, "none", 1.0, None, "none"))
 
 
-WRITERS = {
+WRITERS: dict[str, tuple[Callable[[Path, str], None], Callable[[Path], Any]]] = {
     "text": (write, Path.read_text),
     "json": (write_json, lambda path: json.loads(path.read_text())),
 }

@@ -81,7 +81,8 @@ def test_ddp(reducer: str, tmp_path: Any) -> None:
             loss = model(**call, labels=labels).loss
             loss.backward()
             assert run.ledger.total_flops if hasattr(run.ledger, "total_flops") else run.ledger
-            assert str(run.config.model_type) == "llava"
+            config: Any = run.config
+            assert str(config.model_type) == "llava"
         assert torch.equal(loss, alone)
         assert inner.model.language_model.layers[0].self_attn.q_proj.weight.grad is not None
     finally:

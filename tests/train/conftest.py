@@ -3,9 +3,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_training
 import torch
-from tiny_training import RECIPE
+from tests.train import tiny_training
+from tests.train.tiny_training import RECIPE
 
 
 @pytest.fixture(scope="session", autouse=True)

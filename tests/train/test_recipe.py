@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from tiny_training import RECIPE, save_backbones
+from tests.train.tiny_training import RECIPE, save_backbones
 
 from foveate.errors import FoveateError
 from foveate.train.recipe import LoraOf, load_recipe

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import RECIPE
+from tests.train.tiny_training import RECIPE
 
 from foveate.errors import FoveateError
 from foveate.train import files
@@ -25,7 +26,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
     """The process dies in front of micro-batch number `calls` of this run."""
     step, done = FoveateTrainer.training_step, 0
 
-    def counting(self: FoveateTrainer, *args: object, **kwargs: object) -> torch.Tensor:
+    def counting(self: FoveateTrainer, *args: Any, **kwargs: Any) -> torch.Tensor:
         nonlocal done
         if done == calls:
             raise Stopped

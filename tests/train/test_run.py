@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import save_data, tokenizer
+from tests.train.tiny_training import save_data, tokenizer
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -20,8 +21,8 @@ from transformers import (
 )
 
 from foveate.errors import FoveateError
-from foveate.train.opening import open_model
-from foveate.train.recipe import load_recipe
+from foveate.train.opening import Opened, open_model
+from foveate.train.recipe import Recipe, load_recipe
 from foveate.train.run import main
 from foveate.train.stages import part_modules
 
@@ -88,7 +89,7 @@ def test_lora_merged_is_the_model_that_was_trained(recipe_file: Write) -> None:
     seen = {}
     finish = run.finish
 
-    def looking(recipe_: object, index: int, previous: object, opened: run.Opened, *rest: object) -> None:
+    def looking(recipe_: Recipe, index: int, previous: Path | None, opened: Opened, *rest: Any) -> None:
         assert any("lora_" in name for name, _ in opened.model.named_parameters())
         seen["logits"] = opened.model.eval()(input_ids=torch.arange(20)[None]).logits.detach()
         finish(recipe_, index, previous, opened, *rest)
@@ -236,7 +237,7 @@ def test_llava_of_transformers_is_trained_too(recipe_file: Write, tmp_path: Path
         trained.model.vision_tower.embeddings.patch_embedding.weight, model.model.vision_tower.embeddings.patch_embedding.weight
     )
 
-    from test_resume import Stopped, stop_after
+    from tests.train.test_resume import Stopped, stop_after
 
     again = recipe_file("llava-again", text)
     with pytest.MonkeyPatch.context() as patch:
