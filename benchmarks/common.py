@@ -51,6 +51,15 @@ def _waiting() -> float | None:
         return None
 
 
+def add_machine(parser: argparse.ArgumentParser, output: Path) -> None:
+    """Adds the options that say on what, in what type and how deep a shape is measured, and where its results go."""
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--layers", type=int, help="so many layers in tower and language model, to try a large shape on a small machine")
+    parser.add_argument("--output", type=Path, default=output, help="folder of the results")
+
+
 def machine(device: str) -> str:
     """The names and versions that a report gives."""
     return environment() if device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"

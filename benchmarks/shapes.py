@@ -81,61 +81,39 @@ def prompt(
     return {name: value.to(device) for name, value in {**inputs, "pixel_values": pixels.to(dtype)}.items()}
 
 
-def _tiny(layers: int | None) -> Any:
-    vision = CLIPVisionConfig(
-        hidden_size=32, num_hidden_layers=layers or 3, num_attention_heads=2, intermediate_size=64, image_size=64, patch_size=8
-    )
-    text = LlamaConfig(
-        hidden_size=64,
-        num_hidden_layers=layers or 8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=128,
-        vocab_size=99,
-    )
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
+def _llava(vision: dict[str, Any], text: dict[str, Any]) -> Callable[[int | None], Any]:
+    """LLaVA over CLIP and LLaMA of these sizes."""
+
+    def config(layers: int | None) -> Any:
+        fewer = {} if layers is None else {"num_hidden_layers": layers}
+        vision_config, text_config = CLIPVisionConfig(**{**vision, **fewer}), LlamaConfig(**{**text, **fewer})
+        return LlavaConfig(vision_config=vision_config, text_config=text_config, image_token_id=IMAGE_TOKEN)
+
+    return config
 
 
-def _small(layers: int | None) -> Any:
-    vision = CLIPVisionConfig(
-        hidden_size=192, num_hidden_layers=layers or 4, num_attention_heads=3, intermediate_size=768, image_size=224, patch_size=14
-    )
-    text = LlamaConfig(
-        hidden_size=384,
-        num_hidden_layers=layers or 8,
-        num_attention_heads=6,
-        intermediate_size=1024,
-        vocab_size=8192,
-        max_position_embeddings=4096,
-    )
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
+def _sizes(width: int, mlp: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": heads, **more}
+
+
+_tiny = _llava(_sizes(32, 64, 3, 2, image_size=64, patch_size=8), _sizes(64, 128, 8, 4, num_key_value_heads=2, vocab_size=99))
+_small = _llava(
+    _sizes(192, 768, 4, 3, image_size=224, patch_size=14), _sizes(384, 1024, 8, 6, vocab_size=8192, max_position_embeddings=4096)
+)
+_llava_7b = _llava(
+    _sizes(1024, 4096, 24, 16, image_size=336, patch_size=14, projection_dim=768),
+    _sizes(4096, 11008, 32, 32, vocab_size=32064, max_position_embeddings=4096),
+)
 
 
 def _onevision(layers: int | None) -> Any:
     """LLaVA-OneVision-Qwen2-0.5B without its newlines and its cutting of images: several crops are several images of 27 x 27 patches."""
-    vision = SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=layers or 26,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=layers or 24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=True,
-    )
+    vision = _sizes(1152, 4304, layers or 26, 16, image_size=384, patch_size=14, vision_use_head=False)
+    text = _sizes(896, 4864, layers or 24, 14, num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768)
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True}
     return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
+        vision_config=SiglipVisionConfig(**vision),
+        text_config=Qwen2Config(**text),
         image_token_id=IMAGE_TOKEN,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -143,55 +121,19 @@ def _onevision(layers: int | None) -> Any:
     )
 
 
-def _llava_7b(layers: int | None) -> Any:
-    vision = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=layers or 24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-        projection_dim=768,
-    )
-    text = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=11008,
-        num_hidden_layers=layers or 32,
-        num_attention_heads=32,
-        vocab_size=32064,
-        max_position_embeddings=4096,
-    )
-    return LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
-
-
 def _qwen2_5_vl_7b(layers: int | None) -> Any:
     full = [7, 15, 23, 31] if layers is None else [layers - 1]  # blocks whose attention is not within windows
     vision = {"depth": layers or 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "fullatt_block_indexes": full}
-    text = {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": layers or 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-    }
+    text = _sizes(3584, 18944, layers or 28, 28, num_key_value_heads=4, vocab_size=152064)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     return Qwen2_5_VLConfig(vision_config=vision, text_config=text)
 
 
 def _qwen3_vl_8b(layers: int | None) -> Any:
     deep = [8, 16, 24] if layers is None else list(range(min(3, layers)))
     vision = {"depth": layers or 27, "out_hidden_size": 4096, "deepstack_visual_indexes": deep}  # the rest is the library's default
-    text = {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": layers or 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-    }
+    text = _sizes(4096, 12288, layers or 36, 32, num_key_value_heads=8, head_dim=128, vocab_size=151936)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
     return Qwen3VLConfig(vision_config=vision, text_config=text)
 
 

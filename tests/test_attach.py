@@ -185,15 +185,15 @@ def words(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, torch.tensor([IMAGE]), float("-inf"))
 
 
-@every_pair
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, reducer: str) -> None:
-    """Greedy steps with the cache against the extended sequence run whole with the same maps; also right-padded, without `generate`."""
-    model = make()
+@torch.no_grad()
+def check_decoding(model: Any, reducers: str | list[Reducer], side: str) -> tuple[list[Any], dict[str, Tensor]]:
+    """Greedy steps with the cache against the extended sequence run whole with the same maps; also right-padded, without `generate`.
+
+    Returns the maps, and the whole sequence as it was before the last token."""
     inputs = Batch(ROWS, side).inputs
     N = inputs["input_ids"].shape[1]
     found = []
-    with foveate.attach(model, reducer) as run, torch.no_grad():
+    with foveate.attach(model, reducers) as run:
         steps = model(**inputs, use_cache=True)
         maps, cache = run.maps, steps.past_key_values
         rows, last = torch.arange(len(ROWS)), inputs["attention_mask"].cumsum(1).argmax(1)
@@ -208,11 +208,19 @@ def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, re
             step = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
             found.append((seen, step))
             token, position = words(step).argmax(-1)[:, None], position + 1
-    with foveate.attach(model, maps=maps), torch.no_grad():
+    with foveate.attach(model, maps=maps):
         for whole, step in found:
             torch.testing.assert_close(step, model(**whole, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
+    return maps, found[-1][0]
+
+
+@every_pair
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, reducer: str) -> None:
+    model = make()
+    maps, whole = check_decoding(model, reducer, side)
     if not follows(reducer, LOOK_AT_TEXT):
-        check_same(maps_of(model, reducer, found[-1][0]), maps)
+        check_same(maps_of(model, reducer, whole), maps)
 
 
 @every_pair

@@ -15,7 +15,7 @@ from foveate.contract import Attention, Bypass, Cut, Decision, Noise, Site, Thro
 from foveate.reducers import VCC, FastV, Random, Reducer, parse, visual_tokens
 from foveate.reducers.base import Reducer as Base
 from foveate.tokens import TokenMap, budget, top
-from tests.test_attach import every_model, everything, joined, state_of
+from tests.test_attach import check_decoding, every_model, everything, joined, state_of
 from tests.tiny import IMAGE, LAYERS, PATCHES, ROWS, Batch, llava, prompt
 
 
@@ -132,25 +132,7 @@ def test_a_sample_does_not_depend_on_its_batch(make: Any, side: str, reducers: l
 @every_combination
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, reducers: list[Reducer]) -> None:
-    model, inputs = make(), Batch(ROWS, side).inputs
-    N = inputs["input_ids"].shape[1]
-    steps = []
-    with foveate.attach(model, reducers) as run, torch.no_grad():
-        out = model(**inputs, use_cache=True)
-        maps, cache, last = run.maps, out.past_key_values, inputs["attention_mask"].cumsum(1).argmax(1)
-        token = out.logits[torch.arange(len(ROWS)), last].argmax(-1)[:, None]
-        position = torch.full_like(token, N) if side == "left" else last[:, None] + 1
-        seen = {**inputs, "position_ids": torch.arange(N).expand(len(ROWS), N)}
-        for _ in range(3):
-            more = {"input_ids": token, "attention_mask": torch.ones_like(token), "position_ids": position}
-            seen = {name: torch.cat([value, more[name]], 1) if name in more else value for name, value in seen.items()}
-            mask = seen["attention_mask"]
-            step = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
-            steps.append((seen, step))
-            token, position = step.argmax(-1)[:, None], position + 1
-    with foveate.attach(model, maps=maps), torch.no_grad():
-        for whole, step in steps:
-            torch.testing.assert_close(step, model(**whole, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
+    check_decoding(make(), reducers, side)
 
 
 def test_the_cache_of_the_layer_holds_what_went_through() -> None:

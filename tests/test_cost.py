@@ -28,6 +28,7 @@ from foveate.contract import ImageSize, Workload
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 from tests import tiny
+from tests.test_conventions import TERA
 
 VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "patch_size": 14}
@@ -109,22 +110,7 @@ def test_llavolta_share_of_the_first_stage(share: int, mean: int) -> None:
 # ---- the cost formula of the pruning papers
 
 
-@pytest.mark.parametrize(
-    ("tokens", "tera_macs"),
-    [
-        (64, 0.416),
-        (72, 0.468),
-        (128, 0.833),
-        (144, 0.938),
-        (160, 1.043),
-        (192, 1.253),
-        (288, 1.887),
-        (320, 2.099),
-        (576, 3.817),
-        (640, 4.252),
-        (2880, 20.825),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "tera_macs"), TERA)
 def test_published_multiply_adds_of_visual_tokens(tokens: int, tera_macs: float) -> None:
     flops = predict(VICUNA, per_image=tokens).flops
     assert (flops["lm_linear"] + flops["lm_attention"]) / 2e12 == pytest.approx(tera_macs, abs=5e-4)

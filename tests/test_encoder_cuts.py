@@ -20,7 +20,7 @@ from foveate.reducers import VCC, FasterVLM, Random, Reducer, ToMe, parse, spell
 from foveate.reducers.base import Reducer as Base
 from foveate.tokens import Kind, TokenMap, budget, top
 from tests.reducers.test_tome import Token, one_pass
-from tests.test_attach import everything, state_of
+from tests.test_attach import check_decoding, everything, state_of
 from tests.tiny import IMAGE, PATCHES, ROWS, Batch, assembled, prompt
 
 DEPTH = 4
@@ -288,27 +288,8 @@ def test_a_sample_does_not_depend_on_its_batch(tower: str, reducers: list[Reduce
 
 @every_cut
 @pytest.mark.parametrize("side", ["left", "right"])
-@torch.no_grad()
 def test_decoding_with_the_cache_is_the_whole_run_again(side: str, reducers: list[Reducer]) -> None:
-    model, inputs = make(), Batch(ROWS, side).inputs
-    N = inputs["input_ids"].shape[1]
-    steps = []
-    with foveate.attach(model, reducers) as run:
-        out = model(**inputs, use_cache=True)
-        maps, cache, last = run.maps, out.past_key_values, inputs["attention_mask"].cumsum(1).argmax(1)
-        token = out.logits[torch.arange(len(ROWS)), last].argmax(-1)[:, None]
-        position = torch.full_like(token, N) if side == "left" else last[:, None] + 1
-        seen = {**inputs, "position_ids": torch.arange(N).expand(len(ROWS), N)}
-        for _ in range(3):
-            more = {"input_ids": token, "attention_mask": torch.ones_like(token), "position_ids": position}
-            seen = {name: torch.cat([value, more[name]], 1) if name in more else value for name, value in seen.items()}
-            mask = seen["attention_mask"]
-            step = model(input_ids=token, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True).logits[:, -1]
-            steps.append((seen, step))
-            token, position = step.argmax(-1)[:, None], position + 1
-    with foveate.attach(model, maps=maps):
-        for whole, step in steps:
-            torch.testing.assert_close(step, model(**whole, use_cache=False).logits[:, -1], rtol=1e-4, atol=1e-5)
+    check_decoding(make(), reducers, side)
 
 
 @every_cut

@@ -19,6 +19,7 @@ from foveate import FoveateError
 from foveate.anatomy import read
 from foveate.reducers import parse
 from foveate.tokens import Layout, TokenMap
+from tests.situations.models import mistral
 from tests.test_attach import joined, state_of
 from tests.tiny import IMAGE, MODELS, PATCHES, ROWS, Batch, llava, prompt
 
@@ -520,28 +521,9 @@ def test_a_model_whose_weights_are_elsewhere(where: str, reducer: str, tmp_path:
 # ---- caches
 
 
-def sliding() -> Any:
-    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
-
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8)
-    text = MistralConfig(
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=64,
-        vocab_size=99,
-        initializer_range=0.2,
-        sliding_window=8,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, attn_implementation="sdpa")
-    return LlavaForConditionalGeneration(config).eval()
-
-
 @every_reducer
 def test_a_static_cache_with_sliding_windows_is_refused(reducer: str) -> None:
-    model = sliding()
+    model = mistral(window=8)
     inputs = Batch(ROWS, "left").inputs
     greedy(model, inputs, 3, cache_implementation="static")  # the bare model has no trouble with it
     with foveate.attach(model, reducer), pytest.raises(FoveateError, match="static cache with sliding windows"):
@@ -551,7 +533,7 @@ def test_a_static_cache_with_sliding_windows_is_refused(reducer: str) -> None:
 @every_reducer
 def test_sliding_windows_are_counted_in_original_places(reducer: str) -> None:
     """Decoding with the cache, which keeps the last slots only, is the whole sequence run again with the same maps."""
-    model = sliding()
+    model = mistral(window=8)
     inputs = Batch([ROWS[1]]).singles[0]
     how: dict[str, Any] = {"return_dict_in_generate": True, "output_logits": True}
     with foveate.attach(model, reducer) as run, torch.no_grad():

@@ -47,7 +47,7 @@ from foveate.reducers import METHODS, in_model, parse
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
 
-from benchmarks.common import command, earlier, machine, measured, save  # noqa: E402
+from benchmarks.common import add_machine, command, earlier, machine, measured, save  # noqa: E402
 from benchmarks.prefill.show import draw, table  # noqa: E402
 from benchmarks.shapes import AFTER, BEFORE, SHAPES, build, prompt, words  # noqa: E402
 
@@ -231,11 +231,7 @@ def main() -> None:
     parser.add_argument("--keep", nargs="+", type=float, default=list(KEEP), help="budgets, as shares")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--decode", type=int, default=8, help="tokens to decode after the first one; 0 for none")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--layers", type=int, help="so many layers in tower and language model, to try a large shape on a small machine")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    add_machine(parser, HERE)
     given = parser.parse_args()
     given.tokens = given.tokens or SHAPES[given.shape].tokens[0]
     if given.tokens % SHAPES[given.shape].per_image:

@@ -46,7 +46,7 @@ from foveate.reducers import parse, visual_tokens
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
 
-from benchmarks.common import command, earlier, machine, measured, save  # noqa: E402
+from benchmarks.common import add_machine, command, earlier, machine, measured, save  # noqa: E402
 from benchmarks.serving.show import BARE, draw, missed, table  # noqa: E402
 from benchmarks.shapes import SHAPES, build, prompt  # noqa: E402
 
@@ -171,11 +171,7 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS), help="numbers of them, each a measurement of its own")
     parser.add_argument("--requests", type=int, default=16, help="least number of requests in one measurement; twice the clients if more")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--layers", type=int, help="so many layers in tower and language model, to try a large shape on a small machine")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    add_machine(parser, HERE)
     given = parser.parse_args()
     options = SHAPES[given.shape].options
     given.reducers = given.reducers or [f"{m}:keep={KEEP}" + (f",{options[m]}" if m in options else "") for m in METHODS]

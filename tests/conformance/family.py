@@ -6,8 +6,11 @@ and saves both. The tests load them with the Auto classes, as a user loads a che
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib
 import pkgutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,6 +94,16 @@ class Family:
         if self.frames:
             return np.stack([np.asarray(picture(self.size, seed * 100 + i)) for i in range(self.frames)])
         return picture(self.size, seed)
+
+
+@functools.cache
+def alone(name: str, attn: str | None = None) -> Any:
+    """The tiny model of a family without its processor, which is saved last and may want packages that only the whole table installs."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.suppress(ImportError):
+            torch.manual_seed(0)
+            families()[name].build(Path(folder))
+        return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation=attn).eval()
 
 
 def picture(size: tuple[int, int], seed: int) -> Image.Image:

@@ -122,9 +122,9 @@ def test_a_configuration_that_the_library_refuses_to_save_is_no_loss(shipped: di
     assert (again.eos_token_id, again.bos_token_id, again.temperature) == (257, 256, None)
 
 
-def test_a_base_model_is_trained_to_stop(backbones: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+@pytest.mark.usefixtures("home")
+def test_a_base_model_is_trained_to_stop(backbones: Any, tmp_path: Path, caplog: Any) -> None:
     """A run from a recipe with its own template: saved ends, template and what was cut."""
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
     tower, lm = backbones("mistral")
     tiny_training.save_data(tmp_path, samples=6)
     (tmp_path / "own.jinja").write_text(templates.CHATML)

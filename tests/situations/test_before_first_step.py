@@ -27,12 +27,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def no_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def no_step(monkeypatch: pytest.MonkeyPatch, home: None) -> None:
     def step(*args: object) -> None:
         raise AssertionError("a training step was made")
 
     monkeypatch.setattr(FoveateTrainer, "training_step", step)
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
 
 
 def lora(*targets: str) -> dict[str, Any]:

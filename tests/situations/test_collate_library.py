@@ -203,10 +203,10 @@ def test_what_is_not_understood_is_refused(load: Any, monkeypatch: pytest.Monkey
         collator(samples(size, 0))
 
 
+@pytest.mark.usefixtures("home")
 @pytest.mark.parametrize("name", ["gemma3", "idefics3", "llava_next"])
-def test_they_are_trained(name: str, load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_they_are_trained(name: str, load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A run with pictures of several shapes, samples without, and the log's account of its images."""
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
     folder, processor, size = load(name)
     processor.save_pretrained(folder)
     rows = []

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -22,7 +18,7 @@ from foveate.contract import Cut, FromLayer, Site, View, Workload
 from foveate.errors import NotApplicable
 from foveate.reducers import Reducer
 from foveate.tokens import TokenMap
-from tests.conformance.family import families
+from tests.conformance.family import alone
 from tests.tiny import Batch, llava, prompt
 
 # Names that mean nothing to the library, and one that means the opposite of what the layer does.
@@ -35,22 +31,13 @@ RENAMED = {
 RECURS = ("linear_attention", "conv")
 
 
-@functools.cache
-def built(name: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(ImportError):  # of the processor, which is saved last and may want what the tests here do without
-            torch.manual_seed(0)
-            families()[name].build(Path(folder))
-        return transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
-
-
 def grid(side: int) -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(2 * side**2, 96), "image_grid_thw": torch.tensor([[1, side, side]] * 2)}
 
 
 def inputs_of(name: str) -> dict[str, Any]:
     """Two prompts with a picture of 16 tokens each, padded on the left."""
-    model = built(name)
+    model = alone(name, "eager")
     if name == "qwen3_5":
         given: dict[str, Any] = grid(8)
     elif name == "lfm2_vl":
@@ -95,7 +82,7 @@ def logits(model: Any, names: list[str], inputs: dict[str, Any], reducer: str) -
 @pytest.mark.parametrize("which", [0, 1, 2])
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl", "cohere2_vision"])
 def test_a_name_of_a_layer_type_says_nothing(name: str, which: int) -> None:
-    model = built(name)
+    model = alone(name, "eager")
     before = list(read(model).text_config.layer_types)
     inputs = inputs_of(name)
     renamed = {old: RENAMED[old][which] for old in set(before)}
@@ -142,7 +129,7 @@ class Every(Reducer):
 @pytest.mark.parametrize("name", ["qwen3_5", "lfm2_vl"])
 def test_layers_of_two_kinds_share_no_mask(name: str, backend: str, cached: bool) -> None:
     """Rows without padding, for which the library gives no layer a mask, and of which different numbers of tokens are left."""
-    model, inputs = copy.deepcopy(built(name)), inputs_of(name)
+    model, inputs = copy.deepcopy(alone(name, "eager")), inputs_of(name)
     model.set_attn_implementation(backend)
     inputs["input_ids"][1, :2] = 9
     inputs.pop("attention_mask")

@@ -6,14 +6,10 @@ of a token's embedding says which pixels made it; what depends on none is no pat
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import inspect
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +24,7 @@ from foveate.contract import AttentionRows, ClsAttention
 from foveate.errors import NotApplicable
 from foveate.probes.tower import values_of
 from foveate.tokens import Kind
-from tests.conformance.family import families
+from tests.conformance.family import alone
 
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -292,15 +288,6 @@ def test_newlines_of_a_model_that_puts_them_in_by_itself(every: int) -> None:
 # ---- the tiny models of the conformance table
 
 
-@functools.cache
-def loaded(name: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        with contextlib.suppress(ImportError):  # of the processor, which is saved last and may want what the tests here do without
-            torch.manual_seed(0)
-            families()[name].build(Path(folder))
-        return transformers.AutoModelForImageTextToText.from_pretrained(folder).eval()
-
-
 def grouped(grid: tuple[int, int, int], side: int) -> Callable[[Tensor], tuple[int, int, int]]:
     """Where the patches are that a processor puts side by side in groups of side x side."""
     _, h, w = grid
@@ -316,7 +303,7 @@ def grouped(grid: tuple[int, int, int], side: int) -> Callable[[Tensor], tuple[i
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "video_llama_3"])
 @pytest.mark.parametrize("grid", [(1, 2, 2), (1, 2, 18), (1, 8, 2), (2, 2, 2), (3, 4, 2)])
 def test_grids_of_one_token_one_row_one_column(name: str, grid: tuple[int, int, int]) -> None:
-    model, images = loaded(name), grid[0] == 1 or name == "glm4v"
+    model, images = alone(name), grid[0] == 1 or name == "glm4v"
     if name in ("qwen3_vl", "glm4v"):
         grid = (1, *grid[1:])  # text stands between their frames: a frame is an item
     given: dict[str, Any] = {
@@ -331,7 +318,7 @@ def test_grids_of_one_token_one_row_one_column(name: str, grid: tuple[int, int, 
 
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (2, 8), (8, 2), (4, 6)])
 def test_hunyuan_marks_rows_and_picture(h: int, w: int) -> None:
-    model = loaded("hunyuan_vl")
+    model = alone("hunyuan_vl")
     inputs = prompted(model, pixel_values=noise(h * w, 48), image_grid_thw=torch.tensor([[1, h, w]]))
 
     def where(source: Tensor) -> tuple[int, int, int]:
@@ -343,7 +330,7 @@ def test_hunyuan_marks_rows_and_picture(h: int, w: int) -> None:
 
 @pytest.mark.parametrize(("h", "w"), [(2, 2), (2, 32), (32, 2), (8, 12)])
 def test_gemma_4_at_any_shape(h: int, w: int) -> None:
-    model, patches = loaded("gemma4"), 4 * 70
+    model, patches = alone("gemma4"), 4 * 70
     positions = torch.full((1, patches, 2), -1)
     positions[0, : h * w] = torch.cartesian_prod(torch.arange(h), torch.arange(w)).flip(1)
     pixels = torch.cat([noise(1, h * w, 48), torch.zeros(1, patches - h * w, 48)], 1)
@@ -359,7 +346,7 @@ def test_gemma_4_at_any_shape(h: int, w: int) -> None:
 @pytest.mark.parametrize(("height", "width"), [(8, 64), (64, 8), (16, 24), (15, 16)])
 def test_breaks_of_mistral_3_are_text(height: int, width: int) -> None:
     """What is over behind whole tokens (15 pixels are one of 8) is cut off, and must not turn a row of two into a column."""
-    model = loaded("mistral3")
+    model = alone("mistral3")
     given = {"pixel_values": noise(1, 3, height, width), "image_sizes": torch.tensor([[height, width]])}
     check(looked_at(model, prompted(model, **given)), "p" * (height // 8 * (width // 8)))
 
@@ -367,7 +354,7 @@ def test_breaks_of_mistral_3_are_text(height: int, width: int) -> None:
 @pytest.mark.parametrize("name", ["idefics3", "smolvlm"])
 @pytest.mark.parametrize("tiles", [1, 2, 5])
 def test_tiles_of_idefics(name: str, tiles: int) -> None:
-    model = loaded(name)
+    model = alone(name)
     inputs = prompted(model, pixel_values=noise(1, tiles, 3, 32, 32))
     tokens = looked_at(model, inputs)
     check([Token(t.kind, t.place, t.source[:, 1:]) for t in tokens], "p" * len(tokens))
@@ -375,7 +362,7 @@ def test_tiles_of_idefics(name: str, tiles: int) -> None:
 
 @pytest.mark.parametrize("shapes", [[(2, 2)], [(2, 16)], [(16, 2)], [(2, 8), (4, 4)]])
 def test_lfm2_counts_in_patches(shapes: list[tuple[int, int]]) -> None:
-    model, most = loaded("lfm2_vl"), max(h * w for h, w in shapes)
+    model, most = alone("lfm2_vl"), max(h * w for h, w in shapes)
     mask = torch.stack([torch.arange(most) < h * w for h, w in shapes]).long()
     pixels = noise(len(shapes), most, 48) * mask[..., None]
     inputs = prompted(model, pixel_values=pixels, spatial_shapes=torch.tensor(shapes), pixel_attention_mask=mask)
@@ -394,7 +381,7 @@ def test_lfm2_counts_in_patches(shapes: list[tuple[int, int]]) -> None:
 
 
 def test_llama_4_has_its_cls_behind_the_patches() -> None:
-    model = loaded("llama4")
+    model = alone("llama4")
     tower, pixels = read(model).tower, noise(2, 3, 32, 32)
     assert tuple(extras_of(tower)) == (True, 1, True)
     arrived: list[Tensor] = []
@@ -423,7 +410,7 @@ def test_a_head_that_pools_by_a_cls_token_adds_none() -> None:
 
 def test_scores_of_pictures_of_unlike_tokens_are_refused() -> None:
     """Of one call, one picture with a patch a token and one with four."""
-    model = loaded("video_llama_3")
+    model = alone("video_llama_3")
     given = {"image_grid_thw": torch.tensor([[1, 4, 4]] * 2), "image_merge_sizes": torch.tensor([1, 2])}
     inputs = prompted(model, pixel_values=noise(32, 48), **given)
     check(looked_at(model, inputs)[:16], "p" * 16, grouped((1, 4, 4), 1))

@@ -12,7 +12,6 @@ from foveate.evaluation.evaluate import evaluate
 from foveate.evaluation.samples import in_turn
 from foveate.evaluation.table import markdown
 from foveate.report.compared import lines
-from foveate.world.scenes import write_world
 from tests.situations.test_export import assembled
 
 HOW: dict[str, Any] = {"batch_size": 3, "progress": False}
@@ -21,13 +20,6 @@ HOW: dict[str, Any] = {"batch_size": 3, "progress": False}
 @pytest.fixture(scope="module")
 def model() -> Any:
     return assembled()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder, train=1, test=3, seed=0, size=32, progress=False, processes=1)
-    return folder
 
 
 @pytest.fixture(scope="module")

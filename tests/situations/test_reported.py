@@ -20,7 +20,6 @@ from foveate.evaluation.table import markdown, print_table
 from foveate.inference import Answers
 from foveate.inspect.look import look
 from foveate.inspect.profile import print_profiles, profile
-from foveate.world.scenes import write_world
 from tests.conformance.family import picture
 from tests.situations.test_export import assembled
 
@@ -28,13 +27,6 @@ from tests.situations.test_export import assembled
 @pytest.fixture(scope="module")
 def model() -> Any:
     return assembled()
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world")
-    write_world(folder, train=1, test=3, seed=0, size=32)
-    return folder
 
 
 def printed(show: Any, *given: Any) -> str:

@@ -18,15 +18,12 @@ from foveate.train.run import main
 from foveate.train.trainer import FoveateTrainer
 from tests.situations.runs import checkpoint, prepare, recipe, rows, same, stage, stages
 
+pytestmark = pytest.mark.usefixtures("home")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(tmp_path_factory.mktemp("lock"))
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
 
 
 def enter(output: Path) -> None:

@@ -20,6 +20,8 @@ ROOT = Path(__file__).parents[2]
 ALL = {"bridge": True, "lm": True, "tower": True}
 CASES = [({"bridge": True}, False), ({"bridge": True}, True), (ALL, True), ({"bridge": True, "lm": True}, False)]
 
+pytestmark = pytest.mark.usefixtures("home")
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,11 +33,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     seeing = [sample for sample in samples if isinstance(sample.get("image"), str)][:4]
     (folder / "data.json").write_text(json.dumps([*blind, *blind, *seeing]))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
 
 
 def made(root: Path, output: str, train: dict[str, Any], checkpointed: bool) -> Path:

@@ -25,7 +25,7 @@ from foveate.evaluation.samples import Task
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import Broken, answering, load_model, model_hash, progress_bar
+from foveate.inference import Broken, answering, loaded, model_hash, progress_bar
 from foveate.machine import environment
 from foveate.reducers import Reducer, parse, spell
 
@@ -136,11 +136,7 @@ def bench(
     if not names or len(set(names)) < len(names):
         raise FoveateError(f"a bench run needs at least one task, and each of them once; got {', '.join(names) or 'none'}")
     given = model
-    if isinstance(model, str | Path):
-        model, processor = load_model(model, device)
-    if processor is None:
-        raise FoveateError("bench needs the processor of a model that is already loaded: bench(model, …, processor=...)")
-    name = str(given) if isinstance(given, str | Path) else str(model.config.name_or_path or type(model).__name__)
+    model, processor, name = loaded(model, processor, "bench(model, …, processor=...)", device)
     _begin(
         folder,
         {

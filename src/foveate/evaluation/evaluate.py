@@ -21,7 +21,7 @@ from foveate.evaluation.metrics.scenes import FAMILY_RULES, FamilyScore, Scenes,
 from foveate.evaluation.samples import Task
 from foveate.evaluation.sources import world_samples
 from foveate.files import write_json
-from foveate.inference import answering, load_model, progress_bar
+from foveate.inference import answering, loaded, progress_bar
 from foveate.reducers import parse, saved_reducers, spell
 
 Range = tuple[int, int]  # fewest, most
@@ -109,13 +109,7 @@ def evaluate(
     if batch_size < 1 or max_new_tokens < 1:
         raise FoveateError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
     task = Task(str(data_dir), tuple(world_samples(data_dir, limit)), Scenes(), max_new_tokens, hash="")
-    if isinstance(model_or_dir, str | Path):
-        model, processor = load_model(model_or_dir, device)
-        name = str(model_or_dir)
-    else:
-        model, name = model_or_dir, str(model_or_dir.config.name_or_path or type(model_or_dir).__name__)
-    if processor is None:
-        raise FoveateError("evaluate needs the processor of a model that is already loaded: evaluate(model, data_dir, processor=...)")
+    model, processor, name = loaded(model_or_dir, processor, "evaluate(model, data_dir, processor=...)", device)
     if reducers is None:
         reducers = saved_reducers(model.config.name_or_path)
     elif isinstance(reducers, str):

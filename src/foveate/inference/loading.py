@@ -40,6 +40,18 @@ def load_model(name: str | Path, device: str | None = None, **options: Any) -> t
     return model, processor
 
 
+def loaded(model: Any, processor: Any, call: str, device: str | None = None) -> tuple[Any, Any, str]:
+    """(model, processor, name) of a model that is named, which `load_model` loads, or given with its `processor`.
+
+    FoveateError where a given model comes alone; `call` is how to give both, such as "bench(model, …, processor=...)".
+    """
+    if isinstance(model, str | Path):
+        return *load_model(model, device), str(model)
+    if processor is None:
+        raise FoveateError(f"{call.partition('(')[0]} needs the processor of a model that is already loaded: {call}")
+    return model, processor, str(model.config.name_or_path or type(model).__name__)
+
+
 def model_hash(model: Any) -> str:
     """SHA-256 of a model: by name, of its files (weights, configurations, processor); of a loaded one, of its weights."""
     whole = hashlib.sha256()

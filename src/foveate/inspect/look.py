@@ -30,7 +30,7 @@ from foveate.data.chat import Renderer
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.inference import answering, load_model, model_inputs, prompts
+from foveate.inference import answering, loaded, model_inputs, prompts
 from foveate.inspect.draw import Panel, draw
 from foveate.inspect.fate import Raster, colours, patches, rasters
 from foveate.inspect.words import answer_text
@@ -121,15 +121,9 @@ def look(
     methods = [(text, parse(text)) for text in reducers]
     rows = [[at_budget(parts, share) for share in keep] if keep else [(text, parts)] for text, parts in methods]
     pictures = [open_image(image) for image in images]
-    name = str(model_or_dir)
-    if isinstance(model_or_dir, str | Path):
-        model, processor = load_model(model_or_dir)
-    else:
-        model, name = model_or_dir, str(model_or_dir.config.name_or_path or type(model_or_dir).__name__)
+    model, processor, name = loaded(model_or_dir, processor, "look(model, …, processor=...)")
     if Path(name).is_dir():
         name = Path(name).resolve().name  # the picture is for others, who have no such folder
-    if processor is None:
-        raise FoveateError("look needs the processor of a model that is already loaded: look(model, …, processor=...)")
     depth = len(read(model).layers)
     for layer in layers:
         if not 0 <= layer < depth:

@@ -26,7 +26,7 @@ from foveate.evaluation.cells import Cell
 from foveate.evaluation.samples import Task
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import answering, load_model, model_hash, progress_bar
+from foveate.inference import answering, loaded, model_hash, progress_bar
 from foveate.reducers import Reducer, save_reducers, spell
 from foveate.reducers.base import SAVED_NAME
 from foveate.reducers.common import meant
@@ -104,10 +104,7 @@ def search(
     if not asked:
         raise FoveateError("a search needs at least one task to ask its questions")
     given = model
-    if isinstance(model, str | Path):
-        model, processor = load_model(model, device)
-    if processor is None:
-        raise FoveateError("search needs the processor of a model that is already loaded: search(model, …, processor=...)")
+    model, processor, _ = loaded(model, processor, "search(model, …, processor=...)", device)
     settings = {"method": method, "tokens": tokens, "flops": flops, "loss": loss, "signal": signal, "positions": positions, "seed": seed}
     data = [{"name": task.name, "samples": len(task.samples), "data_hash": task.hash} for task in asked]
     _begin(folder, {"model_hash": model_hash(given), "tasks": data, **settings})
