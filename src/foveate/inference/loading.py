@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 
 import foveate.model  # noqa: F401  # registers the Auto classes
 from foveate.errors import FoveateError
+from foveate.model.weights import reading
 from foveate.world import resolve
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
@@ -29,12 +30,9 @@ def load_model(name: str | Path, device: str | None = None, **options: Any) -> t
         raise FoveateError(f"{folder} holds no model (no config.json); a training run leaves its model in <output>/final")
     if not folder.is_dir() and (folder.is_absolute() or source.count("/") != 1 or source.startswith(".")):
         raise FoveateError(f"no such model folder: {source}")
-    try:
+    with reading(f"cannot load a vision-language model and its processor from {source}"):
         model = AutoModelForImageTextToText.from_pretrained(source, **{"dtype": torch.float32, **options})
         processor = AutoProcessor.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise FoveateError(f"cannot load a vision-language model and its processor from {source}: {reason}") from error
     if "device_map" not in options:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model, processor

@@ -13,6 +13,7 @@ from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, require_token
+from foveate.model.weights import reading
 
 
 def from_backbones(
@@ -126,10 +127,8 @@ def load_tower(name: str | Path, **options: Any) -> PreTrainedModel:
 
 def load(loader: Any, name: str | Path, what: str, **options: Any) -> Any:
     refuse_file(name, what)
-    try:
+    with reading(f"the {what} {str(name)!r} could not be loaded"):
         return loader.from_pretrained(str(name), **options)
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"the {what} {str(name)!r} could not be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def refuse_file(name: str | Path, what: str) -> None:

@@ -15,12 +15,12 @@ import foveate.model  # noqa: F401  registers the Auto classes
 from foveate.accounting import Trained as Updated
 from foveate.anatomy import read
 from foveate.data.chat import Renderer
-from foveate.errors import FoveateError
 from foveate.model.assembly import from_backbones, savable
 from foveate.model.processing import FoveateProcessor, default_template
+from foveate.model.weights import reading
 from foveate.train.order import seed_of
 from foveate.train.recipe import LoraOf, Recipe, Trained
-from foveate.train.stages import advance, first_bridge, first_line, growth, is_assembled, model_folder, part_modules, trained_parts
+from foveate.train.stages import advance, first_bridge, growth, is_assembled, model_folder, part_modules, trained_parts
 from foveate.world import resolve
 
 
@@ -60,12 +60,10 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
             processor.chat_template = default_template(processor.tokenizer, processor.image_token, spec.chat_template)
     else:
         source = str(previous or model_folder(spec.checkpoint or ""))
-        try:
+        with reading(f"the model {source} could not be loaded"):
             model = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
             )
-        except (OSError, ValueError, ImportError) as error:
-            raise FoveateError(f"the model {source} could not be loaded: {first_line(error)}") from None
         processor = open_processor(source, spec.chat_template)
     save_end(model, processor)
     if is_assembled(model.config):
@@ -134,11 +132,9 @@ def choose_trained(model: Any, trained: Trained, targets: Sequence[str]) -> Any:
 
 def open_processor(name: str, template: str | None = None) -> Any:
     """The processor of a model, with another chat template where one is given."""
-    try:
+    with reading(f"the processor of {name!r} could not be loaded"):
         processor = AutoProcessor.from_pretrained(model_folder(name))
-        if template is not None:
-            own = isinstance(processor, FoveateProcessor)
-            processor.chat_template = default_template(processor.tokenizer, processor.image_token, template) if own else template
-        return processor
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"the processor of {name!r} could not be loaded: {first_line(error)}") from None
+    if template is not None:
+        own = isinstance(processor, FoveateProcessor)
+        processor.chat_template = default_template(processor.tokenizer, processor.image_token, template) if own else template
+    return processor

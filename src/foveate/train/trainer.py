@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import numpy as np
@@ -430,6 +431,11 @@ class FoveateTrainer(Trainer):
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except FoveateError as error:  # from a process that loads data it comes with that process' traceback in its text
             raise FoveateError(str(error).rstrip().rpartition("foveate.errors.FoveateError: ")[2]) from None
+        except UnpicklingError as error:  # torch's, of the optimizer's and the random state
+            raise FoveateError(
+                f"{checkpoint}: its state holds more than tensors, or is broken; nothing of it was run. Remove this folder: the same "
+                "command then goes on from the checkpoint before it, or from the beginning of the stage"
+            ) from error
         finally:
             self.progress.close()
             self.switch.switch(NONE)
