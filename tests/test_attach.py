@@ -89,7 +89,7 @@ def follows(reducer: str, methods: set[type[Reducer]]) -> bool:
 
 
 def check_same(found: list[Any], recorded: list[Any]) -> None:
-    """The same decisions, for a batch that goes on behind the recorded one."""
+    """The same decisions, for a batch that goes on after the recorded one."""
     now = before = None
     for new, old in zip(found, recorded, strict=True):
         here = old.reduce(View(new.map.source if before is None else before.target)).map
@@ -99,7 +99,7 @@ def check_same(found: list[Any], recorded: list[Any]) -> None:
 
 
 def joined(first: list[Any], second: list[Any]) -> list[Any]:
-    """The maps of two passes, one chunk behind the other, as those of one pass."""
+    """The maps of two passes, one chunk after the other, as those of one pass."""
     found = []
     for one, other in zip(first, second, strict=True):
         a, b = one.map, other.map

@@ -428,7 +428,7 @@ def through_save(model: Any) -> Any:
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 @pytest.mark.parametrize("reducer", [*REDUCERS[1:3], "fastervlm:keep=0.5"])
 def test_a_copy_of_an_attached_model_is_attached_on_its_own(make: Any, duplicate: Callable[[Any], Any], reducer: str) -> None:
-    """Before its first pass: behind that, hooks of the library's own do not let a model be pickled."""
+    """Before its first pass: after that, hooks of the library's own do not let a model be pickled."""
     model, inputs = make(), Batch(ROWS).inputs
     run = foveate.attach(model, reducer)
     other = duplicate(model)

@@ -22,7 +22,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, step: int, what: str) -> None:
-    """Makes the loss or the gradients of an optimiser step infinite, or the weights behind it NaN."""
+    """Makes the loss or the gradients of an optimiser step infinite, or the weights after it NaN."""
     loss_of = FoveateTrainer.compute_loss
 
     def compute_loss(self: FoveateTrainer, *args: object, **kwargs: object) -> torch.Tensor:

@@ -109,7 +109,7 @@ def load_cell(path: Path) -> Cell:
 
 
 def load_bench(folder: str | Path, order: Sequence[str] = ()) -> Bench:
-    """The run in `folder`, its cells in the order of their names in `order` (others behind, by name)."""
+    """The run in `folder`, its cells in the order of their names in `order` (others after them, by name)."""
     folder = Path(folder)
     try:
         meta = json.loads((folder / BENCH).read_text(encoding="utf-8"))

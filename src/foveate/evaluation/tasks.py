@@ -5,7 +5,7 @@ A task is named by `PATH[:option=value,...]`. A comma begins an option only wher
     scenes                      the embedded test scenes, drawn on the fly; `count=600`, `seed=100`, `size=128` (px of a side)
     FOLDER                      a world that `foveate data scenes` wrote: test.json and images
     FILE or FOLDER of rows      what `foveate.data.rows` reads: JSON, JSON lines, parquet, what datasets.save_to_disk wrote, a local clone
-                                of a data set of the hub; LLaVA conversations (the last human turn asks, the gpt turn behind it answers),
+                                of a data set of the hub; LLaVA conversations (the last human turn asks, the gpt turn after it answers),
                                 or rows with columns
 
 | option | of | says | left out |

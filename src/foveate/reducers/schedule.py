@@ -126,7 +126,7 @@ def _read(keeps: Any) -> list[tuple[int, float]]:
         if not 0 < share <= 1:
             raise refuse(f"the share {parts[1]} is not in (0, 1]")
         if layer <= last:
-            raise refuse(f"layer {layer} does not come behind layer {last}" if layer >= 0 else f"there is no layer {layer}")
+            raise refuse(f"layer {layer} does not come after layer {last}" if layer >= 0 else f"there is no layer {layer}")
         if share > before:
             raise refuse(f"the share rises from {before:g} to {share:g} at layer {layer}, and what is dropped does not come back")
         if share < before:
