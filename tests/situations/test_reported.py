@@ -1,7 +1,7 @@
 """What commands say of a run: numbers of all of it, and a sentence where there is nothing to show."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -20,6 +20,7 @@ from foveate.evaluation.table import markdown, print_table
 from foveate.inference import Answers
 from foveate.inspect.look import look
 from foveate.inspect.profile import print_profiles, profile
+from foveate.search.run import search
 from tests.conformance.family import picture
 from tests.situations.test_export import assembled
 
@@ -143,3 +144,20 @@ def test_look_draws_those_that_have_a_place(bridge: dict[str, Any]) -> None:
     net, processor = assembled(bridge=bridge)
     figure = look(net, [picture((32, 32), 1)], "what?", ["random:keep=0.5"], processor=processor, max_new_tokens=1)
     assert len(figure.axes) >= 2
+
+
+# ---- a model alone
+
+
+@pytest.mark.parametrize("name", ["evaluate", "bench", "search", "look"])
+def test_who_gives_a_model_alone_is_told_how_to_give_both(name: str, model: Any, world: Path, tmp_path: Path) -> None:
+    tasks, alone = [f"{world}:name=w"], model[0]
+    calls: dict[str, Callable[[], Any]] = {
+        "evaluate": lambda: evaluate(alone, world),
+        "bench": lambda: bench(alone, tasks, [], [], tmp_path / "out"),
+        "search": lambda: search(alone, tasks, tmp_path / "out", loss=1.0),
+        "look": lambda: look(alone, [picture((32, 32), 0)], "what?", ["random"]),
+    }
+    with pytest.raises(FoveateError, match=rf"^{name} needs the processor of a model that is already loaded: {name}\(.*, processor="):
+        calls[name]()
+    assert not (tmp_path / "out").exists()
