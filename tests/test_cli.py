@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, models
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from foveate.cli import main
+from tests.command import refused
 
 CHAT = "{% for m in messages %}{{ '<user>' if m['role'] == 'user' else '<assistant>' }}{{ m['content'] }}{% endfor %}"
 
@@ -64,15 +64,6 @@ def recipe(tmp_path: Path, backbones: Path) -> dict[str, Any]:
             }
         ],
     }
-
-
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert "Traceback" not in message
-    return " ".join(message.replace("│", " ").split())
 
 
 def write(recipe: dict[str, Any], folder: Path) -> str:

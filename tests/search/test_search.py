@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tests.command import refused
 from transformers import LlamaConfig
 
 from foveate.accounting import predict
@@ -405,9 +406,4 @@ def test_what_cannot_be_searched_is_one_message(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tasks = [] if "--tasks" in options else ["--tasks", "scenes:count=1"]
-    with pytest.raises(SystemExit) as stop:
-        main(["search", "asset:vlm", *tasks, "--out", str(tmp_path / "out"), *options])
-    assert stop.value.code == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert message in told
-    assert "Traceback" not in told
+    assert message in refused(["search", "asset:vlm", *tasks, "--out", str(tmp_path / "out"), *options], capsys)

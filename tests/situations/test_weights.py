@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from foveate.cli import main
 from foveate.errors import FoveateError
 from foveate.inference import load_model
 from foveate.model import from_backbones
 from foveate.train.run import main as train
+from tests.command import refused
 from tests.situations.runs import checkpoint, model, prepare, recipe, same, save_llava, stage, stages
 from tests.train.test_resume import Stopped, stop_after
 
@@ -109,16 +109,6 @@ DOORS: dict[str, Door] = {
     "profile": lambda folder, world, out: ["profile", str(folder), "--image", str(folder.parent / "picture.png"), "--reduce", "random"],
     "export": lambda folder, world, out: ["export", str(folder), str(out / "exported")],
 }
-
-
-def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return " ".join(said.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("door", DOORS)
