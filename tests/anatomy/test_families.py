@@ -207,7 +207,7 @@ def test_positions_of_patches() -> None:
 
 def test_positions_of_videos() -> None:
     core, given = Core({"pooling_kernel_size": 2}), torch.stack([spots(4, 4, 16)] * 2 + [spots(2, 4, 16)])
-    told = {"video_position_ids": given, "num_frames_per_video": torch.tensor([2, 1])}
+    told: dict[str, Any] = {"video_position_ids": given, "num_frames_per_video": torch.tensor([2, 1])}
     two, one = positions.laid(call(8, 2, core=core, modality="video", **told)) or []
     assert cells(two) == raster(2, 2) * 2
     assert two.place[:, 1].tolist() == [0] * 4 + [1] * 4

@@ -35,7 +35,8 @@ def test_the_most_certain_shape_is_asked_first() -> None:
     spots = {"video_position_ids": torch.tensor([[[c, r] for r in range(8) for c in range(2)]])}
     video = {"pixel_values_videos": torch.zeros(1, 4, 3, 8, 8)}
     size = {"image_sizes": [(1, 16)]}
-    given, found = grid | spots | video | size, []
+    given: dict[str, Any] = grid | spots | video | size
+    found = []
     for part in (grid, spots, video, size):
         media = call(16, modality="video", **given)
         laid = media.anatomy.arrangement(media).parts[0]
