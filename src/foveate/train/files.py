@@ -121,7 +121,7 @@ def bound(output: Path) -> Any:
 def compare(output: Path, now: dict[str, Any]) -> bool:
     """FoveateError if the folder belongs to a run with another recipe (or other facts, where `now` has them), naming what differs.
 
-    More stages behind those of that run are no difference: it goes on with them. Whether there are, or no such run at all, is returned."""
+    More stages after those of that run are no difference: it goes on with them. Whether there are, or no such run at all, is returned."""
     before = bound(output)
     if before is None:
         return True
@@ -157,7 +157,7 @@ def differences(before: Any, now: Any, key: str = "") -> list[str]:
 
 
 class RunLog:
-    """`log.jsonl`. A resumed run drops the lines behind its checkpoint, so that no step stands there twice."""
+    """`log.jsonl`. A resumed run drops the lines after its checkpoint, so that no step stands there twice."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -201,7 +201,7 @@ class FoveateTrainer(Trainer):
     _rates_now: dict[str, float] = {}  # those of the optimiser step that was made last
 
     def _get_learning_rate(self) -> float:
-        """The Trainer asks for it behind an optimiser step, before the rates change."""
+        """The Trainer asks for it after an optimiser step, before the rates change."""
         if self.rates is not None:
             self._rates_now = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
         rate: float = super()._get_learning_rate()
