@@ -58,7 +58,7 @@ def made(request: pytest.FixtureRequest, folder: Path) -> tuple[Any, Halves]:
     torch.manual_seed(0)
     model, plain = from_backbones(folder / "tower", folder / "lm", BRIDGES[request.param])
     images: Any = CLIPImageProcessorPil.from_pretrained(folder / "tower")
-    given = {"bridge": plain.bridge, "patch_size": plain.patch_size, "image_size": plain.image_size}
+    given: dict[str, Any] = {"bridge": plain.bridge, "patch_size": plain.patch_size, "image_size": plain.image_size}
     return model, Halves(images, plain.tokenizer, plain.chat_template, **given)
 
 
