@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from foveate.errors import FoveateError
 from foveate.inference import load_model
@@ -142,6 +143,43 @@ def test_a_file_that_is_not_whole_is_named_in_one_line(root: Path, tmp_path: Pat
     with pytest.raises(FoveateError, match=r"cannot load a vision-language model .*older: .") as error:
         load_model(folder)
     assert "\n" not in str(error.value)
+
+
+def without(folder: Path, to: Path, part: str) -> Path:
+    """A copy whose files lack the tensors with `part` in their names."""
+    shutil.copytree(folder, to)
+    weights = load_file(to / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if part not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, to / "model.safetensors", {"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize("part", ["layers.1.mlp.down_proj", "multi_modal_projector", "patch_embedding"])
+def test_a_model_that_lacks_weights_is_refused(root: Path, tmp_path: Path, part: str) -> None:
+    folder = without(root / "llava", tmp_path / "llava", part)
+    with pytest.raises(FoveateError, match=f"its files lack .*{part}.* which would be random;"):
+        load_model(folder)
+    with pytest.raises(FoveateError, match="which would be random;"):
+        train(recipe(root, f"lacks-{part}", checkpoint(folder)))
+
+
+@pytest.mark.parametrize(("which", "part"), [("tower", "layers.0.mlp.fc1"), ("lm", "layers.1.mlp.down_proj"), ("lm", "embed_tokens")])
+def test_a_backbone_that_lacks_weights_is_refused(root: Path, tmp_path: Path, which: str, part: str) -> None:
+    folders = {name: root / name for name in ("tower", "lm")} | {which: without(root / which, tmp_path / which, part)}
+    with pytest.raises(FoveateError, match=f"its files lack .*{part}.* which would be random;"):
+        from_backbones(folders["tower"], folders["lm"], {"kind": "mlp"})
+
+
+def test_a_towers_pooler_may_be_missing(root: Path, tmp_path: Path) -> None:
+    tower = SiglipVisionModel(
+        SiglipVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    )
+    tower.save_pretrained(tmp_path / "whole")
+    shutil.copy(root / "tower" / "preprocessor_config.json", tmp_path / "whole")
+    folder = without(tmp_path / "whole", tmp_path / "tower", "head.")
+    model, _ = from_backbones(folder, root / "lm", {"kind": "mlp"}, image_size=32)
+    assert torch.equal(*(one.state_dict()["embeddings.position_embedding.weight"] for one in (model.model.vision_tower, tower)))
 
 
 # ---- the state of a run that goes on

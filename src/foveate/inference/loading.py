@@ -12,7 +12,7 @@ from transformers.utils import cached_file
 
 import foveate.model  # noqa: F401  # registers the Auto classes
 from foveate.errors import FoveateError
-from foveate.model.weights import reading
+from foveate.model.weights import load_weights, reading
 from foveate.world import resolve
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
@@ -30,8 +30,9 @@ def load_model(name: str | Path, device: str | None = None, **options: Any) -> t
         raise FoveateError(f"{folder} holds no model (no config.json); a training run leaves its model in <output>/final")
     if not folder.is_dir() and (folder.is_absolute() or source.count("/") != 1 or source.startswith(".")):
         raise FoveateError(f"no such model folder: {source}")
-    with reading(f"cannot load a vision-language model and its processor from {source}"):
-        model = AutoModelForImageTextToText.from_pretrained(source, **{"dtype": torch.float32, **options})
+    message = f"cannot load a vision-language model and its processor from {source}"
+    model = load_weights(AutoModelForImageTextToText, source, message, **{"dtype": torch.float32, **options})
+    with reading(message):
         processor = AutoProcessor.from_pretrained(source)
     if "device_map" not in options:
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -13,7 +13,7 @@ from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, require_token
-from foveate.model.weights import reading
+from foveate.model.weights import load_weights, reading
 
 
 def from_backbones(
@@ -50,7 +50,7 @@ def from_backbones(
     if isinstance(text, PreTrainedModel):
         language_model = text if dtype is None else converted(text, resolve_dtype(dtype))
     else:
-        language_model = load(AutoModelForCausalLM, text, "language model", dtype=dtype or "auto", **options)
+        language_model = load_part(AutoModelForCausalLM, text, "language model", dtype=dtype or "auto", **options)
     dtype = resolve_dtype(dtype) if dtype is not None else language_model.dtype
     tower = converted(vision, dtype) if isinstance(vision, PreTrainedModel) else load_tower(vision, dtype=dtype, **options)
 
@@ -121,8 +121,17 @@ def load_tower(name: str | Path, **options: Any) -> PreTrainedModel:
     if hasattr(config, "vision_config"):
         with torch.device("meta"):  # built only to learn its class
             tower = type(AutoModel.from_config(config.vision_config))
-        return load(tower, name, "vision tower", **options)
-    return load(AutoModel, name, "vision tower", **options)
+        return load_part(tower, name, "vision tower", **options)
+    return load_part(AutoModel, name, "vision tower", **options)
+
+
+def load_part(loader: Any, name: str | Path, what: str, **options: Any) -> PreTrainedModel:
+    """A tower or a language model with all of its weights; poolers and heads of a tower may be missing, since only its states are read."""
+    refuse_file(name, what)
+    message = f"the {what} {str(name)!r} could not be loaded"
+    spare = ("pool", "attnpool", "attn_pool", "head", "classifier") if what == "vision tower" else ()
+    found: PreTrainedModel = load_weights(loader, name, message, spare, **options)
+    return found
 
 
 def load(loader: Any, name: str | Path, what: str, **options: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -29,6 +31,20 @@ def reading(message: str) -> Iterator[None]:
         raise FoveateError(f"{message}: {more}") from error
     except _BROKEN as error:
         raise FoveateError(f"{message}: one of its files is broken or not whole ({type(error).__name__}: {_line(error)})") from error
+
+
+def load_weights(loader: Any, source: str | Path, message: str, spare: Sequence[str] = (), **options: Any) -> Any:
+    """A model from its folder or hub name, by an Auto class. FoveateError, with `message`, where it cannot be read, or where tensors of it
+    are not in its files, which the library would leave random; `spare`: modules that nothing depends on, as their names begin."""
+    with reading(message):
+        model, seen = loader.from_pretrained(str(source), output_loading_info=True, **options)
+    lacking = sorted(name for name in seen["missing_keys"] if not any(part.startswith(tuple(spare)) for part in name.split(".")))
+    if lacking:
+        more = f" and {len(lacking) - 3} others" if len(lacking) > 3 else ""
+        raise FoveateError(
+            f"{message}: its files lack {', '.join(lacking[:3])}{more}, which would be random; they are not whole, or not this model's"
+        )
+    return model
 
 
 def _line(error: BaseException) -> str:

@@ -17,7 +17,7 @@ from foveate.anatomy import read
 from foveate.data.chat import Renderer
 from foveate.model.assembly import from_backbones, savable
 from foveate.model.processing import FoveateProcessor, default_template
-from foveate.model.weights import reading
+from foveate.model.weights import load_weights, reading
 from foveate.train.order import seed_of
 from foveate.train.recipe import LoraOf, Recipe, Trained
 from foveate.train.stages import advance, first_bridge, growth, is_assembled, model_folder, part_modules, trained_parts
@@ -60,10 +60,8 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
             processor.chat_template = default_template(processor.tokenizer, processor.image_token, spec.chat_template)
     else:
         source = str(previous or model_folder(spec.checkpoint or ""))
-        with reading(f"the model {source} could not be loaded"):
-            model = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=getattr(torch, spec.dtype), attn_implementation=spec.attn_implementation
-            )
+        options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attn_implementation}
+        model = load_weights(AutoModelForImageTextToText, source, f"the model {source} could not be loaded", **options)
         processor = open_processor(source, spec.chat_template)
     save_end(model, processor)
     if is_assembled(model.config):
