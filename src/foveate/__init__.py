@@ -4,6 +4,7 @@ Importing it also makes its own models known to transformers' Auto classes.
 """
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import foveate.model  # noqa: F401  # registers them
 from foveate.contract import (
@@ -26,6 +27,9 @@ from foveate.reducers.plain import Kept, reduce
 from foveate.reducers.ranker import Ranker
 from foveate.tokens import Kind, Layout, TokenMap
 
+if TYPE_CHECKING:
+    from foveate.train.scheduled import ScheduleCallback
+
 __version__ = version("foveate")
 __all__ = [
     "BeforeLM",
@@ -43,6 +47,7 @@ __all__ = [
     "Ranker",
     "Reducer",
     "Run",
+    "ScheduleCallback",
     "Signal",
     "ThroughLayer",
     "TokenMap",
@@ -50,3 +55,12 @@ __all__ = [
     "attach",
     "reduce",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What is looked up when it is first asked for: inference needs nothing of the Trainer."""
+    if name == "ScheduleCallback":
+        from foveate.train.scheduled import ScheduleCallback
+
+        return ScheduleCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
