@@ -5,8 +5,9 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 EXTRAS := $(VENV)/conformance
 INTEROP := .venv-interop
+TRL := .venv-trl
 
-.PHONY: demo test conformance interop check docs clean
+.PHONY: demo test conformance interop trl check docs clean
 
 $(READY): pyproject.toml constraints.txt tests/conformance/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -28,13 +29,25 @@ conformance: $(READY)
 
 # lmms-eval itself runs this package, in an environment of its own: it is heavy and pins what others need newer.
 interop: $(INTEROP)/.ready
-	$(INTEROP)/bin/python -m pytest tests/interop
+	$(INTEROP)/bin/python -m pytest tests/interop/test_lmms_eval.py
 
 $(INTEROP)/.ready: pyproject.toml constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/requirements.txt
+	touch $@
+
+# TRL's SFTTrainer under a schedule of reducers, beside our own trainer; in an environment of its own too.
+trl:
+	@if $(MAKE) --silent $(TRL)/.ready; then $(TRL)/bin/python -m pytest tests/interop/test_trl.py; \
+	else echo "TRL's tests are skipped: $(TRL) could not be built (is there a network?)"; fi
+
+$(TRL)/.ready: pyproject.toml constraints.txt tests/interop/trl.txt
+	$(PYTHON) -m venv $(TRL)
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/trl.txt
 	touch $@
 
 check: $(READY)
@@ -51,4 +64,4 @@ $(VENV)/.docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) site demo/world demo/runs
+	rm -rf $(VENV) $(INTEROP) $(TRL) site demo/world demo/runs
