@@ -1,6 +1,7 @@
-"""The Trainer of transformers, with a reducer attached: every step of the training sees a quarter of the visual tokens.
+"""The Trainer of transformers, with a schedule of reducers: few visual tokens in the first steps, all of them in the last.
 
-Labels stay as they are: what is cut is cut inside of the model, and the loss comes back at the caller's length.
+Labels stay as they are: what is cut is cut inside of the model, and the loss comes back at the caller's length. TRL's SFTTrainer takes the
+same callback. For one reducer in all steps give it alone: `ScheduleCallback("fastv:keep=0.25,layer=2")`.
 """
 
 import tempfile
@@ -49,11 +50,17 @@ def main(folder: str) -> None:
         folder, max_steps=4, per_device_train_batch_size=4, learning_rate=1e-4, logging_steps=1, save_strategy="no",
         report_to="none", remove_unused_columns=False, disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, lambda batch: collate(processor, batch), samples(16))
-    with foveate.attach(model, "fastv:keep=0.25,layer=2") as run:
+    # as in LLaVolta: pooled heavily, then lightly, then not at all; evaluation in the middle of training sees all tokens
+    schedule = foveate.ScheduleCallback(
+        [("1/4", "vcc:layer=2,stride=8"), ("1/4", "vcc:layer=2,stride=2"), ("1/2", "none")], evaluation="none"
+    )
+    trainer = Trainer(model, arguments, lambda batch: collate(processor, batch), samples(16), callbacks=[schedule])
+    with schedule:  # so that an exception leaves the model as it was, too
         trainer.train()
-        print(f"visual tokens of the last batch of four, layer by layer: {run.last.visual_tokens}")
-    print(f"losses: {[round(float(line['loss']), 3) for line in trainer.state.log_history if 'loss' in line]}")
+    for line in trainer.state.log_history:
+        if "loss" in line:
+            tokens = line["visual_tokens_per_layer"]
+            print(f"step {line['step']}: {line['reducer']}, visual tokens of an image {tokens}, loss {line['loss']:.3f}")
 
 
 if __name__ == "__main__":
