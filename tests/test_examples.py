@@ -55,7 +55,7 @@ def test_own_metric(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_own_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     load("own_trainer").main(str(tmp_path))
     lines = capsys.readouterr().out.splitlines()[-4:]
-    assert [line.split(", ", 1)[0] for line in lines] == ["step 1: vcc", "step 2: vcc:stride=2", "step 3: none", "step 4: none"]
+    assert [line.split(",", 1)[0] for line in lines] == ["step 1: vcc:layer=2", "step 2: vcc:layer=2", "step 3: none", "step 4: none"]
     counts = [[float(n) for n in line[line.index("[") + 1 : line.index("]")].split(", ")] for line in lines]
     assert counts == [[64, 64, 8, 8, 8, 8], [64, 64, 32, 32, 32, 32], [64] * 6, [64] * 6]
     assert max(float(line.rpartition(" ")[2]) for line in lines) < 5  # the model is a finished one

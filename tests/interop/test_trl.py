@@ -158,9 +158,9 @@ def test_losses_are_those_of_our_trainer(root: Path, tmp_path: Path, own: Any, n
         for key in theirs:
             assert torch.equal(theirs[key], ours[key]), key
     assert trained.seen == [(True, one) for one in NAMES for _ in range(2)]
-    assert [row["reducer"] for row in log] == ["vcc:layer=1,stride=8"] * 2 + NAMES[2:]
-    assert [line["reducer"] for line in trained.state.log_history if "loss" in line] == NAMES
-
+    written = ["vcc:layer=1,stride=8"] * 2 + NAMES[2:]
+    assert [row["reducer"] for row in log] == written
+    assert [line["reducer"] for line in trained.state.log_history if "loss" in line] == written
     assert losses(trained) == pytest.approx([row["loss"] for row in log], rel=1e-6)
 
 

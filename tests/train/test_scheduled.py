@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -20,12 +23,13 @@ import foveate
 from foveate.contract import BeforeLM, Cut, View, Workload
 from foveate.engine.run import RUN
 from foveate.errors import FoveateError
-from foveate.reducers import VCC, Reducer, spell
+from foveate.reducers import VCC, Reducer, parse, spell
 from foveate.tokens import TokenMap
 
 STEPS = 6
 LLAVOLTA = [("1/3", "vcc:layer=1,stride=8"), {"share": "1/3", "cycle": ["none", "fastv:keep=0.25,layer=2"]}, ("1/3", None)]
-NAMES = ["vcc:layer=1", "vcc:layer=1", "none", "fastv:keep=0.25", "none", "none"]  # of LLAVOLTA's six steps; 8 and 2 are the defaults
+WRITTEN = ["vcc:layer=1,stride=8", "vcc:layer=1,stride=8", "none", "fastv:keep=0.25,layer=2", "none", "none"]  # of LLAVOLTA's six steps
+NAMES = [spell(parse(name)) for name in WRITTEN]  # without 8 and 2, which are the defaults
 SAVING: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
 Items = list[tuple[int, list[int]]]
 
@@ -140,9 +144,9 @@ def test_the_log_says_what_was_on(tmp_path: Path) -> None:
     done = trainer(tmp_path, llava(), callbacks=[foveate.ScheduleCallback(LLAVOLTA)], eval_strategy="steps", eval_steps=3)
     done.train()
     lines = done.state.log_history
-    assert [line["reducer"] for line in lines if "loss" in line] == NAMES
-    counts = {"vcc:layer=1": [16, 2, 2, 2], "none": [16] * 4, "fastv:keep=0.25": [16, 16, 4, 4]}
-    assert [line["visual_tokens_per_layer"] for line in lines if "loss" in line] == [counts[name] for name in NAMES]
+    assert [line["reducer"] for line in lines if "loss" in line] == WRITTEN
+    counts = {"vcc:layer=1,stride=8": [16, 2, 2, 2], "none": [16] * 4, "fastv:keep=0.25,layer=2": [16, 16, 4, 4]}
+    assert [line["visual_tokens_per_layer"] for line in lines if "loss" in line] == [counts[name] for name in WRITTEN]
     assert [line["reducer"] for line in lines if "eval_loss" in line] == ["none", "none"]
     assert "reducer" not in lines[-1]  # the summary
     silent = trainer(tmp_path, llava(), callbacks=[foveate.ScheduleCallback(LLAVOLTA, log=False)])
@@ -420,3 +424,46 @@ def test_what_the_model_cannot_take_is_said_before_the_first_step(tmp_path: Path
             done.train()
         assert done.seen == []
         assert traces(model) == []
+
+
+# ---- several processes
+
+
+def distributed(folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """The log of a training whose optimiser steps have two samples, however many processes there are."""
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 1,
+        "per_device_eval_batch_size": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+    }
+    settings |= {"train_sampling_strategy": "sequential"}
+    schedule = foveate.ScheduleCallback(LLAVOLTA, evaluation="divprune:keep=0.5")
+    with schedule:
+        done = trainer(folder, llava(), callbacks=[schedule], **settings | changes)
+        done.train()
+    assert traces(done.model) == []
+    assert set(done.evaluated) == {"divprune:keep=0.5"}
+    return [{key: line[key] for key in ("step", "loss", "eval_loss", "reducer") if key in line} for line in done.state.log_history[:-1]]
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """The model in DDP's wrapping; the three samples of the evaluation are shared as well, the third twice, which the Trainer drops."""
+    one = distributed(tmp_path / "one", gradient_accumulation_steps=2)
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"import json, os, pathlib, sys\nsys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parent)]!r}\n"
+        "import torch\ntorch.set_num_threads(1)\nfrom test_scheduled import distributed\n"
+        f"log = distributed(pathlib.Path({str(tmp_path)!r}) / 'two')\n"
+        f"if os.environ['RANK'] == '0':\n    pathlib.Path({str(tmp_path / 'log.json')!r}).write_text(json.dumps(log))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "log.json").read_text())
+    assert [line["reducer"] for line in one if "loss" in line] == WRITTEN
+    assert len(one) == STEPS + 2
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert mine[key] == (value if key == "reducer" else pytest.approx(value, rel=1e-5))

@@ -77,7 +77,8 @@ class ScheduleCallback(TrainerCallback):
         return parts
 
     def _name(self, given: Reducers) -> str:
-        """The spelling by which the reducers are known from here on; a method of the user's own has one too."""
+        """The spelling by which the reducers are known from here on, and logged: as it was given, or else the canonical one, which a method
+        of the user's own has as well."""
         found: Any = parse(given or "") if given is None or isinstance(given, str) else [given] if isinstance(given, Reducer) else given
         if not isinstance(found, Sequence) or not all(isinstance(one, Reducer) for one in found):
             raise FoveateError(f"{given!r} is no reducer; write a spelling such as 'vcc:layer=2,stride=8', a Reducer or a list of Reducers")
@@ -86,7 +87,7 @@ class ScheduleCallback(TrainerCallback):
                 f"{spell(before)!r} acts on the images, in front of the processor, where a Trainer's callback cannot reach: prepare the "
                 "images in the data collator by foveate.reducers.prepare"
             )
-        name = spell(found)
+        name = given.strip() if isinstance(given, str) and found else spell(found)
         self._reducers[name] = list(found)
         return name
 
