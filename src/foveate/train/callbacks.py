@@ -1,19 +1,13 @@
-"""What happens around a training step: the reducer of the moment, and when to log, to save and to validate."""
+"""What happens around a training step: when to log, to save and to validate."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback
 
-from foveate.engine.attach import attach
-from foveate.engine.run import Run
-from foveate.reducers import parse
 from foveate.train.loading import Loading
-from foveate.train.schedule import NONE, Part, reducer_at
 
 
 @dataclass(frozen=True)
@@ -22,28 +16,6 @@ class Held:
 
     loading: Loading
     every: int
-
-
-class ReducerSwitch(TrainerCallback):
-    """Before each optimiser step, the reducer that the schedule names for it; hooks are only changed when it changes."""
-
-    def __init__(self, model: nn.Module, parts: Sequence[Part], steps: int) -> None:
-        self.model, self.parts, self.steps = model, parts, steps
-        self.current = NONE
-        self._run: Run | None = None
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.switch(reducer_at(self.parts, state.global_step, self.steps))
-
-    def switch(self, reducer: str) -> None:
-        if reducer == self.current:
-            return
-        if self._run is not None:
-            self._run.detach()
-            self._run = None
-        if reducer != NONE:
-            self._run = attach(self.model, parse(reducer), record="none")
-        self.current = reducer
 
 
 class Flow(TrainerCallback):

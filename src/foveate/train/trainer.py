@@ -32,9 +32,10 @@ from foveate.reducers import parse, visual_tokens
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Since, Totals
-from foveate.train.callbacks import Flow, Held, ReducerSwitch
+from foveate.train.callbacks import Flow, Held
 from foveate.train.order import Order, ProcessBatches
-from foveate.train.schedule import NONE, Part
+from foveate.train.schedule import Part
+from foveate.train.scheduled import ScheduleCallback
 from foveate.train.stages import part_modules
 from foveate.train.stand_in import StandIn
 
@@ -154,7 +155,7 @@ class FoveateTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.order, self.stage, self.log_file, self.costs = order, stage, log_file, costs
         self.totals, self.since = totals, Since()
-        self.switch = ReducerSwitch(self.model, stage.parts, stage.steps)
+        self.switch = ScheduleCallback(stage.parts, log=False)
         self.progress = ProgressLine(stage, order.batch_size, self.visual_tokens)
         self.add_callback(self.switch)
         self.rates, self.validation, self.stand_in = rates, validation, stand_in
@@ -438,4 +439,4 @@ class FoveateTrainer(Trainer):
             ) from error
         finally:
             self.progress.close()
-            self.switch.switch(NONE)
+            self.switch.detach()
