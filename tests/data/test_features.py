@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import multiprocessing
@@ -17,19 +18,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ExifTags, Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from foveate.data import features
-from foveate.data.features import FeatureStore, Shape, Storage, digest_of, facts_of, fill, pack, unpack
-from foveate.data.pixels import Held
+from foveate.data.features import FeatureStore, Shape, Storage, crop_digest, facts_of, fill, pack, unpack
+from foveate.data.pixels import Held, PictureError, outline, shown_size
 from foveate.errors import FoveateError
 
 SHAPE = Shape(levels=2, patches=6, width=8, dtype=torch.float32)
 
 
 def pictures(count: int) -> dict[bytes, int]:
-    return {digest_of(Held(bytes([number % 256, number // 256]), str(number))): number for number in range(count)}
+    return {number.to_bytes(16, "little"): number for number in range(count)}
 
 
 def load(number: int) -> Tensor:
@@ -92,8 +94,7 @@ def test_a_batch_may_take_from_several_shards_and_twice_the_same(tmp_path: Path)
     digests = list(pictures(10))
     found = store.batch([digests[number] for number in numbers])
     wanted = encode(torch.stack([load(number) for number in numbers]))
-    assert [one.shape for one in found] == [(4, 6, 8)] * 2
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert torch.equal(found, torch.stack(wanted, 1))
 
 
 def test_what_was_read_may_be_changed(tmp_path: Path) -> None:
@@ -211,11 +212,13 @@ def test_the_key_changes_with_all_that_features_depend_on(tmp_path: Path) -> Non
     assert len(set(keys)) == len(keys)
 
 
-def test_a_picture_is_known_by_its_content(tmp_path: Path) -> None:
-    for name, content in (("a.png", b"one"), ("b.png", b"one"), ("c.png", b"two")):
-        (tmp_path / name).write_bytes(content)
-    a, b, c = (digest_of(tmp_path / name) for name in ("a.png", "b.png", "c.png"))
-    assert a == b == digest_of(Held(b"one", "held")) != c
+def test_a_crop_is_known_by_its_picture_and_its_box() -> None:
+    one, other = bytes(16), bytes([1] * 16)
+    boxes = [(0.0, 0.0, 1.0, 1.0), (0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0)]
+    found = [crop_digest(digest, box) for digest in (one, other) for box in boxes]
+    assert found[0] == one
+    assert {len(digest) for digest in found} == {16}
+    assert len(set(found)) == 6
 
 
 # ---- faults of the disk ----------------------------------------------------------------------------------------------------------------
@@ -253,7 +256,7 @@ def test_a_damaged_shard_is_made_anew(tmp_path: Path, damage: str, storage: Stor
     DAMAGE[damage](broken)
     store = FeatureStore(tmp_path, {}, SHAPE, storage)
     assert fill(store, pictures(10), load, encode, batch=3) == lost
-    assert all(torch.equal(a, b) for a, b in zip(store.batch(list(pictures(10))), wanted, strict=True))
+    assert torch.equal(store.batch(list(pictures(10))), wanted)
     (said,) = warnings_of()
     assert str(broken) in said
     assert not broken.exists()
@@ -284,7 +287,7 @@ def test_a_shard_that_another_run_has_made_anew_is_found(tmp_path: Path) -> None
     for shard in shards(store):
         shard.unlink()
     assert fill(other, pictures(10), load, encode) == 10
-    assert all(torch.equal(a, b) for a, b in zip(store.batch(list(pictures(10))), wanted, strict=True))
+    assert torch.equal(store.batch(list(pictures(10))), wanted)
 
 
 def test_a_picture_that_is_not_there_is_a_key_error(tmp_path: Path) -> None:
@@ -326,7 +329,7 @@ def test_two_stores_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     assert sum(done) >= 40
     whole = FeatureStore(tmp_path, {}, SHAPE)
     wanted = encode(torch.stack([load(number) for number in range(40)]))
-    assert all(torch.equal(a, b) for a, b in zip(whole.batch(list(pictures(40))), wanted, strict=True))
+    assert torch.equal(whole.batch(list(pictures(40))), torch.stack(wanted, 1))
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -413,5 +416,48 @@ def test_kill_and_go_on(tmp_path: Path, warnings_of: Callable[[], list[str]]) ->
     assert fill(reader, pictures(400), load, encode) == 400 - before
     assert not list(reader.folder.glob("*.tmp"))
     wanted = encode(torch.stack([load(number) for number in range(400)]))
-    assert all(torch.equal(a, b) for a, b in zip(reader.batch(list(pictures(400))), wanted, strict=True))
+    assert torch.equal(reader.batch(list(pictures(400))), torch.stack(wanted, 1))
     assert warnings_of() == []
+
+
+# ---- outlines --------------------------------------------------------------------------------------------------------------------------
+
+
+def saved(kind: str, turn: int, mode: str = "RGB") -> bytes:
+    image, content = Image.new(mode, (24, 16)), io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    image.save(content, kind, exif=exif)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP", "MPO"])
+@pytest.mark.parametrize("turn", range(10))
+def test_an_outline_has_the_size_of_the_picture_as_it_is_shown(tmp_path: Path, kind: str, turn: int) -> None:
+    content = saved(kind, turn)
+    (tmp_path / "file").write_bytes(content)
+    held, lying = outline(Held(content, "held")), outline(tmp_path / "file")
+    assert held == lying
+    assert (held.height, held.width) == shown_size(content) == ((24, 16) if 5 <= turn <= 8 else (16, 24))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])
+def test_an_outline_asks_for_no_mode(mode: str) -> None:
+    found = outline(Held(saved("PNG", 1, mode), "held"))
+    assert (found.height, found.width) == (16, 24)
+
+
+def test_an_outline_is_known_by_the_content(tmp_path: Path) -> None:
+    for name, kind in (("a", "PNG"), ("b", "PNG"), ("c", "JPEG")):
+        (tmp_path / name).write_bytes(saved(kind, 1))
+    digests = [outline(tmp_path / name).digest for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+    assert len(digests[0]) == 16
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_what_has_no_outline_is_named(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(PictureError, match=r"a\.png"):
+        outline(tmp_path / "a.png")

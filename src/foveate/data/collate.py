@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 
 from foveate.data.chat import Renderer, Tokenised, Turns
 from foveate.data.conversations import Conversation
+from foveate.data.features import FeatureStore, crop_digest
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor, crop_counts, cut
 from foveate.tokens import ImagePlan
@@ -108,16 +109,17 @@ class Collator:
 
     Supervised (every label that is not -100) are the answers and their end tokens. A sample longer than `max_length` tokens loses its
     end; FoveateError if an image or all of its answers would be lost with it. `remember`: keep the tokens of every sample in memory, for
-    data that is read more than once.
+    data that is read more than once. `features`: images are outlines, and their crops' features are read from there, as `tower_features`
+    (crops, levels, patches, width), in the place of pixels.
     """
 
-    def __init__(self, processor: Any, max_length: int, remember: bool = False) -> None:
+    def __init__(self, processor: Any, max_length: int, remember: bool = False, features: FeatureStore | None = None) -> None:
         if isinstance(processor, ProcessorMixin) and not isinstance(processor, FoveateProcessor):
             raise FoveateError(f"{type(processor).__name__} says itself what stands for an image: use foveate.data.library.LibraryCollator")
         self.renderer = Renderer(processor)
         self.image_processor = processor.image_processor
         self.plan_image = processor.plan_image
-        self.max_length = max_length
+        self.max_length, self.features = max_length, features
         self.pad = self.renderer.tokenizer.pad_token_id
         if self.pad is None:
             raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
@@ -149,6 +151,16 @@ class Collator:
             labels[row, :n] = np.where(one.supervised, one.ids, IGNORED)
         batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
         images, plans = [image for sample in samples for image in sample.images], [plan for sample in samples for plan in sample.plans]
-        if images:
+        if images and self.features is not None:
+            batch["tower_features"] = read_features(self.features, images, plans)
+        elif images:
             batch["pixel_values"] = self.image_processor(cut(images, plans), return_tensors="pt")["pixel_values"]
         return batch | {name: torch.tensor(counts) for name, counts in crop_counts(plans).items()}
+
+
+def read_features(store: FeatureStore, images: Sequence[Any], plans: Sequence[ImagePlan]) -> Tensor:
+    """(crops, levels, patches, width) of images of which only the outline is known. FoveateError if one of them is not there."""
+    try:
+        return store.batch([crop_digest(image.digest, crop.box) for image, plan in zip(images, plans, strict=True) for crop in plan.crops])
+    except KeyError:
+        raise FoveateError("has an image whose features are not in the cache: it is another one than when the run began") from None

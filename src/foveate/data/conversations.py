@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foveate.data.pixels import Held, Picture, PictureError, open_image, shown_size
+from foveate.data.pixels import Held, Outline, Picture, PictureError, open_image, shown_size
 from foveate.data.rows import Rows, open_rows
 from foveate.errors import FoveateError, readable
 from foveate.tokens import ImagePlan
@@ -46,13 +46,13 @@ load_image = open_image  # its name before there was one for all who open pictur
 
 @dataclass(frozen=True)
 class Conversation:
-    """One training sample: turns are (role, text) with roles user and assistant in turn, images are decoded to RGB, `plans` are what each
-    of them becomes, filled in by whoever makes model inputs of it."""
+    """One training sample: turns are (role, text) with roles user and assistant in turn, images are decoded to RGB (or outlines, where
+    features of them are read), `plans` are what each of them becomes, filled in by whoever makes model inputs of it."""
 
     index: int
     id: str
     turns: list[tuple[str, str]]
-    images: list[Image.Image]
+    images: Sequence[Image.Image | Outline]
     plans: list[ImagePlan] = field(default_factory=list)
 
 
@@ -199,10 +199,12 @@ def listed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class Conversations:
-    """Map-style data set. `index[i]` is the row of item i: bad samples that the recipe says to skip are not in it."""
+    """Map-style data set. `index[i]` is the row of item i: bad samples that the recipe says to skip are not in it. `show` makes of a
+    picture what samples have."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.show: Callable[[Picture], Image.Image | Outline] = open_image
         self.index = np.arange(len(source))
 
     @classmethod
@@ -232,7 +234,7 @@ class Conversations:
         index = int(self.index[item])
         row = self.source.row(index)
         try:
-            images = [open_image(image) for image in self.source.images(row)]
+            images = [self.show(image) for image in self.source.images(row)]
         except PictureError as error:  # it was good when it was checked
             raise FoveateError(f"{self.source.name}: an image of sample {row_id(row, index)} cannot be read any more: {error}") from None
         return Conversation(index, row_id(row, index), turns_of(row), images)

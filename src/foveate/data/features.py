@@ -1,8 +1,8 @@
 """Features of a frozen vision tower on disk: a picture is encoded once, for all epochs, stages and runs that ask the same of one tower.
 
-A store is a folder FOLDER/KEY, where KEY is a hash of all that its features depend on beside the picture (`facts_of`). A picture is
-known by a hash of its encoded bytes (`digest_of`): then whoever reads features need not decode and resize the picture, which often costs
-more than reading them. Two files of one picture in different formats are two entries.
+A store is a folder FOLDER/KEY, where KEY is a hash of all that its features depend on beside the picture (`facts_of`). A picture is known
+by a hash of its encoded bytes (`foveate.data.pixels.outline`), a crop of it by that and its box: then whoever reads features need not
+decode and resize the picture, which often costs more than reading them. Two files of one picture in different formats are two entries.
 
     FOLDER/KEY/about.json              what the key is a hash of, for whoever finds the folder
     FOLDER/KEY/<random>.safetensors    features of some pictures, whole or not there
@@ -38,9 +38,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from foveate.data.pixels import BACKGROUND, DEPTHS, Picture
+from foveate.data.pixels import BACKGROUND, DEPTHS
 from foveate.errors import FoveateError
 from foveate.files import sync
+from foveate.tokens import WHOLE
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,9 @@ class Shape:
 # ---- keys ------------------------------------------------------------------------------------------------------------------------------
 
 
-def digest_of(picture: Picture) -> bytes:
-    """16 bytes that stand for a picture, from its encoded bytes. OSError where its file cannot be read."""
-    content = picture.read_bytes() if isinstance(picture, Path) else picture.content
-    return hashlib.blake2b(content, digest_size=DIGEST).digest()
+def crop_digest(picture: bytes, box: tuple[float, float, float, float]) -> bytes:
+    """16 bytes that stand for a crop of a picture, from the picture's own digest, which is that of the whole."""
+    return picture if box == WHOLE else hashlib.blake2b(picture + repr(box).encode(), digest_size=DIGEST).digest()
 
 
 def facts_of(tower: nn.Module, layers: Sequence[int], image_size: int, image_processor: Any, precision: str) -> dict[str, Any]:
@@ -254,9 +254,9 @@ class FeatureStore:
                 self.refresh()  # another run has removed it, and may have made it anew
         raise AssertionError
 
-    def batch(self, digests: Sequence[bytes]) -> list[Tensor]:
-        """The levels (pictures, patches, width) of some pictures; see `get`."""
-        return [torch.stack(level) for level in zip(*map(self.get, digests), strict=True)]
+    def batch(self, digests: Sequence[bytes]) -> Tensor:
+        """(pictures, levels, patches, width) of some pictures; see `get`."""
+        return torch.stack([torch.stack(self.get(digest)) for digest in digests])
 
     def add(self, digests: Sequence[bytes], levels: Sequence[Tensor]) -> None:
         """Write pictures with their levels (pictures, patches, width) as a shard of their own; it is on the disk when this returns.

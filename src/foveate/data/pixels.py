@@ -16,10 +16,12 @@ Refused, as a `PictureError` with its reason: what is missing, torn or no pictur
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
 
 
 class Held(NamedTuple):
@@ -72,7 +75,7 @@ def open_image(picture: Path | Held | bytes | Image.Image) -> Image.Image:
     """A picture as RGB, decoded, upright, in sRGB, as the module says; PictureError with the reason where that cannot be.
 
     What it returns carries no orientation or profile any more, so that opening it again changes nothing."""
-    try:
+    with _explained(picture):
         if isinstance(picture, Image.Image):
             return _shown(picture)
         content = picture if isinstance(picture, bytes) else picture[0] if isinstance(picture, tuple) else None
@@ -83,6 +86,15 @@ def open_image(picture: Path | Held | bytes | Image.Image) -> Image.Image:
             if opened.format not in ("MPO", "PSD") and getattr(opened, "is_animated", False):  # those hold one picture and its parts
                 _say_once("of pictures with several frames or pages the first one is shown, such as of %s", readable(_name(picture)))
             return shown
+    raise AssertionError
+
+
+@contextmanager
+def _explained(picture: Any) -> Iterator[None]:
+    """Turns whatever goes wrong with a picture into a PictureError with the reason."""
+    try:
+        yield
+        return
     except Image.DecompressionBombError:
         reason = f"is a decompression bomb: more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels; make it smaller"
     except (FileNotFoundError, NotADirectoryError):
@@ -92,6 +104,26 @@ def open_image(picture: Path | Held | bytes | Image.Image) -> Image.Image:
     except Exception as error:  # decoders raise anything at all for broken files
         reason = f"cannot be decoded: {readable(' '.join(str(error).split()))[:200] or type(error).__name__}"
     raise PictureError(_name(picture), reason) from None
+
+
+class Outline(NamedTuple):
+    """What is known of a picture that is not decoded: a hash of its encoded bytes, and its size in pixels as it is shown."""
+
+    digest: bytes
+    height: int
+    width: int
+
+
+def outline(picture: Picture) -> Outline:
+    """A picture's outline, from its bytes and its header. PictureError where it is missing or no picture."""
+    with _explained(picture):
+        content = _regular(picture).read_bytes() if isinstance(picture, Path) else picture.content
+        with Image.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+            if opened.format != "TIFF" and _turns(opened) in _SIDEWAYS:  # whose header already says the size after the turn
+                width, height = height, width
+        return Outline(hashlib.blake2b(content, digest_size=16).digest(), height, width)
+    raise AssertionError
 
 
 def shown_size(picture: Path | Held | bytes) -> tuple[int, int]:
@@ -128,7 +160,7 @@ def _shown(image: Image.Image) -> Image.Image:
     image.load()
     if not image.width * image.height:
         raise ValueError("it has no pixels")
-    turn = _TURNS.get(_orientation(image))
+    turn = _turns(image)
     profile = image.info.get("icc_profile")
     alpha = None
     if image.mode in _DEEP:
@@ -153,12 +185,12 @@ def _shown(image: Image.Image) -> Image.Image:
     return shown
 
 
-def _orientation(image: Image.Image) -> int:
-    """Of a loaded image: for TIFF files Pillow has turned it itself while loading."""
+def _turns(image: Image.Image) -> Image.Transpose | None:
+    """What is still to be done to an image; Pillow turns TIFF files itself while it loads them, and their size with that."""
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return _TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
     except Exception:  # a broken note does not spoil the picture
-        return 1
+        return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

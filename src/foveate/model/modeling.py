@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -122,16 +122,28 @@ class FoveateModel(FoveatePreTrainedModel):
         self.causal_lm.set_input_embeddings(value)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def get_image_features(self, pixel_values: Tensor, image_crops: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_crops: Tensor | None = None, tower_features: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Crops (n, channels, height, width), normalised, -> `pooler_output`: of each image a tensor (visual tokens, text width).
 
-        `image_crops` (images,) says how many of the crops each image has, one unless given. `hidden_states` holds the tower's states at
+        `image_crops` (images,) says how many of the crops each image has, one unless given. `tower_features`: what `encode_crops` has made
+        of them; the tower is not run then, and of the pixels only the shape matters. `hidden_states` holds the tower's states at
         `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the size or does not give one state per patch.
         """
         height, width = pixel_values.shape[-2:]
         grid = self.config.patch_grid(height, width)
-        output = self._run_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-        features = [patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer]
+        if tower_features is None:
+            output = self._run_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
+            features = [patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer]
+        else:
+            output, features = BaseModelOutput(), list(tower_features.unbind(1))
+            levels, (rows, columns) = len(self.config.vision_feature_layer), grid
+            if tower_features.shape[1:3] != (levels, rows * columns):
+                raise FoveateError(
+                    f"tower_features of shape {tuple(tower_features.shape)} were given, but an image of {height} x {width} pixels has "
+                    f"{levels} levels of {rows} x {columns} patches"
+                )
         parameter = next(self.bridge.parameters(), None)
         if parameter is not None:
             features = [x.to(parameter.device, parameter.dtype) for x in features]
@@ -142,6 +154,12 @@ class FoveateModel(FoveatePreTrainedModel):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+    def encode_crops(self, pixel_values: Tensor) -> Tensor:
+        """Crops (n, channels, height, width), normalised, -> the features (n, levels, patches, width) that the bridge gets of them."""
+        grid = self.config.patch_grid(*pixel_values.shape[-2:])
+        output = self._run_tower(pixel_values.to(self.vision_tower.dtype))
+        return torch.stack([patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer], 1)
 
     def pack_image_features(self, image_features: Sequence[Tensor]) -> list[Tensor]:
         """(crops, tokens, width) of each image -> its (visual tokens, width), crop after crop. Also called with places for features, to
@@ -189,18 +207,21 @@ class FoveateModel(FoveatePreTrainedModel):
         past_key_values: Cache | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
+        tower_features: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves."""
         if (input_ids is None) == (inputs_embeds is None):
             raise FoveateError("give exactly one of input_ids and inputs_embeds")
-        if pixel_values is not None and mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None:
-            raise FoveateError("give images once: as pixel_values or encoded in mm_encoder_outputs")
+        encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
+        if sum(given is not None for given in (pixel_values, tower_features, encoded)) > 1:
+            raise FoveateError("give images once: as pixel_values, as tower_features, or encoded in mm_encoder_outputs")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
-        encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
-        if encoded is None and pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, image_crops, return_dict=True)
+        if tower_features is not None:  # pixels that have the shape, and take no memory
+            pixel_values = tower_features.new_ones(()).expand(len(tower_features), *self._image_shape)
+        if pixel_values is not None:
+            encoded = self.get_image_features(pixel_values, image_crops, tower_features, return_dict=True)
         if encoded is not None:
             visual = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual)
@@ -213,10 +234,13 @@ class FoveateModel(FoveatePreTrainedModel):
             inputs_embeds = inputs_embeds + self._blank_image().to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds, None
 
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        return getattr(self.config.vision_config, "num_channels", 3), self.config.image_size, self.config.image_size
+
     def _blank_image(self) -> Tensor:
         """Zero, but by way of tower and bridge: sharded training hangs when one process skips a module that the others wait in."""
-        size = self.config.image_size
-        pixels = torch.zeros(1, getattr(self.config.vision_config, "num_channels", 3), size, size, device=self.vision_tower.device)
+        pixels = torch.zeros(1, *self._image_shape, device=self.vision_tower.device)
         tokens = self.get_image_features(pixels, return_dict=True).pooler_output[0]
         return (tokens * 0.0).sum()  # times zero first, lest the sum overflow
 
@@ -231,15 +255,19 @@ class FoveateModel(FoveatePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
+        tower_features: Tensor | None = None,
         with_head: bool = False,
         **kwargs: Any,
     ) -> FoveateModelOutputWithPast | FoveateCausalLMOutputWithPast:
         """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (crops of the images of all prompts, channels, height,
-        width), `image_crops` (images,): how many crops each image has, one unless given.
+        width), `image_crops` (images,): how many crops each image has, one unless given. `tower_features` (crops, levels, patches, width)
+        may stand for pixels: what `encode_crops` makes of them.
 
         `with_head` runs the causal language model to its logits (and loss, for `labels`) instead of the decoder alone.
         """
-        inputs_embeds, visual = self.merge(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops)
+        inputs_embeds, visual = self.merge(
+            input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops, tower_features
+        )
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values, "return_dict": True}
         if with_head:
             output = self.causal_lm(inputs_embeds=inputs_embeds, **kwargs)
@@ -254,8 +282,7 @@ class FoveateModel(FoveatePreTrainedModel):
         They never get a gradient, and DistributedDataParallel waits for one from every parameter: freeze these when the tower is trained.
         """
         named = [(name, p) for name, p in self.vision_tower.named_parameters() if p.requires_grad]
-        size = self.config.image_size
-        pixels = torch.zeros(1, getattr(self.config.vision_config, "num_channels", 3), size, size, device=self.vision_tower.device)
+        pixels = torch.zeros(1, *self._image_shape, device=self.vision_tower.device)
         with torch.enable_grad():
             output = self._run_tower(pixels.to(self.vision_tower.dtype))
             total = sum(patch_states(output.hidden_states, layer, self.grid).float().sum() for layer in self.config.vision_feature_layer)
@@ -310,9 +337,11 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.model.causal_lm.set_output_embeddings(new_embeddings)
 
-    def get_image_features(self, pixel_values: Tensor, image_crops: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_crops: Tensor | None = None, tower_features: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """See `FoveateModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_crops, **kwargs)
+        return self.model.get_image_features(pixel_values, image_crops, tower_features, **kwargs)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """See `FoveateModel.get_placeholder_mask`."""
@@ -331,6 +360,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
+        tower_features: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
         """See `FoveateModel.forward`; `labels` and `logits_to_keep` are the language model's."""
@@ -343,6 +373,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             image_crops=image_crops,
+            tower_features=tower_features,
             with_head=True,
             labels=labels,
             logits_to_keep=logits_to_keep,
