@@ -36,10 +36,10 @@ class Since:
 
 class Costs:
     """FLOPs of a training step by `foveate.accounting`; real tokens are counted, padding is not. NaN where they cannot be counted: that is
-    no reason to stop a run."""
+    no reason to stop a run. `tower`: whether it runs, or its features are read."""
 
-    def __init__(self, config: Any, trained: Any) -> None:
-        self.config, self.trained = config, trained
+    def __init__(self, config: Any, trained: Any, tower: bool = True) -> None:
+        self.config, self.trained, self.tower = config, trained, tower
         self._known: dict[tuple[str, tuple[ImagePlan, ...], int], float] = {}
 
     def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int) -> float:
@@ -48,7 +48,7 @@ class Costs:
         if key not in self._known:
             try:
                 ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)
-                self._known[key] = float(ledger.total_flops)
+                self._known[key] = float(ledger.total_flops - (0 if self.tower else ledger.flops["tower"]))
             except Exception as error:  # whatever a configuration of another make brings about
                 if not any(math.isnan(flops) for flops in self._known.values()):
                     log.warning("FLOPs are not logged, they cannot be counted for this model: %s", error or type(error).__name__)

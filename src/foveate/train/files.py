@@ -23,7 +23,19 @@ from foveate.files import sync, write, write_json
 MARK = "complete"
 KEPT = 2  # checkpoints of the stage under way
 # May differ when a run goes on. The samples themselves are compared apart, whatever is done with bad ones.
-HARMLESS = {"report_to", "output", "save_steps", "log_steps", "workers", "micro_batch", "on_bad_sample", "on_bad_image", "validation"}
+HARMLESS = {
+    "report_to",
+    "output",
+    "save_steps",
+    "log_steps",
+    "workers",
+    "micro_batch",
+    "on_bad_sample",
+    "on_bad_image",
+    "validation",
+    "cache",
+    "at_most",
+}
 
 
 def mark(folder: Path) -> None:

@@ -43,6 +43,9 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+CACHED = "training reads the tower's features from a cache: the tower costs one forward an image, once, which is not counted"
+
+
 @dataclass(frozen=True)
 class PartPlan:
     """One part of a stage's schedule. FLOPs by part of the model and bytes are of one sample with one image."""
@@ -137,7 +140,7 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
         steps=steps,
         samples=samples,
         share=None,
-        notes=[*notes, *setup.cautions],
+        notes=[*notes, *setup.cautions, *([] if stage.features is None else [CACHED])],
     )
 
 
@@ -147,6 +150,7 @@ def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) 
     head_tokens = setup.image.tokens + text_tokens
     forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
     counts = list(forward.visual_tokens)
+    spent = training.flops if setup.stage.features is None else {**training.flops, "tower": 0}
     return PartPlan(
         share,
         spelled,
@@ -154,7 +158,7 @@ def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) 
         sum(counts),
         float(compression_ratio(counts, per_image, len(counts))),
         forward.flops,
-        training.flops,
+        spent,
         sum(forward.visual_kv_bytes),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -112,6 +113,30 @@ class Data(Strict):
         if (self.conversations is None) == (self.dataset is None):
             raise ValueError("give either `conversations` (with `images`) or `dataset`, one of the two")
         return self
+
+
+UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def _bytes(value: Any) -> Any:
+    """A number of bytes, or one with a unit such as 20GB."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
+        units = {unit.lower(): size for unit, size in UNITS.items()}
+        if found is None or found[2].lower() not in units:
+            raise ValueError(f"a number of bytes, or one with a unit ({', '.join(filter(None, UNITS))}), such as 20GB")
+        return int(float(found[1]) * units[found[2].lower()])
+    return value
+
+
+class Features(Strict):
+    """The frozen tower's features are kept in the folder `cache`, which any number of runs may share, and read from there.
+
+    The run says how many bytes they take, and stops before its first step if that is more than `at_most`, or if this is left out."""
+
+    cache: Path
+    at_most: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
+    storage: Literal["exact", "half", "int8"] = "exact"
 
 
 class Validation(Data):
@@ -229,6 +254,7 @@ class Stage(Strict):
     group_by_length: bool = False
     reducers: list[Slot] = []
     validation: Validation | None = None
+    features: Features | None = None
 
     @model_validator(mode="after")
     def _adds_up(self) -> Stage:
@@ -432,7 +458,7 @@ def _reason(detail: dict[str, Any], keys: list[str]) -> str:
 def _known_keys(keys: list[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     inside: dict[str, type[BaseModel]] = {"model": Model, "stages": Stage, "data": Data, "train": Trained, "lm": LoraOf, "lora": Lora}
-    inside |= {"reducers": Slot, "bridge": BridgeScales, "learning_rate": Rates, "validation": Validation}
+    inside |= {"reducers": Slot, "bridge": BridgeScales, "learning_rate": Rates, "validation": Validation, "features": Features}
     for key in keys:
         model = inside.get(key, model)
     return list(model.model_fields)

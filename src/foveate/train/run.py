@@ -20,6 +20,7 @@ from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from foveate.anatomy import read
+from foveate.data.features import FeatureStore
 from foveate.data.library import image_plan
 from foveate.errors import FoveateError
 from foveate.reducers import parse, save_reducers
@@ -27,12 +28,13 @@ from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Totals
 from foveate.train.callbacks import Held
+from foveate.train.features import Wanted, look_through, open_features
 from foveate.train.loading import Loading
 from foveate.train.lock import locked
 from foveate.train.opening import Opened, open_model
-from foveate.train.order import Order, division
+from foveate.train.order import division
 from foveate.train.recipe import Recipe, load_recipe
-from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, report_notes
+from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
 from foveate.train.schedule import NONE, stage_steps
 from foveate.train.stages import is_assembled, read_config, walk
 from foveate.train.stand_in import StandIn
@@ -87,8 +89,9 @@ def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> No
 
     folders = [recipe.folder(index) / "model" for index in range(len(recipe.stages))]
     done = max((index for index, folder in enumerate(folders) if files.is_complete(folder)), default=-1)
+    wanted = look_through(recipe, setups, data, state, done)
     for index in range(done + 1, len(folders)):
-        run_stage(recipe, index, data[index], folders[index - 1] if index else None, state, first=index == done + 1)
+        run_stage(recipe, index, data[index], wanted[index], folders[index - 1] if index else None, state, first=index == done + 1)
     if state.is_main_process:
         for folder in folders:
             files.drop_checkpoints(folder.parent)
@@ -99,7 +102,9 @@ def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> No
 # ---- one stage -----------------------------------------------------------------------------------------------------------------------
 
 
-def run_stage(recipe: Recipe, index: int, data: StageData, previous: Path | None, state: PartialState, first: bool) -> None:
+def run_stage(
+    recipe: Recipe, index: int, data: StageData, wanted: Wanted | None, previous: Path | None, state: PartialState, first: bool
+) -> None:
     stage, folder = recipe.stages[index], recipe.folder(index)
     if state.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +112,8 @@ def run_stage(recipe: Recipe, index: int, data: StageData, previous: Path | None
     state.wait_for_everyone()
     checkpoint = files.newest(folder)
     opened = open_model(recipe, index, previous)
-    trainer = make_trainer(recipe, index, data, opened, state)
+    features = None if wanted is None else open_features(wanted, opened, state)
+    trainer = make_trainer(recipe, index, data, opened, features, state)
     if first and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # what is sharded may have no room on one device
         rehearse(recipe, index, opened, state)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -128,7 +134,9 @@ def run_stage(recipe: Recipe, index: int, data: StageData, previous: Path | None
     state.wait_for_everyone()
 
 
-def make_trainer(recipe: Recipe, index: int, data: StageData, opened: Opened, state: PartialState) -> FoveateTrainer:
+def make_trainer(
+    recipe: Recipe, index: int, data: StageData, opened: Opened, features: FeatureStore | None, state: PartialState
+) -> FoveateTrainer:
     stage, samples = recipe.stages[index], data.train
     steps = stage_steps(len(samples), stage.batch_size, epochs=stage.epochs, steps=stage.steps)
     micro, accumulation = division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
@@ -141,17 +149,17 @@ def make_trainer(recipe: Recipe, index: int, data: StageData, opened: Opened, st
     skipped, lost = notes(recipe, stage)
     held = None
     if stage.validation is not None and data.validation is not None:
-        loading = Loading(data.validation, make_collator(opened, stage.max_length, True), stage.validation.on_bad_sample, skipped)
+        collator = make_collator(opened, stage.max_length, True, features)
+        loading = Loading(data.validation, collator, stage.validation.on_bad_sample, skipped)
         held = Held(loading, stage.validation.every)
     passes = steps * stage.batch_size / len(samples)
-    collator = make_collator(opened, stage.max_length, remember=passes > 1)
-    sizes = samples.source.sizes()[samples.index] if stage.group_by_length else None
+    collator = make_collator(opened, stage.max_length, passes > 1, features)
     return FoveateTrainer(
         model=opened.model,
         args=arguments,
         train_dataset=range(len(samples)),
         data_collator=Loading(samples, collator, stage.data.on_bad_sample, skipped, lost if plan is None else None),
-        order=Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes),
+        order=order_of(recipe, stage, samples),
         stage=StageInfo(
             index=index,
             count=len(recipe.stages),
@@ -161,12 +169,13 @@ def make_trainer(recipe: Recipe, index: int, data: StageData, opened: Opened, st
             layers=len(anatomy.layers),
             image=plan or ImagePlan.whole(1),
             bf16_copy=stage.precision == "bf16-copy",
+            cached=features is not None,
         ),
         totals=Totals(),
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(config, opened.trained),
+        costs=Costs(config, opened.trained, tower=features is None),
         rates=stage.rates,
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,

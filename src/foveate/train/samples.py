@@ -18,11 +18,13 @@ from transformers import AutoTokenizer
 from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Cut, Fit, told
 from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
+from foveate.data.features import FeatureStore
 from foveate.data.library import LibraryCollator, image_plan
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor, default_template
 from foveate.tokens import ImagePlan
 from foveate.train.opening import Opened, open_processor
+from foveate.train.order import Order
 from foveate.train.recipe import Data, Recipe, Stage
 from foveate.train.stages import Setup, first_line
 from foveate.world import resolve
@@ -99,11 +101,17 @@ def open_renderer(recipe: Recipe) -> Renderer:
     return Renderer(SimpleNamespace(tokenizer=tokenizer, chat_template=template, image_token=MARKER))
 
 
-def make_collator(opened: Opened, max_length: int, remember: bool = False) -> Any:
+def make_collator(opened: Opened, max_length: int, remember: bool = False, features: FeatureStore | None = None) -> Any:
     """What makes batches for a Foveate model, or for one of the library."""
     if isinstance(opened.processor, FoveateProcessor):
-        return Collator(opened.processor, max_length, remember)
+        return Collator(opened.processor, max_length, remember, features)
     return LibraryCollator(opened.processor, max_length, opened.model.config.image_token_id)
+
+
+def order_of(recipe: Recipe, stage: Stage, samples: Conversations) -> Order:
+    """Which samples stand in which batch of a stage."""
+    sizes = samples.source.sizes()[samples.index] if stage.group_by_length else None
+    return Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes)
 
 
 def notes(recipe: Recipe, stage: Stage) -> tuple[Path, Path]:

@@ -24,6 +24,7 @@ from foveate.accounting import Trained, image_shape, image_tokens
 from foveate.accounting.dry_run import encode, skeleton
 from foveate.anatomy import read
 from foveate.bridges import Bridge, build_bridge, complete_config
+from foveate.contract import Noise
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
 from foveate.model.assembly import refuse_file
@@ -232,6 +233,8 @@ def check(stage: Stage, config: Any) -> Trained:
     check_image_size(config)
     for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
         check_reducers(parse(spelled), config)
+    if stage.features is not None:
+        check_features(stage, config)
     return trained
 
 
@@ -334,3 +337,27 @@ def check_reducers(reducers: list[Reducer], config: Any) -> None:
         raise
     except FoveateError:  # its code wants values: the trial on the model itself will tell
         return
+
+
+def check_features(stage: Stage, config: Any) -> None:
+    """Of a stage that reads the features of its tower. FoveateError where the tower has to run, or is not one of ours."""
+    if not is_assembled(config):
+        raise FoveateError(
+            f"`features` needs a Foveate model, but the checkpoint is a {config.model_type} model, which may read of its tower what it "
+            "likes; leave it out"
+        )
+    if stage.train.tower:
+        raise FoveateError("`features` are those of a frozen tower, but this stage trains the tower; leave out one of the two")
+    layers = len(read(skeleton(config)).layers)
+    for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
+        for site, reducer, _ in acting(parse(spelled), layers):
+            looks = [type(signal).__name__ for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
+            if site.place == "tower":
+                reason = "acts inside of the tower"
+            elif looks:
+                reason = f"looks at what happens inside of the tower ({', '.join(looks)})"
+            elif any(isinstance(signal, Noise) for signal in site.needs):
+                reason = "draws by the pixels of each image"
+            else:
+                continue
+            raise FoveateError(f"{reducer} {reason}, but with `features` neither tower nor pixels are there; leave out one of the two")

@@ -49,7 +49,7 @@ QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
 @dataclass
 class StageInfo:
     """What the trainer needs to know of the stage beside the arguments of the Trainer. `image`: what an image becomes, as far as that is
-    known before any is seen."""
+    known before any is seen, `cached`: whether the tower's features are read instead of made."""
 
     index: int
     count: int
@@ -59,6 +59,7 @@ class StageInfo:
     layers: int
     image: ImagePlan
     bf16_copy: bool = False
+    cached: bool = False
 
 
 class BFloat16Copy:
@@ -262,7 +263,9 @@ class FoveateTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
         loss = super().compute_loss(called, inputs, *args, **kwargs)
-        if "pixel_values" not in inputs and self.stand_in is None and not self.trains_text:  # gradients of zero, not none at all
+        if (
+            not {"pixel_values", "tower_features"} & set(inputs) and self.stand_in is None and not self.trains_text
+        ):  # gradients of zero, not none at all
             loss = loss + sum((0.0 * parameter).sum() for parameter in model.parameters() if parameter.requires_grad)
         return loss
 
@@ -375,6 +378,8 @@ class FoveateTrainer(Trainer):
         }
         if self.totals.flops is not None:
             row["flops"] = self.totals.flops
+        if self.stage.cached:
+            row["tower"] = "from cache"
         return row | {"seconds": round(self.totals.seconds, 3), "reducer": self.switch.current}
 
     # ---- checkpoints
