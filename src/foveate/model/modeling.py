@@ -360,10 +360,9 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
-        tower_features: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
-        """See `FoveateModel.forward`; `labels` and `logits_to_keep` are the language model's."""
+        """See `FoveateModel.forward`, whose `tower_features` are taken too; `labels` and `logits_to_keep` are the language model's."""
         return self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -373,7 +372,6 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             image_crops=image_crops,
-            tower_features=tower_features,
             with_head=True,
             labels=labels,
             logits_to_keep=logits_to_keep,

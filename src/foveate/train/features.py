@@ -26,9 +26,10 @@ from foveate.data.pixels import open_image, outline
 from foveate.errors import FoveateError
 from foveate.model.processing import cut
 from foveate.train.opening import Opened
-from foveate.train.recipe import UNITS, Features, Recipe, Stage
+from foveate.train.recipe import Features, Recipe, Stage
 from foveate.train.samples import StageData, order_of
 from foveate.train.schedule import stage_steps
+from foveate.train.sizes import written
 from foveate.train.stages import Setup, naming
 
 QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -119,13 +120,6 @@ def agree(wanted: Wanted, all_wanted: Sequence[Wanted], state: PartialState) -> 
 
 def wanted_size(wanted: Wanted, crops: int) -> int:
     return wanted.shape.size(crops, wanted.features.storage)
-
-
-def written(size: int, up: bool = False) -> str:
-    """Bytes in a unit that a recipe takes, with two digits and more; rounded up where it is to be a limit."""
-    unit = next((unit for unit in ("TB", "GB", "MB", "kB") if size >= 10 * UNITS[unit]), "kB")
-    whole = size / UNITS[unit]
-    return f"{math.ceil(whole) if up else round(whole)}{unit}"
 
 
 def crops_of(recipe: Recipe, setup: Setup, data: StageData, state: PartialState) -> dict[bytes, Place]:

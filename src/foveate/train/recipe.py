@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +17,7 @@ from foveate.accounting import Trained as Updated
 from foveate.data.chat import read_template
 from foveate.errors import FoveateError
 from foveate.train.schedule import NONE, Part
+from foveate.train.sizes import read_bytes
 
 log = logging.getLogger(__name__)
 
@@ -115,27 +115,13 @@ class Data(Strict):
         return self
 
 
-UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-
-
-def _bytes(value: Any) -> Any:
-    """A number of bytes, or one with a unit such as 20GB."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip())
-        units = {unit.lower(): size for unit, size in UNITS.items()}
-        if found is None or found[2].lower() not in units:
-            raise ValueError(f"a number of bytes, or one with a unit ({', '.join(filter(None, UNITS))}), such as 20GB")
-        return int(float(found[1]) * units[found[2].lower()])
-    return value
-
-
 class Features(Strict):
     """The frozen tower's features are kept in the folder `cache`, which any number of runs may share, and read from there.
 
     The run says how many bytes they take, and stops before its first step if that is more than `at_most`, or if this is left out."""
 
     cache: Path
-    at_most: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
+    at_most: Annotated[int, BeforeValidator(read_bytes), Field(gt=0)] | None = None
     storage: Literal["exact", "half", "int8"] = "exact"
 
 
