@@ -396,7 +396,7 @@ def test_names_are_taken_as_they_are(folder: Path) -> None:
     data = Conversations.open(folder / "a.json", images)
     for _ in range(2):  # by then they are remembered
         assert find_bad(data.source, folder / "checked.tsv") == []
-    colours = [data[i].images[0].getpixel((0, 0))[0] for i in range(len(names))]  # type: ignore[index]
+    colours = [data[i].images[0].getpixel((0, 0))[0] for i in range(len(names))]
     assert colours == [0, 1, 2, 3, 4, 7, 6, 7]
     assert len(task(folder / "a.json", images).samples) == len(names)
     assert len(set((folder / "checked.tsv").read_text().splitlines())) == len(names) - 1  # two of them are one file

@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_run import ONE, Write, weights
+from tests.train.test_run import ONE, Write, weights
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from foveate.errors import FoveateError
+from foveate.train.features import open_features
 from foveate.train.plan import plan
 from foveate.train.recipe import load_recipe
 from foveate.train.run import main
@@ -244,8 +245,8 @@ def slow(recipe: Path, overrides: list[str]) -> None:
         time.sleep(0.05)
         return step(*args)
 
-    features.put = slow_put
-    FoveateTrainer.training_step = slow_step  # type: ignore[method-assign]
+    features.put = slow_put  # type: ignore[assignment]
+    FoveateTrainer.training_step = slow_step  # type: ignore[method-assign,assignment]
     main(recipe, overrides)
 
 
@@ -281,10 +282,8 @@ def test_a_picture_that_has_changed_meanwhile_is_named(
     shutil.copytree(root / "images", tmp_path / "images")
     from foveate.train import run
 
-    opened = run.open_features
-
     def change(*args: Any) -> Any:
-        store = opened(*args)
+        store = open_features(*args)
         for path in (tmp_path / "images").iterdir():
             Image.new("RGB", (32, 32), "red").save(path)
         return store

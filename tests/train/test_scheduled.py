@@ -27,7 +27,7 @@ from foveate.reducers import VCC, Reducer, parse, spell
 from foveate.tokens import TokenMap
 
 STEPS = 6
-LLAVOLTA = [("1/3", "vcc:layer=1,stride=8"), {"share": "1/3", "cycle": ["none", "fastv:keep=0.25,layer=2"]}, ("1/3", None)]
+LLAVOLTA: list[Any] = [("1/3", "vcc:layer=1,stride=8"), {"share": "1/3", "cycle": ["none", "fastv:keep=0.25,layer=2"]}, ("1/3", None)]
 WRITTEN = ["vcc:layer=1,stride=8", "vcc:layer=1,stride=8", "none", "fastv:keep=0.25,layer=2", "none", "none"]  # of LLAVOLTA's six steps
 NAMES = [spell(parse(name)) for name in WRITTEN]  # without 8 and 2, which are the defaults
 SAVING: dict[str, Any] = {"gradient_accumulation_steps": 2, "save_strategy": "steps", "save_steps": 1}
@@ -287,7 +287,8 @@ class Torn(list[Any]):
 @pytest.mark.parametrize("evaluation", ["step", "none"])
 @pytest.mark.parametrize("place", ["callback", "interrupt", "data", "forward"])
 def test_an_exception_leaves_the_model_as_it_was(tmp_path: Path, place: str, evaluation: str) -> None:
-    model, more, error = llava(), list[Any](), OSError
+    model, more = llava(), list[Any]()
+    error: type[BaseException] = OSError
     data: list[Any] = samples(24)
     if place == "data":
         data = Torn(samples(8))

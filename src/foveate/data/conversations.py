@@ -52,7 +52,7 @@ class Conversation:
     index: int
     id: str
     turns: list[tuple[str, str]]
-    images: Sequence[Image.Image | Outline]
+    images: Sequence[Any]
     plans: list[ImagePlan] = field(default_factory=list)
 
 
