@@ -12,8 +12,8 @@ from foveate.reducers import VCC, parse
 from foveate.report.demo import write_report
 from foveate.report.pretraining import aggregate, record
 from foveate.report.runs import Arm, read_bridges, read_log
-from foveate.train.recipe import Recipe
 from foveate.train.run import train
+from foveate.train.settings import Recipe
 from foveate.world.scenes import write_world
 from foveate.world.text import build_tokenizer
 

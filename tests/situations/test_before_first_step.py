@@ -14,8 +14,9 @@ from foveate.model import FoveateConfig
 from foveate.train import run, stages
 from foveate.train.plan import main as show_plan
 from foveate.train.plan import plan
-from foveate.train.recipe import Lora, load_recipe
+from foveate.train.recipe import load_recipe
 from foveate.train.run import main
+from foveate.train.settings import Lora
 from foveate.train.trainer import FoveateTrainer
 from tests.situations.runs import Change, checkpoint, model, prepare, recipe, rows, save_llava, stage
 from tests.train.tiny_training import tokenizer

@@ -20,7 +20,7 @@ from foveate.evaluation.samples import Task
 from foveate.evaluation.sources import world_samples
 from foveate.evaluation.tasks import load_task
 from foveate.train.plan import count_steps
-from foveate.train.recipe import Data, Stage
+from foveate.train.settings import Data, Stage
 
 datasets.disable_progress_bars()
 

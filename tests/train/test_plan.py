@@ -16,7 +16,8 @@ from foveate.accounting import Trained, predict, trainable
 from foveate.errors import FoveateError
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
 from foveate.train.plan import StagePlan, main, plan, print_plan
-from foveate.train.recipe import LoraOf, load_recipe
+from foveate.train.recipe import load_recipe
+from foveate.train.settings import LoraOf
 
 PAPERS = Path(__file__).parents[2] / "recipes" / "papers"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

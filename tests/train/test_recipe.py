@@ -9,8 +9,9 @@ import pytest
 from tests.train.tiny_training import RECIPE, save_backbones
 
 from foveate.errors import FoveateError
-from foveate.train.recipe import LoraOf, load_recipe
+from foveate.train.recipe import load_recipe
 from foveate.train.run import main
+from foveate.train.settings import LoraOf
 from foveate.train.stages import read_config, walk
 
 Write = Callable[..., Path]

@@ -22,8 +22,9 @@ from transformers import (
 
 from foveate.errors import FoveateError
 from foveate.train.opening import Opened, open_model
-from foveate.train.recipe import Recipe, load_recipe
+from foveate.train.recipe import load_recipe
 from foveate.train.run import main
+from foveate.train.settings import Recipe
 from foveate.train.stages import part_modules
 
 Write = Callable[..., Path]

@@ -26,9 +26,9 @@ from foveate.data.pixels import open_image, outline
 from foveate.errors import FoveateError
 from foveate.model.processing import cut
 from foveate.train.opening import Opened
-from foveate.train.recipe import Features, Recipe, Stage
 from foveate.train.samples import StageData, order_of
 from foveate.train.schedule import stage_steps
+from foveate.train.settings import Features, Recipe, Stage
 from foveate.train.sizes import written
 from foveate.train.stages import Setup, naming
 

@@ -19,7 +19,7 @@ from foveate.model.assembly import from_backbones, savable
 from foveate.model.processing import FoveateProcessor, default_template
 from foveate.model.weights import load_weights, reading
 from foveate.train.order import seed_of
-from foveate.train.recipe import LoraOf, Recipe, Trained
+from foveate.train.settings import LoraOf, Recipe, Trained
 from foveate.train.stages import advance, first_bridge, growth, is_assembled, model_folder, part_modules, trained_parts
 from foveate.world import resolve
 

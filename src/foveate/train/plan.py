@@ -26,8 +26,9 @@ from foveate.accounting import CONVENTION, image_shape, parameters, predict, tra
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
 from foveate.reducers import parse
-from foveate.train.recipe import Stage, load_recipe
+from foveate.train.recipe import load_recipe
 from foveate.train.schedule import stage_steps
+from foveate.train.settings import Stage
 from foveate.train.stages import Setup, naming, read_config, walk
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}

@@ -33,12 +33,14 @@ from foveate.train.loading import Loading
 from foveate.train.lock import locked
 from foveate.train.opening import Opened, open_model
 from foveate.train.order import division
-from foveate.train.recipe import Recipe, load_recipe
+from foveate.train.progress import StageInfo
+from foveate.train.recipe import load_recipe
 from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
 from foveate.train.schedule import NONE, stage_steps
+from foveate.train.settings import Recipe
 from foveate.train.stages import is_assembled, read_config, walk
 from foveate.train.stand_in import StandIn
-from foveate.train.trainer import FoveateTrainer, StageInfo
+from foveate.train.trainer import FoveateTrainer
 from foveate.train.trials import check_machine, check_reporting, rehearse, training_arguments
 
 log = logging.getLogger(__name__)

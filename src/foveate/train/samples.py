@@ -25,7 +25,7 @@ from foveate.model.processing import FoveateProcessor, default_template
 from foveate.tokens import ImagePlan
 from foveate.train.opening import Opened, open_processor
 from foveate.train.order import Order
-from foveate.train.recipe import Data, Recipe, Stage
+from foveate.train.settings import Data, Recipe, Stage
 from foveate.train.stages import Setup, first_line
 from foveate.world import resolve
 

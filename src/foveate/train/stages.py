@@ -34,8 +34,8 @@ from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse
 from foveate.reducers.base import acting
 from foveate.tokens import ImagePlan
-from foveate.train.recipe import BridgeScales, Lora, LoraOf, Model, Recipe, Stage
 from foveate.train.schedule import Part
+from foveate.train.settings import BridgeScales, Lora, LoraOf, Model, Recipe, Stage
 from foveate.world import resolve
 
 MOST = 2**24

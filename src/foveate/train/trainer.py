@@ -5,23 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -34,7 +31,7 @@ from foveate.train import files
 from foveate.train.account import Costs, Since, Totals
 from foveate.train.callbacks import Flow, Held
 from foveate.train.order import Order, ProcessBatches
-from foveate.train.schedule import Part
+from foveate.train.progress import ProgressLine, StageInfo
 from foveate.train.scheduled import ScheduleCallback
 from foveate.train.stages import part_modules
 from foveate.train.stand_in import StandIn
@@ -43,23 +40,6 @@ log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 NUMBERS = ("loss", "validation_loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
-QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
-
-
-@dataclass
-class StageInfo:
-    """What the trainer needs to know of the stage beside the arguments of the Trainer. `image`: what an image becomes, as far as that is
-    known before any is seen, `cached`: whether the tower's features are read instead of made."""
-
-    index: int
-    count: int
-    name: str
-    steps: int
-    parts: Sequence[Part]
-    layers: int
-    image: ImagePlan
-    bf16_copy: bool = False
-    cached: bool = False
 
 
 class BFloat16Copy:
@@ -72,66 +52,6 @@ class BFloat16Copy:
     def __call__(self, **inputs: Any) -> Any:
         copies = {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in self.module.named_parameters()}
         return functional_call(self.module, copies, (), inputs)
-
-
-class ProgressLine(TrainerCallback):
-    """A bar on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, stage: StageInfo, batch_size: int, visual_tokens: Callable[[], list[int]]) -> None:
-        self.stage, self.batch_size, self.visual_tokens = stage, batch_size, visual_tokens
-        self.loss: float | None = None
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._start = self._last = 0.0
-        self._first = 0
-
-    def announce(self, done: int) -> None:
-        going_on = f", going on from step {done}" if done else ""
-        print(f"{self._name}: {self.stage.steps} steps of {self.batch_size} samples{going_on}", file=sys.stderr, flush=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = self._last = time.monotonic()
-        self._first = state.global_step
-        console = Console(stderr=True)
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[now]}"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=console)
-            self._bar.start()
-            self._task = self._bar.add_task(self._name, total=self.stage.steps, completed=state.global_step, now="")
-
-    @property
-    def _name(self) -> str:
-        return f"stage {self.stage.index + 1}/{self.stage.count} {self.stage.name}"
-
-    def _now(self, step: int) -> tuple[str, float]:
-        rate = (step - self._first) * self.batch_size / max(time.monotonic() - self._start, 1e-9)
-        counts = self.visual_tokens()
-        tokens = f"{counts[0]}" if len(set(counts)) == 1 else f"{max(counts)}→{min(counts)}"
-        loss = "" if self.loss is None else f", loss {self.loss:.4f}"
-        return f"{tokens} tokens/image, {rate:.1f} samples/s{loss}", rate
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            now = time.monotonic()
-            if now - self._last > 0.2 or state.global_step == self.stage.steps:
-                self._last = now
-                self._bar.update(self._task, completed=state.global_step, now=self._now(state.global_step)[0])
-        elif time.monotonic() - self._last > QUIET_EVERY:
-            self._last = time.monotonic()
-            text, rate = self._now(state.global_step)
-            left = (self.stage.steps - state.global_step) * self.batch_size / rate
-            print(f"{self._name}: step {state.global_step}/{self.stage.steps}, {text}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
 
 class FoveateTrainer(Trainer):

@@ -21,9 +21,9 @@ from foveate.errors import FoveateError
 from foveate.reducers import parse
 from foveate.train.opening import Opened
 from foveate.train.order import division, seed_of
-from foveate.train.recipe import Recipe, Stage
 from foveate.train.samples import make_collator
 from foveate.train.schedule import NONE
+from foveate.train.settings import Recipe, Stage
 from foveate.train.stages import first_line
 
 

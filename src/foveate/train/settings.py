@@ -1,0 +1,326 @@
+"""What a recipe says: pydantic models of a run, its model, its stages and their data."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag, model_validator
+
+from foveate.accounting import Trained as Updated
+from foveate.data.chat import read_template
+from foveate.errors import FoveateError
+from foveate.train.schedule import NONE, Part
+from foveate.train.sizes import read_bytes
+
+log = logging.getLogger(__name__)
+
+
+def _fraction(value: Any) -> Any:
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("a share is a number or a fraction such as 1/3")
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("a share is a number or a fraction such as 1/3") from None
+
+
+Share = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str, return_type=str), Field(gt=0, le=1)]
+
+
+def _reducer(value: Any) -> Any:
+    """`none`, `null` and an empty string are no reducer; anything else has to be a reducer that exists and acts in the model."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", NONE)):
+        return NONE
+    if isinstance(value, str):
+        from foveate.reducers import before_processor, parse
+
+        try:
+            before = before_processor(parse(value))
+        except FoveateError as error:
+            raise ValueError(str(error)) from None
+        if before:
+            raise ValueError(f"{before[0].name} acts on the image, before the processor: in training say the stage's image_size instead")
+    return value
+
+
+def _optimizer(value: Any) -> Any:
+    from transformers.training_args import OptimizerNames
+
+    known = [str(name.value) for name in OptimizerNames]
+    if value not in known:
+        near = ", ".join(difflib.get_close_matches(str(value), known, n=3))
+        raise ValueError(f"not an optimizer of the Trainer{f' (close to it: {near})' if near else ''}")
+    return value
+
+
+def _template(value: Any) -> Any:
+    """The template itself, so that the run's record of its recipe has it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_template(value)
+    except FoveateError as error:
+        raise ValueError(str(error)) from None
+
+
+def _trainable_dtype(value: Any) -> Any:
+    if value == "float16":
+        raise ValueError(
+            "weights in float16 cannot be trained: the optimiser's steps and squares fall below its smallest number, losses become NaN. "
+            "Use dtype: float32, with precision: fp16 where the device has no bfloat16, or dtype: bfloat16"
+        )
+    return value
+
+
+ReducerString = Annotated[str, BeforeValidator(_reducer)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, validate_default=True, allow_inf_nan=False)
+
+
+class Data(Strict):
+    """Either `conversations` (a file or folder here) or `dataset` (that, or a name on the hub), whatever `foveate.data.rows` reads;
+    names of images start from `images`."""
+
+    conversations: Path | None = None
+    images: Path | None = None
+    dataset: str | None = None
+    split: str = "train"
+    config: str | None = None  # of a data set with several
+    limit: int | None = Field(default=None, gt=0)  # only the first N conversations
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "on_bad_image" in given and "on_bad_sample" not in given:
+            log.warning("data.on_bad_image is now called on_bad_sample; the older name will go")
+            given = {**{key: value for key, value in given.items() if key != "on_bad_image"}, "on_bad_sample": given["on_bad_image"]}
+        return given
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Data:
+        if (self.conversations is None) == (self.dataset is None):
+            raise ValueError("give either `conversations` (with `images`) or `dataset`, one of the two")
+        return self
+
+
+class Features(Strict):
+    """The frozen tower's features are kept in the folder `cache`, which any number of runs may share, and read from there.
+
+    The run says how many bytes they take, and stops before its first step if that is more than `at_most`, or if this is left out."""
+
+    cache: Path
+    at_most: Annotated[int, BeforeValidator(read_bytes), Field(gt=0)] | None = None
+    storage: Literal["exact", "half", "int8"] = "exact"
+
+
+class Validation(Data):
+    """Samples that are not trained on, whose loss is logged every `every` steps and at the end of the stage."""
+
+    every: int = Field(gt=0)
+
+
+class Lora(Strict):
+    rank: int = Field(gt=0)
+    alpha: float = Field(default=16, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    # Left out, every linear map of the decoder layers, which in most families are these seven (`foveate.train.stages.lora_targets`).
+    targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1)
+
+
+class LoraOf(Strict):
+    lora: Lora
+
+
+WHOLE, ADAPTED, ONE, BY_PART = TAGS = "<bool>", "<lora>", "<rate>", "<rates>"  # pydantic puts them into the locations of errors
+
+
+def _lm_kind(value: Any) -> str:
+    return ADAPTED if isinstance(value, (dict, LoraOf)) else WHOLE
+
+
+class Trained(Strict):
+    """What a stage trains. The language model's embeddings and head belong to `lm`."""
+
+    bridge: bool = True
+    tower: bool = False
+    lm: Annotated[Annotated[bool, Tag(WHOLE)] | Annotated[LoraOf, Tag(ADAPTED)], Discriminator(_lm_kind)] = False
+
+    @model_validator(mode="after")
+    def _something(self) -> Trained:
+        if not self.parts:
+            raise ValueError("nothing is trained: set at least one of bridge, tower, lm")
+        return self
+
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that are trained; LoRA adapters belong to `lm`."""
+        return [part for part in ("bridge", "tower", "lm") if getattr(self, part)]
+
+    @property
+    def updated(self) -> Updated:
+        """The same, as the cost model takes it."""
+        lora = self.lm.lora if isinstance(self.lm, LoraOf) else None
+        return Updated(self.tower, self.bridge, self.lm is True, lora.rank if lora else 0, tuple(lora.targets) if lora else ())
+
+
+class Slot(Strict):
+    """One part of a schedule: a share of the stage's optimiser steps with one reducer, or several that alternate step by step."""
+
+    share: Share
+    reducer: ReducerString = NONE
+    cycle: list[ReducerString] | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Slot:
+        if ("reducer" in self.model_fields_set) == (self.cycle is not None):
+            raise ValueError("a part of the schedule has either `reducer` or `cycle`")
+        return self
+
+    @property
+    def part(self) -> Part:
+        return Part(self.share, tuple(self.cycle) if self.cycle is not None else (self.reducer,))
+
+
+class Rates(Strict):
+    """A learning rate for each trained part."""
+
+    bridge: float | None = Field(default=None, gt=0)
+    tower: float | None = Field(default=None, gt=0)
+    lm: float | None = Field(default=None, gt=0)
+
+
+def _rate_kind(value: Any) -> str:
+    return BY_PART if isinstance(value, (dict, Rates)) else ONE
+
+
+LearningRate = Annotated[
+    Annotated[float, Field(gt=0), Tag(ONE)] | Annotated[Rates, Tag(BY_PART)],
+    Discriminator(_rate_kind),
+]
+
+
+class BridgeScales(Strict):
+    scales: list[tuple[int, int]] = Field(min_length=1)  # (window, queries per window), coarse to fine
+    sources: list[int] | None = None  # for each new scale, which scale of the stage before seeds it
+
+
+class Stage(Strict):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    data: Data
+    image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
+    bridge: BridgeScales | None = None
+    train: Trained = Trained()
+    epochs: float | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)  # default: batch_size divided by the number of processes
+    learning_rate: LearningRate
+    lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup: float = Field(default=0.0, ge=0, le=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    optimizer: Annotated[str, BeforeValidator(_optimizer)] = "adamw_torch"
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    precision: Literal["fp32", "bf16", "bf16-copy", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    max_length: int = Field(default=2048, gt=0)
+    save_steps: int = Field(default=500, gt=0)
+    group_by_length: bool = False
+    reducers: list[Slot] = []
+    validation: Validation | None = None
+    features: Features | None = None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Stage:
+        if isinstance(self.learning_rate, Rates):
+            rated = [part for part in Rates.model_fields if getattr(self.learning_rate, part) is not None]
+            if set(rated) != set(self.train.parts):
+                raise ValueError(
+                    f"`learning_rate` by part has {', '.join(rated) or 'no part'}, but the stage trains {', '.join(self.train.parts)}: "
+                    "give one rate to each of them"
+                )
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if self.precision == "bf16-copy" and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing would recompute with the float32 weights: with it use precision bf16 (autocast) or fp32"
+            )
+        if self.reducers:
+            total = sum((slot.share for slot in self.reducers), Fraction(0))
+            if total != 1:
+                shares = " + ".join(str(slot.share) for slot in self.reducers)
+                raise ValueError(f"the shares of `reducers` must add up to 1, but {shares} = {total} (fractions such as 1/3 are exact)")
+        return self
+
+    @property
+    def parts(self) -> list[Part]:
+        return [slot.part for slot in self.reducers]
+
+    @property
+    def rates(self) -> dict[str, float] | None:
+        """The learning rate of each trained part, None where all have one."""
+        if not isinstance(self.learning_rate, Rates):
+            return None
+        return {part: getattr(self.learning_rate, part) for part in self.train.parts}
+
+
+class Model(Strict):
+    """Either `vision` + `text` + `bridge` (assembled anew), or `checkpoint` (a Foveate model, or another vision-language model).
+
+    Each name is a hub name, a local folder, or `asset:NAME` for what ships with the package."""
+
+    vision: str | None = None
+    text: str | None = None
+    bridge: dict[str, Any] | None = None
+    vision_feature_layer: list[int] | None = None
+    add_image_token: bool = False
+    checkpoint: str | None = None
+    chat_template: Annotated[str | None, BeforeValidator(_template)] = None  # a file, or the template itself; default: the tokenizer's
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_trainable_dtype)] = "float32"
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        built = [key for key in ("vision", "text", "bridge") if getattr(self, key) is not None]
+        if self.checkpoint is not None and built:
+            raise ValueError(f"give either `checkpoint` or `vision`, `text` and `bridge`, not both (found also {', '.join(built)})")
+        if self.checkpoint is None and len(built) < 3:
+            missing = [key for key in ("vision", "text", "bridge") if key not in built]
+            raise ValueError(f"`{'`, `'.join(missing)}` missing: a model is `vision` + `text` + `bridge`, or a `checkpoint`")
+        if self.bridge is not None and not isinstance(self.bridge.get("kind"), str):
+            raise ValueError("`bridge` needs a `kind`, the name of one")
+        return self
+
+
+class Recipe(Strict):
+    name: str
+    output: Path
+    seed: int = Field(default=0, ge=0)
+    model: Model
+    stages: list[Stage] = Field(min_length=1)
+    log_steps: int = Field(default=10, gt=0)
+    workers: int = Field(default=1, ge=0)  # processes that load data, per training process
+    report_to: list[str] = []
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        names = [stage.name for stage in self.stages]
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"two stages are called {double[0]}: names of stages must differ")
+        return self
+
+    def folder(self, index: int) -> Path:
+        """Where stage `index` puts its checkpoints and its model."""
+        return self.output / f"{index}-{self.stages[index].name}"
