@@ -156,9 +156,9 @@ def test_only_a_lasting_reducer_is_saved_with_the_model(recipe_file: Write) -> N
 
 
 def test_progress_without_a_terminal(recipe_file: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from foveate.train import trainer
+    from foveate.train import progress
 
-    monkeypatch.setattr(trainer, "QUIET_EVERY", 0.0)
+    monkeypatch.setattr(progress, "QUIET_EVERY", 0.0)
     pooled = 'stages.0.reducers=[{share: 2/3, reducer: none}, {share: 1/3, reducer: "vcc:layer=1,stride=2"}]'
     main(recipe_file("quiet", ONE), [pooled])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("stage 1/1 only")]

@@ -26,13 +26,13 @@ from foveate.data.pixels import open_image, outline
 from foveate.errors import FoveateError
 from foveate.model.processing import cut
 from foveate.train.opening import Opened
+from foveate.train.progress import QUIET_EVERY
 from foveate.train.samples import StageData, order_of
 from foveate.train.schedule import stage_steps
 from foveate.train.settings import Features, Recipe, Stage
 from foveate.train.sizes import written
 from foveate.train.stages import Setup, naming
 
-QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
 THREADS = 8
 
 
