@@ -142,8 +142,8 @@ def test_the_plan_leaves_the_tower_out(recipe_file: Write, tmp_path: Path) -> No
 
 def test_two_processes_share_the_encoding(recipe_file: Write, root: Path, tmp_path: Path) -> None:
     without_dropout = [f"model.text={root}/lm-plain"]
-    plain = main(recipe_file("one-process", ONE), without_dropout)
-    recipe, overrides = recipe_file("two-processes", ONE), without_dropout + cached(tmp_path / "cache")
+    plain = main(recipe_file("cached-one-process", ONE), without_dropout)
+    recipe, overrides = recipe_file("cached-two-processes", ONE), without_dropout + cached(tmp_path / "cache")
     script = tmp_path / "two.py"
     script.write_text(
         "from pathlib import Path\nimport torch\nfrom foveate.data import features\nfrom foveate.train.run import main\nfeatures.MOST = 4\n"
@@ -154,7 +154,7 @@ def test_two_processes_share_the_encoding(recipe_file: Write, root: Path, tmp_pa
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("14 of them encoded now") == 1
     assert len(shards(tmp_path / "cache")) == 4
-    pairs = zip(rows(plain), rows(root / "two-processes" / "final"), strict=True)
+    pairs = zip(rows(plain), rows(root / "cached-two-processes" / "final"), strict=True)
     assert all(one["loss"] == pytest.approx(other["loss"], abs=1e-5) for one, other in pairs)
 
 
