@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import foveate
 from foveate.contract import BeforeLM, BeforeProcessor, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Workload
+from foveate.contract.sites import SITES as SITES_TABLE
 from foveate.reducers import Reducer, visual_tokens
 from foveate.tokens import Kind, TokenMap
 from tests.tiny import LAYERS, PATCHES, Batch, llava, prompt
@@ -33,7 +34,7 @@ class EverySecond(Reducer):
 
     def reduce(self, view: View, stage: int = 0) -> Decision:
         patch = (view.layout.kind == Kind.PATCH) & view.layout.visual
-        kept: Decision = (self.decides or self.site.decides)(TokenMap.keep(view.layout, ~patch | (patch.cumsum(1) % 2 == 1)))
+        kept: Decision = (self.decides or self.site.effect.decides)(TokenMap.keep(view.layout, ~patch | (patch.cumsum(1) % 2 == 1)))
         return kept
 
     def count(self, work: Workload, stage: int = 0) -> list[int]:
@@ -45,15 +46,15 @@ def _id(site: Site) -> str:
 
 
 def test_every_type_of_site_is_here() -> None:
-    assert {type(site) for site in SITES} | {BeforeProcessor} == set(get_args(Site))
-    assert BeforeProcessor().decides is None
+    assert {type(site) for site in SITES} | {BeforeProcessor} == set(get_args(Site)) == set(SITES_TABLE)
+    assert BeforeProcessor().effect.decides is None
 
 
 @pytest.mark.parametrize("site", SITES, ids=_id)
 def test_tokens_cache_and_cost(site: Site) -> None:
     batch, cache, reducer = Batch([prompt(1, [1, 2, 3])]), DynamicCache(), EverySecond(site=site)
     beside = len(batch.rows[0]) - PATCHES
-    fewer = [layer >= site.layer if site.lasts else layer == site.layer for layer in range(LAYERS)]
+    fewer = [layer >= site.layer if site.effect.lasts else layer == site.layer for layer in range(LAYERS)]
     expected = [PATCHES // 2 if less else PATCHES for less in fewer]
     with foveate.attach(llava(), reducer) as run, torch.no_grad():
         run.anatomy.core(**batch.inputs, past_key_values=cache)
@@ -62,12 +63,12 @@ def test_tokens_cache_and_cost(site: Site) -> None:
     assert [layer.keys.shape[2] for layer in cache.layers] == [tokens + beside for tokens in expected]
     whole = foveate.accounting.predict(run.config, text_tokens=beside)
     assert [here < there for here, there in zip(run.ledger.layer_flops, whole.layer_flops, strict=True)] == fewer
-    assert (run.ledger.flops["tower"] < whole.flops["tower"]) == (site.place == "tower")
+    assert (run.ledger.flops["tower"] < whole.flops["tower"]) == (site.effect.place == "tower")
 
 
 @pytest.mark.parametrize("site", SITES, ids=_id)
 def test_another_decision_is_refused(site: Site) -> None:
-    other = next(decision for decision in get_args(Decision) if decision is not site.decides)
+    other = next(decision for decision in get_args(Decision) if decision is not site.effect.decides)
     with (
         foveate.attach(llava(), EverySecond(site=site, decides=other)) as run,
         pytest.raises(foveate.FoveateError, match=f"decides {other.__name__}"),

@@ -23,7 +23,7 @@ def decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt],
     needs = [signal for site, _, _ in steps for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
     scores = saved = Fraction(0)
     width = 0
-    in_tower = any(site.place == "tower" for site, _, _ in steps)
+    in_tower = any(site.effect.place == "tower" for site, _, _ in steps)
     for call, share in calls if needs or in_tower else ():
         counted = encode(config, call, needs, crops=in_tower)
         scores, width = scores + share * counted.flops["scores"], counted.width
@@ -41,7 +41,7 @@ def _in_tower(config: Any, steps: Sequence[Step], tokens: int, beside: int, widt
     left, score, saved = image.tokens, 0, 0
     for block, (macs, attention) in enumerate(zip(stack.linear, stack.attention_width, strict=True)):
         for site, reducer, stage in steps:
-            if site.place == "tower" and site.index == block:
+            if site.effect.place == "tower" and site.index == block:
                 score += reducer.score_flops(Workload((image,), (left,), beside, tower_width=width), stage)
                 (left,) = reducer.count(Workload((image,), (left,)), stage)
         n = left + beside
@@ -56,7 +56,7 @@ def _in_lm(config: Any, reducers: Sequence[Reducer], prompt: Prompt, tower_width
     score = 0
     for site, reducer, stage in passing(reducers, prompt.images, counts):
         at, before = site.layer, max(0, site.layer - 1)
-        if site.place == "decoder":
+        if site.effect.place == "decoder":
             sizes = Workload(
                 tuple(prompt.images),
                 tuple(counts[at]),

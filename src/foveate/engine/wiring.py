@@ -37,9 +37,9 @@ class Wiring:
         for reducer in reducers:
             for number, site in enumerate(reducer.sites(depth)):
                 step = reducer, number
-                if site.decides is None:  # `foveate.reducers.Preparing` sees to it
+                if site.effect.decides is None:  # `foveate.reducers.Preparing` sees to it
                     continue
-                if site.place == "tower":
+                if site.effect.place == "tower":
                     found.tower.setdefault(site.index, []).append(step)
                     found.tower_needs.update(site.needs)
                     continue
@@ -47,7 +47,7 @@ class Wiring:
                     if not reducer.beyond:
                         raise FoveateError(f"{reducer}: there is no decoder layer {site.layer} to act at; choose one from 0 to {depth - 1}")
                     continue
-                if site.lasts:
+                if site.effect.lasts:
                     found.cuts.setdefault(site.layer, []).append(step)
                 elif found.through.setdefault(site.layer, step) != step:
                     raise FoveateError(f"two reducers say what goes through decoder layer {site.layer}; leave one of them out")

@@ -19,7 +19,7 @@ def acts(method: type[Reducer]) -> str:
     """Where a method's default setting acts in a language model of 32 layers."""
     found: dict[str, list[str]] = {}
     for site in method().sites(_DEPTH):
-        found.setdefault(site.words, []).append(str(site.index))
+        found.setdefault(site.effect.words, []).append(str(site.index))
     return ", ".join(words.format(", ".join(indices)) for words, indices in found.items())
 
 

@@ -185,11 +185,11 @@ Step = tuple[Site, Reducer, int]
 def acting(reducers: Sequence[Reducer], num_layers: int) -> list[Step]:
     """(site, reducer, stage) in the order in which they act in the model: the tower's by block, then by decoder layer."""
     sites = [(site, i, stage) for i, r in enumerate(reducers) for stage, site in enumerate(r.sites(num_layers))]
-    sites = [at for at in sites if at[0].layer < num_layers and at[0].place != "image"]
+    sites = [at for at in sites if at[0].layer < num_layers and at[0].effect.place != "image"]
 
     def order(at: tuple[Site, int, int]) -> tuple[int, ...]:
         site, i, stage = at
-        return (site.layer, not site.lasts, site.place != "tower", site.index, i, stage)
+        return (site.layer, not site.effect.lasts, site.effect.place != "tower", site.index, i, stage)
 
     return [(site, reducers[i], stage) for site, i, stage in sorted(sites, key=order)]
 
@@ -202,13 +202,13 @@ def passing(reducers: Sequence[Reducer], images: Sequence[ImageSize], counts: li
     in_tower = [size.tokens for size in whole]
     for site, reducer, stage in acting(reducers, len(counts)):
         yield site, reducer, stage
-        if site.place == "tower":
+        if site.effect.place == "tower":
             in_tower = reducer.count(Workload(whole, tuple(in_tower)), stage)
             each = iter(in_tower)
             left = [sum(next(each) for _ in parts) for parts in crops]
         else:
             left = reducer.count(Workload(tuple(images), tuple(counts[site.layer])), stage)
-        end = len(counts) if site.lasts else site.layer + 1
+        end = len(counts) if site.effect.lasts else site.layer + 1
         counts[site.layer : end] = [left] * (end - site.layer)
 
 

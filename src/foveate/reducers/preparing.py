@@ -22,12 +22,12 @@ _DEEP = 1024  # decoder layers: more than any model has, so that no method lacks
 
 def before_processor(reducers: Sequence[Reducer]) -> list[Reducer]:
     """Those of the reducers that act on the image, in front of the processor."""
-    return [reducer for reducer in reducers if any(site.place == "image" for site in reducer.sites(_DEEP))]
+    return [reducer for reducer in reducers if any(site.effect.place == "image" for site in reducer.sites(_DEEP))]
 
 
 def in_model(reducers: Sequence[Reducer]) -> list[Reducer]:
     """All others, and those that act in both places: what `attach` takes without a processor."""
-    return [r for r in reducers if not (sites := r.sites(_DEEP)) or not all(site.place == "image" for site in sites)]
+    return [r for r in reducers if not (sites := r.sites(_DEEP)) or not all(site.effect.place == "image" for site in sites)]
 
 
 def prepare(reducers: Sequence[Reducer], image: Image) -> Image:

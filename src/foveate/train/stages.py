@@ -329,7 +329,7 @@ def check_reducers(reducers: list[Reducer], config: Any) -> None:
     attach(model, reducers, record="none").detach()
     sites = [site for site, _, _ in acting(reducers, len(read(model).layers))]
     needs = [signal for site in sites for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
-    if not is_assembled(config) or not (needs or any(site.place == "tower" for site in sites)):
+    if not is_assembled(config) or not (needs or any(site.effect.place == "tower" for site in sites)):
         return
     try:
         encode(config, pictures(config), needs)
@@ -352,7 +352,7 @@ def check_features(stage: Stage, config: Any) -> None:
     for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
         for site, reducer, _ in acting(parse(spelled), layers):
             looks = [type(signal).__name__ for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
-            if site.place == "tower":
+            if site.effect.place == "tower":
                 reason = "acts inside of the tower"
             elif looks:
                 reason = f"looks at what happens inside of the tower ({', '.join(looks)})"
