@@ -15,7 +15,7 @@ from foveate.errors import FoveateError
 from foveate.evaluation.metrics.scenes import FAMILY_RULES
 from foveate.inspect.words import answer_text, duration, si
 from foveate.report.demo import findings, learned_families, print_summary, scene_svg, write_report
-from foveate.report.plots import smooth
+from foveate.report.plots import smooth, source_losses
 from foveate.report.runs import Arm, read_bridges, read_log, split_stages
 
 MakeArms = Callable[[Path], list[Arm]]
@@ -220,3 +220,14 @@ def test_frames_lie_on_their_cells() -> None:
     svg = scene_svg("data:,", [((2, 4, 4, 8), "#ff0000", False)], (8, 8))
     x, y, width, height = (float(re.search(rf'<rect.* {name}="([\d.]+)"', svg)[1]) for name in ("x", "y", "width", "height"))  # type: ignore[index]
     assert (x, y, x + width, y + height) == pytest.approx((4, 2, 8, 4), abs=0.1)
+
+
+def test_losses_by_source_are_drawn_where_a_stage_mixes(arms: list[Arm]) -> None:
+    stage = read_log(arms[0].run)[0]
+    assert source_losses(stage) is None
+    points = [replace(point, sources={"a": point.loss, "b": 2.0} if point.step > 1 else {"a": point.loss}) for point in stage.points]
+    figure = source_losses(replace(stage, points=points))
+    assert figure is not None
+    lines = figure.axes[0].get_lines()
+    assert [(line.get_label(), len(line.get_xdata())) for line in lines] == [("a", len(points)), ("b", len(points) - 1)]  # type: ignore[arg-type]
+    assert set(lines[1].get_ydata()) == {2.0}  # type: ignore[arg-type]

@@ -47,13 +47,15 @@ load_image = open_image  # its name before there was one for all who open pictur
 @dataclass(frozen=True)
 class Conversation:
     """One training sample: turns are (role, text) with roles user and assistant in turn, images are decoded to RGB (or outlines, where
-    features of them are read), `plans` are what each of them becomes, filled in by whoever makes model inputs of it."""
+    features of them are read), `plans` are what each of them becomes, filled in by whoever makes model inputs of it. `source`: the number
+    of its source, where samples of several are mixed."""
 
     index: int
     id: str
     turns: list[tuple[str, str]]
     images: Sequence[Any]
     plans: list[ImagePlan] = field(default_factory=list)
+    source: int = 0
 
 
 @dataclass(frozen=True)
@@ -227,6 +229,10 @@ class Conversations:
             raise FoveateError(f"{'dataset' if conversations is None else 'conversations'} {error}") from None
         return cls(Source(rows, images))
 
+    @property
+    def name(self) -> str:
+        return self.source.name
+
     def __len__(self) -> int:
         return len(self.index)
 
@@ -238,6 +244,18 @@ class Conversations:
         except PictureError as error:  # it was good when it was checked
             raise FoveateError(f"{self.source.name}: an image of sample {row_id(row, index)} cannot be read any more: {error}") from None
         return Conversation(index, row_id(row, index), turns_of(row), images)
+
+    def name_of(self, item: int) -> str:
+        """What messages call a sample."""
+        index = int(self.index[item])
+        return row_id(self.source.row(index), index)
+
+    def pictures(self, item: int) -> list[Picture]:
+        return self.source.images(self.source.row(int(self.index[item])))
+
+    def after(self, item: int, number: int) -> int:
+        """The sample `number` places further on, from the beginning again after the last one."""
+        return (item + number) % len(self)
 
     def skip(self, bad: Sequence[Bad]) -> None:
         """Leave these samples out. FoveateError if none is left."""
@@ -403,7 +421,7 @@ def refuse_or_skip(data: Conversations, bad: Sequence[Bad], policy: str, report:
         report.write_text("".join(f"{sample}\n" for sample in bad), encoding="utf-8")
     first = "\n".join(f"  {sample}" for sample in bad[:SHOWN])
     more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    summary = f"{data.source.name}: {len(bad)} of {len(data.source)} samples cannot be trained on (full list: {report}):\n{first}{more}"
+    summary = f"{data.source.name}: {len(bad)} of {len(data)} samples cannot be trained on (full list: {report}):\n{first}{more}"
     if policy == "stop":
         raise FoveateError(f"{summary}\nRepair them, or set on_bad_sample: skip to train without them")
     if report is not None:

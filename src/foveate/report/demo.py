@@ -252,6 +252,11 @@ def _stage_figures(arms: Sequence[Arm], logs: Sequence[list[StageLog]]) -> list[
                 "loss_step": Markup(figures.svg(plots.loss_curves(own, "step"), f"step{number}")),
                 "loss_seconds": Markup(figures.svg(plots.loss_curves(own, "seconds"), f"seconds{number}")),
                 "layers": Markup(figures.svg(plots.tokens_per_layer(own), f"layers{number}")),
+                "sources": [
+                    (arm, Markup(figures.svg(figure, f"sources{number}-{place}")))
+                    for place, (arm, stage) in enumerate(own)
+                    if (figure := plots.source_losses(stage)) is not None
+                ],
             }
         )
     return out

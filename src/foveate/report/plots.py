@@ -63,6 +63,25 @@ def loss_curves(stages: Sequence[tuple[str, StageLog]], against: str) -> Figure:
     return figure
 
 
+def source_losses(stage: StageLog) -> Figure | None:
+    """Smoothed training loss of each source of one arm's stage against its steps; None where it does not mix several."""
+    names = list(dict.fromkeys(name for point in stage.points for name in point.sources))
+    if not names:
+        return None
+    figure, axes = new_figure()
+    for number, name in enumerate(names):
+        own = [(point.step, point.sources[name]) for point in stage.points if name in point.sources]
+        loss = smooth([value for _, value in own], smoothing_window(stage))
+        style = {"linestyle": DASHES[number % len(DASHES)], "color": COLOURS[number % len(COLOURS)]}
+        axes.plot([step for step, _ in own], loss, label=name, **style)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("training loss by source")
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _legend_below(figure, axes)
+    return figure
+
+
 def smoothing_window(stage: StageLog) -> int:
     """Logged steps in the running mean of a loss curve: a twenty-fifth of the curve."""
     return max(1, len(stage.points) // 25)

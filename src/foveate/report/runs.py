@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from foveate.evaluation.evaluate import Result
 
 @dataclass(frozen=True)
 class Point:
-    """One logged step. `seconds` and `flops` are since the start of the stage; `layers` is visual tokens per image in each LM layer."""
+    """One logged step. `seconds` and `flops` are since the start of the stage; `layers` is visual tokens per image in each LM layer;
+    `sources` the loss of each source that had samples, where the stage mixes several."""
 
     step: int
     loss: float
@@ -23,6 +24,7 @@ class Point:
     tokens: float
     layers: tuple[float, ...]
     reducer: str
+    sources: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,13 @@ def read_log(run: str | Path) -> list[StageLog]:
                     tokens=float(row["tokens_per_image"]),
                     layers=tuple(float(count) for count in row["visual_tokens_per_layer"]),
                     reducer=str(row["reducer"]),
+                    sources={source: own["loss"] for source, own in row.get("sources", {}).items() if own["tokens"]},
                 )
                 for row in own
             ]
             stages.append(StageLog(name, points, int(own[-1]["images"] - images)))
             seconds, flops, images = own[-1]["seconds"], own[-1]["flops"], own[-1]["images"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FoveateError(f"{path}: a logged step lacks a value or has a wrong one: {error}") from error
     return stages
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.accounting import predict
@@ -32,6 +32,7 @@ class Since:
     steps: int = 0
     images: int = 0
     seconds: float = 0.0
+    sources: list[list[float]] = field(default_factory=list)  # of each that is mixed, as `mixture.SourceLosses` has them
 
 
 class Costs:

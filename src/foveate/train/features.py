@@ -20,11 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from foveate.data.conversations import Conversations
 from foveate.data.features import FeatureStore, Shape, crop_digest, facts_of, fill
 from foveate.data.pixels import open_image, outline
 from foveate.errors import FoveateError
 from foveate.model.processing import cut
+from foveate.train.mixture import Mixture
 from foveate.train.opening import Opened
 from foveate.train.progress import QUIET_EVERY
 from foveate.train.samples import StageData, order_of
@@ -38,17 +38,17 @@ THREADS = 8
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where a crop is found: among the samples held back or not, in which row, which picture of the row, and which crop of that."""
+    """Where a crop is found: among the samples held back or not, in which sample, which picture of it, and which crop of that."""
 
     held: bool
-    row: int
+    item: int
     picture: int
     crop: int
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The crops whose features a stage reads, by digest, in the order of its rows; `tower`: how many stages before train it."""
+    """The crops whose features a stage reads, by digest, in the order of its samples; `tower`: how many stages before train it."""
 
     setup: Setup
     features: Features
@@ -124,19 +124,19 @@ def wanted_size(wanted: Wanted, crops: int) -> int:
 
 def crops_of(recipe: Recipe, setup: Setup, data: StageData, state: PartialState) -> dict[bytes, Place]:
     """The crops of all images that a stage reads, each once; the processes share the reading of their files."""
-    rows = [(False, row) for row in rows_read(recipe, setup.stage, data.train)]
-    rows += [(True, int(row)) for row in data.validation.index] if data.validation is not None else []
+    items = [(False, item) for item in items_read(recipe, setup.stage, data.train)]
+    items += [(True, item) for item in range(len(data.validation))] if data.validation is not None else []
 
     def look(at: tuple[bool, int]) -> list[tuple[Place, bytes]]:
-        held, row = at
+        held, item = at
         found = []
-        for number, picture in enumerate(pictures(data, held, row)):
+        for number, picture in enumerate(pictures(data, held, item)):
             seen = outline(picture)
             boxes = [crop.box for crop in setup.config.plan_image(seen.height, seen.width).crops]
-            found += [(Place(held, row, number, crop), crop_digest(seen.digest, box)) for crop, box in enumerate(boxes)]
+            found += [(Place(held, item, number, crop), crop_digest(seen.digest, box)) for crop, box in enumerate(boxes)]
         return found
 
-    mine = rows[state.process_index :: state.num_processes]
+    mine = items[state.process_index :: state.num_processes]
     found: list[tuple[Place, bytes]] = []
     with told(setup.stage, state) as tell, ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(mine), 1024):
@@ -149,20 +149,20 @@ def crops_of(recipe: Recipe, setup: Setup, data: StageData, state: PartialState)
     return first
 
 
-def rows_read(recipe: Recipe, stage: Stage, samples: Conversations) -> list[int]:
-    """Rows that the steps of a stage read; all of them where one may have to stand in for another."""
+def items_read(recipe: Recipe, stage: Stage, samples: Mixture) -> list[int]:
+    """Samples that the steps of a stage read; all of them where one may have to stand in for another."""
     steps = stage_steps(len(samples), stage.batch_size, epochs=stage.epochs, steps=stage.steps)
-    if steps * stage.batch_size >= len(samples) or stage.data.on_bad_sample == "skip":
-        return [int(row) for row in samples.index]
+    whole = samples.drawn() is None and steps * stage.batch_size >= len(samples)
+    if whole or any(source.on_bad_sample == "skip" for source in stage.sources):
+        return list(range(len(samples)))
     order = order_of(recipe, stage, samples)
-    items = np.unique(np.concatenate([order.batch(step) for step in range(steps)]))
-    return [int(row) for row in samples.index[items]]
+    return [int(item) for item in np.unique(np.concatenate([order.batch(step) for step in range(steps)]))]
 
 
-def pictures(data: StageData, held: bool, row: int) -> list[Any]:
+def pictures(data: StageData, held: bool, item: int) -> list[Any]:
     samples = data.validation if held else data.train
     assert samples is not None
-    return samples.source.images(samples.source.row(row))
+    return samples.pictures(item)
 
 
 # ---- the tower -------------------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def open_features(wanted: Wanted, opened: Opened, state: PartialState) -> Featur
     store = FeatureStore(wanted.features.cache, facts, wanted.shape, wanted.features.storage)
 
     def load(place: Place) -> Tensor:
-        image = open_image(pictures(wanted.data, place.held, place.row)[place.picture])
+        image = open_image(pictures(wanted.data, place.held, place.item)[place.picture])
         crop = cut([image], [processor.plan_image(image.height, image.width)])[place.crop]
         pixels: Tensor = processor.image_processor([crop], return_tensors="pt")["pixel_values"][0]
         return pixels
@@ -213,9 +213,9 @@ def open_features(wanted: Wanted, opened: Opened, state: PartialState) -> Featur
     if state.is_main_process:
         seconds = f", {count:,} of them encoded now in {time.monotonic() - begun:.0f} s" if count else ", all of them there"
         print(f"stage {stage.name}: tower: from cache, {len(wanted.crops):,} images{seconds} ({store.folder})", file=sys.stderr, flush=True)
-    for samples in (wanted.data.train, wanted.data.validation):
-        if samples is not None:
-            samples.show = outline
+    wanted.data.train.show(outline)
+    if wanted.data.validation is not None:
+        wanted.data.validation.show = outline
     return store
 
 

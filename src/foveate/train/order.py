@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -19,30 +20,63 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
+def apportion(shares: Sequence[Fraction], total: int) -> list[int]:
+    """Whole numbers in the ratio of the shares that add up to `total`, by largest remainders; of equal ones the first goes before."""
+    exact = [share * total / sum(shares) for share in shares]
+    found = [int(value) for value in exact]
+    for place in sorted(range(len(shares)), key=lambda i: found[i] - exact[i])[: total - sum(found)]:
+        found[place] += 1
+    return found
+
+
 class Order:
     """The samples of a stage as one long row: one permutation after the other, an epoch each, cut into batches of equal size.
 
     A batch at the seam of two epochs takes from both, so that every batch is full. `sizes`: lengths of the samples, to put samples of
     similar length into the same batch (which then leave the seam: an epoch is whole batches, filled up from its own beginning).
+    `drawn`: where the samples are those of several sources, one behind the other, drawn by shares: (samples of the source, how many of
+    them an epoch has). Each source goes through all its samples before one of them comes again.
     """
 
-    def __init__(self, samples: int, batch_size: int, seed: int, stage: str, sizes: np.ndarray | None = None) -> None:
-        self.samples, self.batch_size, self.seed, self.stage, self.sizes = samples, batch_size, seed, stage, sizes
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        seed: int,
+        stage: str,
+        sizes: np.ndarray | None = None,
+        drawn: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        self.samples, self.batch_size, self.seed, self.stage = samples, batch_size, seed, stage
+        self.sizes, self.drawn = sizes, drawn
 
     @lru_cache(maxsize=2)  # noqa: B019  an order lives as long as its stage
     def epoch(self, epoch: int) -> np.ndarray:
         # RandomState's stream is frozen by numpy's policy, Generator's is not.
         random = np.random.RandomState(seed_of(self.seed, self.stage, epoch))
-        row = random.permutation(self.samples)
+        row = random.permutation(self.samples) if self.drawn is None else random.permutation(self._draw(epoch))
         if self.sizes is None:
             return row
-        row = np.resize(row, -(-self.samples // self.batch_size) * self.batch_size)
+        row = np.resize(row, -(-len(row) // self.batch_size) * self.batch_size)
         batches: list[np.ndarray] = []
         for start in range(0, len(row), CHUNK * self.batch_size):
             chunk = row[start : start + CHUNK * self.batch_size]
             chunk = chunk[np.argsort(self.sizes[chunk], kind="stable")]
             batches.extend(chunk.reshape(-1, self.batch_size))
         return np.concatenate([batches[i] for i in random.permutation(len(batches))])
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, source by source: of each the next ones of its own row of permutations."""
+        assert self.drawn is not None
+        found, first = [], 0
+        for number, (samples, count) in enumerate(self.drawn):
+            start = epoch * count
+            rounds = range(start // samples, -(-(start + count) // samples))
+            seeds = [seed_of(self.seed, self.stage, number, turn) for turn in rounds]
+            row = np.concatenate([np.random.RandomState(seed).permutation(samples) for seed in seeds])
+            found.append(first + row[start % samples :][:count])
+            first += samples
+        return np.concatenate(found)
 
     def batch(self, step: int) -> np.ndarray:
         """Samples of optimiser step `step`, over all processes: (batch_size,)."""

@@ -26,9 +26,10 @@ from foveate.accounting import CONVENTION, image_shape, parameters, predict, tra
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
 from foveate.reducers import parse
+from foveate.train.order import apportion
 from foveate.train.recipe import load_recipe
 from foveate.train.schedule import stage_steps
-from foveate.train.settings import Stage
+from foveate.train.settings import Source, Stage
 from foveate.train.stages import Setup, naming, read_config, walk
 
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
@@ -62,6 +63,18 @@ class PartPlan:
 
 
 @dataclass(frozen=True)
+class SourcePlan:
+    """One of several sources: its samples, as far as they are here, how many the stage reads of them (again and again, where there are too
+    few), the steps that these would fill, and their tokens with one image each."""
+
+    name: str
+    samples: int | None
+    read: int | None
+    steps: float | None
+    tokens: int | None
+
+
+@dataclass(frozen=True)
 class StagePlan:
     """A stage: means over its schedule, weighted by share, and the parts themselves."""
 
@@ -82,6 +95,7 @@ class StagePlan:
     samples: int | None
     share: float | None  # of the run's training FLOPs; None where the number of samples of a stage is not known
     notes: list[str]
+    sources: list[SourcePlan]  # where there are several
 
     @property
     def cost(self) -> Fraction | None:
@@ -142,6 +156,7 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
         samples=samples,
         share=None,
         notes=[*notes, *setup.cautions, *([] if stage.features is None else [CACHED])],
+        sources=plan_sources(stage, samples, setup.image.tokens + text_tokens),
     )
 
 
@@ -184,13 +199,35 @@ def by_scale(setup: Setup, grid: tuple[int, int]) -> list[int]:
 
 def count_steps(stage: Stage) -> int | None:
     """Optimiser steps of a stage; None where it lasts epochs and its data is not here."""
-    data, samples = stage.data, stage.data.limit
-    where = Path(data.conversations or data.dataset or "").expanduser()
-    if stage.steps is None and os.path.exists(where):
-        samples = len(open_rows(where, data.split, data.config, data.limit))
-    if stage.steps is None and samples is None:
+    if stage.steps is not None:
+        return stage.steps
+    counts = [count_samples(source) for source in stage.sources]
+    if None in counts:
         return None
-    return stage_steps(samples or 0, stage.batch_size, epochs=stage.epochs, steps=stage.steps)
+    return stage_steps(sum(filter(None, counts)), stage.batch_size, epochs=stage.epochs, steps=None)
+
+
+def count_samples(source: Source) -> int | None:
+    """Samples that a source has for a stage; None where it is not here and has no limit. (Bad ones are not known here.)"""
+    where, samples = Path(source.conversations or source.dataset or "").expanduser(), source.limit
+    if os.path.exists(where):
+        samples = len(open_rows(where, source.split, source.config, source.limit))
+    return min(filter(None, (samples, source.samples)), default=None)
+
+
+def plan_sources(stage: Stage, samples: int | None, tokens: int) -> list[SourcePlan]:
+    """What the `samples` of a stage, with so many tokens each, come to by source, where there are several."""
+    sources = stage.sources
+    if len(sources) == 1:
+        return []
+    counts = [count_samples(source) for source in sources]
+    weights = [Fraction(count or 0) if source.share is None else source.share for source, count in zip(sources, counts, strict=True)]
+    known = samples is not None and all(weights)
+    read = apportion(weights, samples) if known and samples is not None else [None] * len(sources)
+    return [
+        SourcePlan(source.label, count, n, None if n is None else round(n / stage.batch_size, 2), None if n is None else n * tokens)
+        for source, count, n in zip(sources, counts, read, strict=True)
+    ]
 
 
 def weighted(parts: Sequence[tuple[Fraction, dict[str, int]]]) -> dict[str, Fraction]:
@@ -226,7 +263,13 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
         *("stage", "share", "reducers", "tokens by layer", "#Tokens", "CR", "forward", "training", "KV"),
     )
     split = grid_table(f"{flops.name} of a training step by part of the model", "stage", *found.stages[0].training_flops, "all")
+    mixed = grid_table("Sources", "stage", "source", "samples", "read", "passes", "steps", "tokens read")
     for stage in found.stages:
+        for source in stage.sources:
+            passes = "?" if not source.samples or source.read is None else f"{source.read / source.samples:.3g}"
+            counts = ["?" if n is None else f"{n:,}" for n in (source.samples, source.read)]
+            rest = ["?" if n is None else f"{n:,}" for n in (source.steps, source.tokens)]
+            mixed.add_row(stage.name, source.name, *counts, passes, *rest)
         stages.add_row(
             stage.name,
             f"{stage.image_size} px",
@@ -249,7 +292,7 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
                 *(flops(sum(stage.forward_flops.values())), flops(sum(stage.training_flops.values())), kv(stage.visual_kv_bytes)),
                 style="bold",
             )
-    for table in (stages, trained, schedule, split):
+    for table in (stages, *([mixed] if mixed.rows else []), trained, schedule, split):
         console.print(table)
     for stage in found.stages:
         for note in stage.notes:
@@ -261,7 +304,7 @@ def grid_table(title: str, *columns: str) -> Table:
     """Numbers are folded, never cut off, where the window is narrow."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in columns:
-        left = column in ("stage", "reducers", "tokens by layer")
+        left = column in ("stage", "source", "reducers", "tokens by layer")
         table.add_column(column.replace("_", " "), justify="left" if left else "right", overflow="fold")
     return table
 

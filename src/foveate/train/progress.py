@@ -21,7 +21,8 @@ QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
 @dataclass
 class StageInfo:
     """What the trainer needs to know of the stage beside the arguments of the Trainer. `image`: what an image becomes, as far as that is
-    known before any is seen, `cached`: whether the tower's features are read instead of made."""
+    known before any is seen, `cached`: whether the tower's features are read instead of made, `sources`: names of what is mixed, where
+    there are several."""
 
     index: int
     count: int
@@ -32,6 +33,7 @@ class StageInfo:
     image: ImagePlan
     bf16_copy: bool = False
     cached: bool = False
+    sources: Sequence[str] = ()
 
 
 class ProgressLine(TrainerCallback):

@@ -12,7 +12,22 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from foveate.errors import FoveateError
-from foveate.train.settings import TAGS, BridgeScales, Data, Features, Lora, LoraOf, Model, Rates, Recipe, Slot, Stage, Trained, Validation
+from foveate.train.settings import (
+    TAGS,
+    BridgeScales,
+    Data,
+    Features,
+    Lora,
+    LoraOf,
+    Model,
+    Rates,
+    Recipe,
+    Slot,
+    Source,
+    Stage,
+    Trained,
+    Validation,
+)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -132,5 +147,5 @@ def _known_keys(keys: list[str]) -> list[str]:
     inside: dict[str, type[BaseModel]] = {"model": Model, "stages": Stage, "data": Data, "train": Trained, "lm": LoraOf, "lora": Lora}
     inside |= {"reducers": Slot, "bridge": BridgeScales, "learning_rate": Rates, "validation": Validation, "features": Features}
     for key in keys:
-        model = inside.get(key, model)
+        model = inside.get(key, Source if model is Data and key.isdigit() else model)
     return list(model.model_fields)

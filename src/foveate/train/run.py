@@ -131,7 +131,7 @@ def run_stage(
         trainer.totals = Totals(**json.loads((previous / "totals.json").read_text(encoding="utf-8")))
     trainer.run(checkpoint)
     if state.is_main_process:
-        report_notes(recipe, stage, data.train.source.name, trainer.stage.steps * stage.batch_size)
+        report_notes(recipe, stage, data.train.name, trainer.stage.steps * stage.batch_size)
     finish(recipe, index, previous, opened, trainer, folder)
     state.wait_for_everyone()
 
@@ -154,14 +154,15 @@ def make_trainer(
         collator = make_collator(opened, stage.max_length, True, features)
         loading = Loading(data.validation, collator, stage.validation.on_bad_sample, skipped)
         held = Held(loading, stage.validation.every)
-    passes = steps * stage.batch_size / len(samples)
-    collator = make_collator(opened, stage.max_length, passes > 1, features)
+    order = order_of(recipe, stage, samples)
+    again = order.drawn is not None or steps * stage.batch_size > len(samples)
+    collator = make_collator(opened, stage.max_length, again, features)
     return FoveateTrainer(
         model=opened.model,
         args=arguments,
         train_dataset=range(len(samples)),
-        data_collator=Loading(samples, collator, stage.data.on_bad_sample, skipped, lost if plan is None else None),
-        order=order_of(recipe, stage, samples),
+        data_collator=Loading(samples, collator, samples.policy, skipped, lost if plan is None else None),
+        order=order,
         stage=StageInfo(
             index=index,
             count=len(recipe.stages),
@@ -172,6 +173,7 @@ def make_trainer(
             image=plan or ImagePlan.whole(1),
             bf16_copy=stage.precision == "bf16-copy",
             cached=features is not None,
+            sources=samples.names,
         ),
         totals=Totals(),
         log_file=files.RunLog(recipe.output / "log.jsonl"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
@@ -23,10 +25,11 @@ from foveate.data.library import LibraryCollator, image_plan
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor, default_template
 from foveate.tokens import ImagePlan
+from foveate.train.mixture import Mixture, Part
 from foveate.train.opening import Opened, open_processor
-from foveate.train.order import Order
-from foveate.train.settings import Data, Recipe, Stage
-from foveate.train.stages import Setup, first_line
+from foveate.train.order import Order, seed_of
+from foveate.train.settings import Data, Recipe, Source, Stage
+from foveate.train.stages import Setup, first_line, naming
 from foveate.world import resolve
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StageData:
-    train: Conversations
+    train: Mixture
     validation: Conversations | None
 
 
@@ -46,13 +49,23 @@ def open_data(recipe: Recipe, setup: Setup, renderer: Renderer, state: PartialSt
         return open_samples(recipe, spec, name, Fit(renderer, plan_image, stage.max_length), state)
 
     held = None if stage.validation is None else opened(stage.validation, f"{stage.name}-validation")
-    return StageData(opened(stage.data, stage.name), held)
+    several = len(stage.sources) > 1
+    parts = []
+    for source in stage.sources:
+        name = f"{stage.name}+{re.sub(r'[^A-Za-z0-9._-]+', '-', source.label)}" if several else stage.name
+        parts.append(Part(source.label, opened(source, name), source.on_bad_sample, source.share))
+    mixture = Mixture(parts)
+    with naming(stage):
+        mixture.drawn()  # a share of nothing is told now
+    return StageData(mixture, held)
 
 
 def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: PartialState) -> Conversations:
     """Samples, each of them and each image checked; the processes share the work."""
     data = Conversations.open(spec.conversations, spec.images, spec.dataset, spec.split, spec.limit, spec.config)
-    rows = range(len(data.source))[state.process_index :: state.num_processes]
+    if isinstance(spec, Source) and spec.samples is not None:
+        data.index = chosen(len(data), spec.samples, recipe.seed, spec.label)
+    rows = data.index.tolist()[state.process_index :: state.num_processes]
     columns = (TextColumn("checking {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not state.is_main_process) as bar:
         task = bar.add_task(data.source.name, total=len(rows))
@@ -60,10 +73,15 @@ def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: Partia
     bad = sorted(gather_object(bad), key=lambda sample: sample.index)
     cut: list[Cut] = gather_object(fits.cut)
     if state.is_main_process and cut:
-        log.warning("stage %s: %s", name, told(cut, data.source.name, len(data.source), fits.max_length))
+        log.warning("stage %s: %s", name, told(cut, data.name, len(data), fits.max_length))
     report = recipe.output / f"bad-samples-{name}.txt"
     refuse_or_skip(data, bad, spec.on_bad_sample, report if state.is_main_process else None)
     return data
+
+
+def chosen(samples: int, most: int, seed: int, source: str) -> np.ndarray:
+    """At most so many rows of a source, in order; those of a smaller number are among those of a greater."""
+    return np.sort(np.random.RandomState(seed_of(seed, source, "samples")).permutation(samples)[:most])
 
 
 def planner(recipe: Recipe, setup: Setup) -> Callable[[int, int], ImagePlan]:
@@ -77,9 +95,14 @@ def planner(recipe: Recipe, setup: Setup) -> Callable[[int, int], ImagePlan]:
 
 def facts_of(data: StageData) -> dict[str, Any]:
     """What must not change about the data while a run goes on."""
-    found: dict[str, Any] = {"data": data.train.source.fingerprint, "samples": len(data.train)}
+
+    def of(samples: Conversations) -> dict[str, Any]:
+        return {"data": samples.source.fingerprint, "samples": len(samples)}
+
+    parts = data.train.parts
+    found = {"sources": {part.name: of(part.samples) for part in parts}} if len(parts) > 1 else of(parts[0].samples)
     if data.validation is not None:
-        found["validation"] = {"data": data.validation.source.fingerprint, "samples": len(data.validation)}
+        found["validation"] = of(data.validation)
     return found
 
 
@@ -108,10 +131,10 @@ def make_collator(opened: Opened, max_length: int, remember: bool = False, featu
     return LibraryCollator(opened.processor, max_length, opened.model.config.image_token_id)
 
 
-def order_of(recipe: Recipe, stage: Stage, samples: Conversations) -> Order:
+def order_of(recipe: Recipe, stage: Stage, samples: Mixture) -> Order:
     """Which samples stand in which batch of a stage."""
-    sizes = samples.source.sizes()[samples.index] if stage.group_by_length else None
-    return Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes)
+    sizes = samples.sizes() if stage.group_by_length else None
+    return Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes, samples.drawn())
 
 
 def notes(recipe: Recipe, stage: Stage) -> tuple[Path, Path]:

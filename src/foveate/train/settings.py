@@ -18,6 +18,8 @@ from foveate.train.sizes import read_bytes
 
 log = logging.getLogger(__name__)
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a stage or a source, which files are called after
+
 
 def _fraction(value: Any) -> Any:
     if isinstance(value, Fraction):
@@ -30,7 +32,8 @@ def _fraction(value: Any) -> Any:
         raise ValueError("a share is a number or a fraction such as 1/3") from None
 
 
-Share = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str, return_type=str), Field(gt=0, le=1)]
+Weight = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str, return_type=str), Field(gt=0)]
+Share = Annotated[Weight, Field(le=1)]
 
 
 def _reducer(value: Any) -> Any:
@@ -112,6 +115,20 @@ class Data(Strict):
         return self
 
 
+class Source(Data):
+    """One of the sources that a stage mixes. `share`: how often it is drawn, beside the shares of the others; left out in all, each source
+    counts by its samples. `samples`: at most so many of its samples, which the seed chooses, the same in every stage."""
+
+    name: str | None = Field(default=None, pattern=NAME)
+    share: Weight | None = None
+    samples: int | None = Field(default=None, gt=0)
+
+    @property
+    def label(self) -> str:
+        """What the log calls it: its name, or else its file's or data set's."""
+        return self.name or Path(self.conversations or self.dataset or "").stem
+
+
 class Features(Strict):
     """The frozen tower's features are kept in the folder `cache`, which any number of runs may share, and read from there.
 
@@ -140,7 +157,8 @@ class LoraOf(Strict):
     lora: Lora
 
 
-WHOLE, ADAPTED, ONE, BY_PART = TAGS = "<bool>", "<lora>", "<rate>", "<rates>"  # pydantic puts them into the locations of errors
+# pydantic puts them into the locations of errors
+WHOLE, ADAPTED, ONE, BY_PART, SINGLE, MIXED = TAGS = "<bool>", "<lora>", "<rate>", "<rates>", "<source>", "<sources>"
 
 
 def _lm_kind(value: Any) -> str:
@@ -208,14 +226,24 @@ LearningRate = Annotated[
 ]
 
 
+def _data_kind(value: Any) -> str:
+    return MIXED if isinstance(value, list) else SINGLE
+
+
+DataOrSources = Annotated[
+    Annotated[Data, Tag(SINGLE)] | Annotated[list[Source], Field(min_length=1), Tag(MIXED)],
+    Discriminator(_data_kind),
+]
+
+
 class BridgeScales(Strict):
     scales: list[tuple[int, int]] = Field(min_length=1)  # (window, queries per window), coarse to fine
     sources: list[int] | None = None  # for each new scale, which scale of the stage before seeds it
 
 
 class Stage(Strict):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    data: Data
+    name: str = Field(pattern=NAME)
+    data: DataOrSources
     image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
     bridge: BridgeScales | None = None
     train: Trained = Trained()
@@ -240,6 +268,17 @@ class Stage(Strict):
     features: Features | None = None
 
     @model_validator(mode="after")
+    def _mixes(self) -> Stage:
+        labels = [source.label for source in self.sources]
+        double = sorted({label for label in labels if labels.count(label) > 1})
+        if double:
+            raise ValueError(f"two sources of `data` are called {double[0]}: give each a `name` of its own")
+        without = [source.label for source in self.sources if source.share is None]
+        if 0 < len(without) < len(labels):
+            raise ValueError(f"a `share` is given to each source of `data` or to none, but {', '.join(without)} has none")
+        return self
+
+    @model_validator(mode="after")
     def _adds_up(self) -> Stage:
         if isinstance(self.learning_rate, Rates):
             rated = [part for part in Rates.model_fields if getattr(self.learning_rate, part) is not None]
@@ -262,6 +301,11 @@ class Stage(Strict):
                 shares = " + ".join(str(slot.share) for slot in self.reducers)
                 raise ValueError(f"the shares of `reducers` must add up to 1, but {shares} = {total} (fractions such as 1/3 are exact)")
         return self
+
+    @property
+    def sources(self) -> list[Source]:
+        """What is trained on, one source or several."""
+        return self.data if isinstance(self.data, list) else [Source(**dict(self.data))]
 
     @property
     def parts(self) -> list[Part]:

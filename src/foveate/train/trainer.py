@@ -23,13 +23,14 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from foveate.data.collate import IGNORED
-from foveate.data.conversations import SHOWN, row_id
+from foveate.data.conversations import SHOWN
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Since, Totals
 from foveate.train.callbacks import Flow, Held
+from foveate.train.mixture import SourceLosses, told
 from foveate.train.order import Order, ProcessBatches
 from foveate.train.progress import ProgressLine, StageInfo
 from foveate.train.scheduled import ScheduleCallback
@@ -85,6 +86,7 @@ class FoveateTrainer(Trainer):
         self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())
         self.flow = Flow(log_steps, save_steps, stage.steps, validation)
         self.add_callback(self.flow)
+        self.by_source = SourceLosses(len(stage.sources))
         self._seen = [0, 0]  # visual tokens and images so far, of the batches that came here
         self._reset()
         if self.is_world_process_zero():
@@ -150,9 +152,10 @@ class FoveateTrainer(Trainer):
 
     _micro = (-1, 0)  # the optimiser step under way, and micro-batches of it that were begun
     _step_images = 0
+    _sources: Sequence[int] = ()  # of the rows of the micro-batch under way
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        plans = inputs.pop("plans")
+        plans, self._sources = inputs.pop("plans"), inputs.pop("sources")
         images = sum(map(len, plans))
         step, begun = self._micro
         if step != self.state.global_step:
@@ -182,7 +185,11 @@ class FoveateTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
-        loss = super().compute_loss(called, inputs, *args, **kwargs)
+        if self.stage.sources:
+            loss, outputs = super().compute_loss(called, inputs, *args, **{**kwargs, "return_outputs": True})
+            self.by_source.add(outputs["logits"], inputs["labels"], self._sources)
+        else:
+            loss = super().compute_loss(called, inputs, *args, **kwargs)
         if (
             not {"pixel_values", "tower_features"} & set(inputs) and self.stand_in is None and not self.trains_text
         ):  # gradients of zero, not none at all
@@ -197,9 +204,8 @@ class FoveateTrainer(Trainer):
         return norm
 
     def _diverged(self, what: str, items: np.ndarray) -> NoReturn:
-        data = self.data_collator.data
-        rows = [int(data.index[item]) for item in items[:SHOWN]]
-        samples = ", ".join(row_id(data.source.row(row), row) for row in rows) + (", ..." if len(items) > SHOWN else "")
+        names = map(self.data_collator.data.name_of, items[:SHOWN])
+        samples = ", ".join(names) + (", ..." if len(items) > SHOWN else "")
         raise FoveateError(
             f"stage {self.stage.name}, step {self.state.global_step + 1}: {what} (samples {samples}). The run stops here; its last "
             "complete checkpoint stays. Look at these samples, lower learning_rate, or set max_grad_norm; another `output` starts anew"
@@ -230,7 +236,7 @@ class FoveateTrainer(Trainer):
             for number, batch in enumerate(loader, start=1):
                 if number == len(batches) and rows[-1] >= len(samples):
                     batch["labels"][-1] = IGNORED
-                batch.pop("plans")
+                del batch["plans"], batch["sources"]
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
                 loss = called(**self._prepare_inputs(batch))["loss"]
                 if count:
@@ -248,11 +254,14 @@ class FoveateTrainer(Trainer):
     def _gather(self) -> None:
         """Bring what the processes have counted into `totals` and `since`. Every process calls this at the same steps."""
         loss = torch.zeros((), dtype=torch.float64) if self._loss is None else self._loss.cpu()
-        counted = torch.stack([loss, *(torch.tensor(float(x), dtype=torch.float64) for x in (self._images, self._supervised, self._flops))])
+        counted = torch.tensor([loss, self._images, self._supervised, self._flops, *self.by_source.take().flatten()], dtype=torch.float64)
         if self.args.world_size > 1:
             counted = self.accelerator.reduce(counted.to(self.args.device), reduction="sum").cpu()
             counted[0] /= self.args.world_size  # each process' loss is already scaled to the whole batch
-        loss_sum, images, supervised, flops = counted.tolist()
+        loss_sum, images, supervised, flops, *rest = counted.tolist()
+        own = [rest[at : at + 3] for at in range(0, len(rest), 3)]
+        before = self.since.sources or [[0.0] * 3] * len(own)
+        self.since.sources = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, own, strict=True)]
         seconds = time.monotonic() - self._clock
         self.since.loss += loss_sum
         self.since.images += int(images)
@@ -276,6 +285,7 @@ class FoveateTrainer(Trainer):
                 self.log_file.append(row)
             self._logged, self.since = self.state.global_step, Since()
             numbers: dict[str, float] = {key: row[key] for key in NUMBERS if key in row}
+            numbers |= {f"loss/{name}": own["loss"] for name, own in row.get("sources", {}).items() if own["tokens"]}
             per_layer = row["visual_tokens_per_layer"]
             logs = {**logs, **numbers, "visual_tokens_per_layer": sum(per_layer) / len(per_layer)}
         super().log(logs, start_time)
@@ -296,6 +306,8 @@ class FoveateTrainer(Trainer):
             "tokens_per_image": self.tokens_per_image,
             "visual_tokens_per_layer": self.visual_tokens(),
         }
+        if self.stage.sources:
+            row["sources"] = told(self.stage.sources, self.since.sources)
         if self.totals.flops is not None:
             row["flops"] = self.totals.flops
         if self.stage.cached:
