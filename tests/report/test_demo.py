@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -15,8 +16,8 @@ from foveate.errors import FoveateError
 from foveate.evaluation.metrics.scenes import FAMILY_RULES
 from foveate.inspect.words import answer_text, duration, si
 from foveate.report.demo import findings, learned_families, print_summary, scene_svg, write_report
-from foveate.report.plots import smooth, source_losses
-from foveate.report.runs import Arm, read_bridges, read_log, split_stages
+from foveate.report.plots import accuracy_curves, smooth, source_losses
+from foveate.report.runs import Arm, marks, read_bridges, read_log, split_stages
 
 MakeArms = Callable[[Path], list[Arm]]
 
@@ -231,3 +232,34 @@ def test_losses_by_source_are_drawn_where_a_stage_mixes(arms: list[Arm]) -> None
     lines = figure.axes[0].get_lines()
     assert [(line.get_label(), len(line.get_xdata())) for line in lines] == [("a", len(points)), ("b", len(points) - 1)]  # type: ignore[arg-type]
     assert set(lines[1].get_ydata()) == {2.0}  # type: ignore[arg-type]
+
+
+def test_evaluations_on_the_way_are_drawn_against_the_whole_run(arms: list[Arm], world: Path, tmp_path: Path) -> None:
+    """Seconds and FLOPs count from the run's beginning, over its stages."""
+    log = read_log(arms[0].run)
+    assert marks(log) == []
+    asked = [
+        replace(log[0].points[-1], figures={"scenes": {"mean accuracy": 40.0}}),
+        replace(log[1].points[5], figures={"scenes": {"mean accuracy": 60.0}}),
+    ]
+    found = marks(
+        [
+            replace(log[0], points=[*log[0].points[:-1], asked[0]]),
+            replace(log[1], points=[*log[1].points[:5], asked[1], *log[1].points[6:]]),
+        ]
+    )
+    assert [(mark.stage, mark.step) for mark in found] == [("pretrain", 200), ("finetune", 50)]
+    assert found[0].seconds == pytest.approx(100)
+    assert found[1].seconds == pytest.approx(100 + 0.9 * 50)
+    assert found[1].flops == pytest.approx(200 * 2e11 + 50 * 4e11)
+    (axes,) = accuracy_curves([("a", found), ("b", [])], "flops", "scenes").axes
+    assert axes.get_lines()[0].get_ydata().tolist() == [40.0, 60.0]  # type: ignore[union-attr]
+    assert axes.get_ylabel() == "scenes: mean accuracy"
+
+    run = tmp_path / "run"
+    shutil.copytree(arms[0].run, run)
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    rows[-1]["evaluation"] = {"scenes": {"mean accuracy": 60.0}}
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path / "report.html", [replace(arms[0], run=run), arms[1]], world).read_text()
+    assert "Accuracy while training" in page

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from foveate.errors import FoveateError
-from foveate.report.pretraining import aggregate, markdown, plot, record, write_comparison
+from foveate.report.pretraining import aggregate, markdown, plot, plot_curves, record, write_comparison
 from foveate.report.runs import Arm
 
 
@@ -128,3 +128,19 @@ def test_record_of_a_run(make_arms: Callable[[Path], list[Arm]], world: Path) ->
     assert llavolta["finetune_tokens"] == pytest.approx(sum(parts) / 4)
     assert sum(llavolta["n"].values()) == len(arms[2].result.rows)
     assert aggregate(records).arms[1].ratio["pretrain_seconds"].mean == pytest.approx(0.3)
+
+
+def test_curves_of_runs_that_were_asked(records: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert plot_curves(records) is None
+    for number, one in enumerate(records[:4]):
+        points = [{"seconds": 10.0 * step, "flops": 100.0 * step, "figures": {"t": {"accuracy": 20.0 * step + number}}} for step in (1, 2)]
+        one["curve"] = [{"stage": "a", "step": step, **point} for step, point in enumerate(points)]
+    figure = plot_curves(records)
+    assert figure is not None
+    left, right = figure.axes
+    assert [line.get_ydata().tolist() for line in left.get_lines()] == [[20.0 + n, 40.0 + n] for n in range(4)]  # type: ignore[union-attr]
+    assert right.get_lines()[0].get_xdata().tolist() == [100.0, 200.0]  # type: ignore[union-attr]
+    assert [text.get_text() for text in left.get_legend().get_texts()] == ["all", "few"]  # type: ignore[union-attr]
+    (tmp_path / "results.json").write_text(json.dumps(records))
+    write_comparison(tmp_path / "results.json", tmp_path / "out")
+    assert (tmp_path / "out" / "curves.svg").is_file()

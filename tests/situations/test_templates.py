@@ -256,7 +256,7 @@ def test_a_recipe_names_a_template(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "policy"), [("", "stop"), (", on_bad_sample: skip", "skip"), (", on_bad_image: skip", "skip")])
 def test_the_older_name_of_the_policy(given: str, policy: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert load_recipe(written(tmp_path, data=given)).stages[0].data.on_bad_sample == policy
+    assert load_recipe(written(tmp_path, data=given)).stages[0].sources[0].on_bad_sample == policy
     assert ("is now called on_bad_sample" in caplog.text) == ("image" in given)
 
 

@@ -86,7 +86,7 @@ def test_an_epoch_has_every_source_by_its_share(drawn: list[tuple[int, int]], ba
         if not grouped:  # else an epoch is whole batches, filled up from its own beginning
             assert np.bincount(source[row], minlength=len(drawn)).tolist() == [count for _, count in drawn]
             seen.update(row.tolist())
-            own = [[seen[item] for item in np.flatnonzero(source == number)] for number in range(len(drawn))]
+            own = [[seen[int(item)] for item in np.flatnonzero(source == number)] for number in range(len(drawn))]
             assert all(max(counts) - min(counts) <= 1 for counts in own)  # none comes again before the others of its source
     again = Order(samples, batch, seed, "stage", order.sizes, drawn)
     assert [order.batch(step).tolist() for step in range(9)] == [again.batch(step).tolist() for step in reversed(range(9))][::-1]

@@ -22,7 +22,7 @@ from foveate.inspect.words import answer_text, duration, si
 from foveate.machine import environment
 from foveate.report import plots
 from foveate.report.page import data_uri, write_page
-from foveate.report.runs import Arm, StageBridge, StageLog, read_bridges, read_log, split_stages
+from foveate.report.runs import Arm, StageBridge, StageLog, marks, read_bridges, read_log, split_stages
 from foveate.world.questions import RULER, box_cells
 
 Grid = tuple[int, int]
@@ -53,6 +53,7 @@ def write_report(
     learned = learned_families(arms)
     with figures.style():
         stages = _stage_figures(arms, logs)
+        curves = _curves(arms, logs)
         accuracy_figure = Markup(figures.svg(plots.accuracy_bars(arms), "accuracy"))
     counted = learned or list(arms[0].result.families)
     context = {
@@ -80,6 +81,7 @@ def write_report(
         "presence": _presence_table(arms),
         "accuracy_figure": accuracy_figure,
         "stages": stages,
+        "curves": curves,
         "windows": _windows(arms, picture),
         "examples": [_example(arms, Path(world), name) for name in names[:scenes]],
         "environment": environment(),
@@ -259,6 +261,18 @@ def _stage_figures(arms: Sequence[Arm], logs: Sequence[list[StageLog]]) -> list[
                 ],
             }
         )
+    return out
+
+
+def _curves(arms: Sequence[Arm], logs: Sequence[list[StageLog]]) -> list[tuple[str, Markup, Markup]]:
+    """(task, against seconds, against FLOPs) of every task that was asked in the middle of a run."""
+    runs = [(arm.name, marks(log)) for arm, log in zip(arms, logs, strict=True)]
+    tasks = dict.fromkeys(task for _, found in runs for mark in found for task in mark.figures)
+    out = []
+    for number, task in enumerate(tasks):
+        drawn = (plots.accuracy_curves(runs, against, task) for against in ("seconds", "flops"))
+        seconds, flops = (Markup(figures.svg(figure, f"curve{number}-{side}")) for side, figure in enumerate(drawn))
+        out.append((task, seconds, flops))
     return out
 
 

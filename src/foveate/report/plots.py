@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from foveate.inspect.figures import COLOURS, DASHES, INK, new_figure
-from foveate.report.runs import Arm, StageLog
+from foveate.report.runs import Arm, Mark, StageLog
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -78,6 +78,22 @@ def source_losses(stage: StageLog) -> Figure | None:
     axes.set_ylabel("training loss by source")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    _legend_below(figure, axes)
+    return figure
+
+
+def accuracy_curves(runs: Sequence[tuple[str, Sequence[Mark]]], against: str, task: str) -> Figure:
+    """The headline figure of a task in the middle of each run, against the run's "seconds" of training or "flops" so far."""
+    figure, axes = new_figure()
+    name = ""
+    for number, (run, found) in enumerate(runs):
+        own = [(getattr(mark, against), next(iter(mark.figures[task].items()))) for mark in found if task in mark.figures]
+        name = own[0][1][0] if own else name
+        style = {"linestyle": DASHES[number % len(DASHES)], "color": COLOURS[number % len(COLOURS)], "marker": "o", "markersize": 3}
+        axes.plot([x for x, _ in own], [value for _, (_, value) in own], label=run, **style)
+    axes.set_xlabel("seconds of training" if against == "seconds" else "FLOPs of training")
+    axes.set_ylabel(f"{task}: {name}")
+    axes.set_xlim(left=0)
     _legend_below(figure, axes)
     return figure
 

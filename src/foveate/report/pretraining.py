@@ -2,7 +2,8 @@
 
 A record is one run: {"arm", "seed", "pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops", "pretrain_tokens",
 "finetune_tokens" (visual tokens per image and layer), "accuracy": {family: share}, "majority": {family: share}, "n": {family: questions},
-"learned": [families whose 95 % interval lies above the majority answer]}. `record` makes one from a finished run.
+"learned": [families whose 95 % interval lies above the majority answer]}. `record` makes one from a finished run. Where the run was asked
+questions on its way it also has "curve": [{"stage", "step", "seconds", "flops", "figures": {task: {figure: value}}}], from its beginning.
 
 Spread is the sample standard deviation over seeds (n - 1). Ratios and differences are taken seed by seed against the first arm's run with
 the same seed, and averaged then; so they are those of runs that were made under the same conditions.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 from foveate.errors import FoveateError
 from foveate.inspect.figures import COLOURS
 from foveate.inspect.words import si
-from foveate.report.runs import Arm, StageLog, read_log, split_stages
+from foveate.report.runs import Arm, Mark, StageLog, marks, read_log, split_stages
 
 NUMBERS = ("pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops", "pretrain_tokens", "finetune_tokens")
 
@@ -70,7 +71,8 @@ class Comparison:
 
 def record(arm: Arm, seed: int) -> dict[str, Any]:
     """The record of a finished run."""
-    before, last = split_stages(read_log(arm.run))
+    log = read_log(arm.run)
+    before, last = split_stages(log)
 
     def tokens(stages: Sequence[StageLog]) -> float:
         return sum(stage.layer_tokens * stage.images for stage in stages) / sum(stage.images for stage in stages)
@@ -89,6 +91,7 @@ def record(arm: Arm, seed: int) -> dict[str, Any]:
         "majority": {family: score.majority_accuracy for family, score in families.items()},
         "n": {family: score.n for family, score in families.items()},
         "learned": [family for family, score in families.items() if score.low > score.majority_accuracy],
+        **({"curve": [asdict(mark) for mark in found]} if (found := marks(log)) else {}),
     }
 
 
@@ -225,8 +228,37 @@ def plot(comparison: Comparison) -> Figure:
     return figure
 
 
+def plot_curves(records: Sequence[dict[str, Any]]) -> Figure | None:
+    """Headlines on the way against seconds of training (left) and FLOPs (right): a row for each task, a line for each run, a colour for
+    each arm. None where no run was asked."""
+    runs = [(one["arm"], [Mark(**mark) for mark in one["curve"]]) for one in records if one.get("curve")]
+    tasks = list(dict.fromkeys(task for _, found in runs for mark in found for task in mark.figures))
+    if not tasks:
+        return None
+    arms = list(dict.fromkeys(one["arm"] for one in records))
+    figure = Figure(figsize=(9, 3.2 * len(tasks)), layout="constrained")
+    for task, pair in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False), strict=True):
+        for axes, against in zip(pair, ("seconds", "flops"), strict=True):
+            told: set[str] = set()
+            for arm, found in runs:
+                own = [mark for mark in found if task in mark.figures]
+                values = [next(iter(mark.figures[task].values())) for mark in own]
+                colour = COLOURS[arms.index(arm) % len(COLOURS)]
+                label = None if arm in told else arm
+                axes.plot([getattr(mark, against) for mark in own], values, "o-", markersize=3, linewidth=1.2, color=colour, label=label)
+                told.add(arm)
+            axes.set_xlabel("training, s" if against == "seconds" else "training, FLOPs")
+            axes.set_xlim(left=0)
+            axes.grid(color="#88888840", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        pair[0].set_ylabel(task)
+        pair[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
 def write_comparison(results: str | Path, out: str | Path) -> Comparison:
-    """Read a list of records from `results` (JSON) and write table.md, plot.svg and plot.png into the folder `out`."""
+    """Read a list of records from `results` (JSON) and write table.md, plot.svg and plot.png into the folder `out`, and where runs were
+    asked on their way curves.svg and curves.png too."""
     try:
         records = json.loads(Path(results).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -240,4 +272,7 @@ def write_comparison(results: str | Path, out: str | Path) -> Comparison:
     figure = plot(comparison)
     figure.savefig(folder / "plot.svg", metadata={"Date": None})
     figure.savefig(folder / "plot.png", dpi=120)
+    if (curves := plot_curves(records)) is not None:
+        curves.savefig(folder / "curves.svg", metadata={"Date": None})
+        curves.savefig(folder / "curves.png", dpi=120)
     return comparison

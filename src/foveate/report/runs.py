@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from foveate.evaluation.evaluate import Result
 @dataclass(frozen=True)
 class Point:
     """One logged step. `seconds` and `flops` are since the start of the stage; `layers` is visual tokens per image in each LM layer;
-    `sources` the loss of each source that had samples, where the stage mixes several."""
+    `sources` the loss of each source that had samples, where the stage mixes several; `figures` those of each task that was asked then,
+    headline first."""
 
     step: int
     loss: float
@@ -25,6 +26,7 @@ class Point:
     layers: tuple[float, ...]
     reducer: str
     sources: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def read_log(run: str | Path) -> list[StageLog]:
                     layers=tuple(float(count) for count in row["visual_tokens_per_layer"]),
                     reducer=str(row["reducer"]),
                     sources={source: own["loss"] for source, own in row.get("sources", {}).items() if own["tokens"]},
+                    figures=row.get("evaluation", {}),
                 )
                 for row in own
             ]
@@ -131,6 +134,27 @@ def read_log(run: str | Path) -> list[StageLog]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FoveateError(f"{path}: a logged step lacks a value or has a wrong one: {error}") from error
     return stages
+
+
+@dataclass(frozen=True)
+class Mark:
+    """An evaluation in the middle of a run: seconds of training and FLOPs from the run's beginning, and the figures of each task."""
+
+    stage: str
+    step: int
+    seconds: float
+    flops: float
+    figures: dict[str, dict[str, float]]
+
+
+def marks(stages: Sequence[StageLog]) -> list[Mark]:
+    """The evaluations of a run, in order."""
+    found, seconds, flops = [], 0.0, 0.0
+    for stage in stages:
+        asked = [point for point in stage.points if point.figures]
+        found += [Mark(stage.name, point.step, seconds + point.seconds, flops + point.flops, point.figures) for point in asked]
+        seconds, flops = seconds + stage.seconds, flops + stage.flops
+    return found
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,10 @@ output/recipe.json            the recipe the run was started with
 output/log.jsonl              one line per logged step
 output/0-pretrain/            one folder per stage
     checkpoint-50/            counts only once its mark `complete` is there: written last, by rename
+    best-40/                  the weights that did best so far, where they are kept
     model/                    the finished stage: a whole model with its processor, and its mark
 output/final/                 the last stage's model
+output/best/                  the best model of the last stage that keeps one
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ HARMLESS = {
     "on_bad_sample",
     "on_bad_image",
     "validation",
+    "evaluate",
     "cache",
     "at_most",
 }
@@ -72,11 +75,21 @@ def newest(stage: Path) -> Path | None:
 
 def clean(stage: Path) -> None:
     """Remove what a kill has left half done: checkpoints without their mark, and models under way."""
-    for path in checkpoints(stage):
+    for path in (*checkpoints(stage), *bests(stage)):
         if not is_complete(path):
             remove(path)
     if not is_complete(stage / "model"):
         remove(stage / "model")
+
+
+def bests(stage: Path) -> list[Path]:
+    """Folders best-N of a stage, complete or not, oldest first. A later one was only written because it was better."""
+    found = [path for path in stage.glob("best-*") if path.name.removeprefix("best-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("best-")))
+
+
+def newest_best(stage: Path) -> Path | None:
+    return next((path for path in reversed(bests(stage)) if is_complete(path)), None)
 
 
 def rotate(stage: Path) -> None:
@@ -88,7 +101,7 @@ def rotate(stage: Path) -> None:
 
 def drop_checkpoints(stage: Path) -> None:
     """The stage is finished; a kill may have cut short an earlier attempt at this."""
-    for path in checkpoints(stage):
+    for path in (*checkpoints(stage), *bests(stage)):
         remove(path)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,29 @@ class ProgressLine(TrainerCallback):
             text, rate = self._now(state.global_step)
             left = (self.stage.steps - state.global_step) * self.batch_size / rate
             print(f"{self._name}: step {state.global_step}/{self.stage.steps}, {text}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def beside(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A function that is told how much more is done of something beside training, whose time is not that of the steps."""
+        begun = last = time.monotonic()
+        done = 0
+        task = None if self._bar is None else self._bar.add_task(f"{self._name}: {what}", total=total, now="")
+
+        def tell(more: int) -> None:
+            nonlocal last, done
+            done += more
+            if self._bar is not None and task is not None:
+                self._bar.update(task, completed=done)
+            elif time.monotonic() - last > QUIET_EVERY:
+                last = time.monotonic()
+                print(f"{self._name}: {what}, {done} of {total}", file=sys.stderr, flush=True)
+
+        try:
+            yield tell
+        finally:
+            if self._bar is not None and task is not None:
+                self._bar.remove_task(task)
+            self._start += time.monotonic() - begun
 
     def close(self) -> None:
         if self._bar is not None:

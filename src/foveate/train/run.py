@@ -17,17 +17,22 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from safetensors.torch import load_file
+from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from foveate.anatomy import read
 from foveate.data.features import FeatureStore
 from foveate.data.library import image_plan
 from foveate.errors import FoveateError
+from foveate.evaluation.samples import Task
+from foveate.files import write_json
 from foveate.reducers import parse, save_reducers
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Totals
 from foveate.train.callbacks import Held
+from foveate.train.evaluating import BEST_NOTE, Examiner, best_note, open_tasks
 from foveate.train.features import Wanted, look_through, open_features
 from foveate.train.loading import Loading
 from foveate.train.lock import locked
@@ -80,6 +85,7 @@ def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> No
     if renderer.end and state.is_main_process:
         log.warning("the chat template writes no token behind an answer: %s is put there, so that the model learns to stop", renderer.end)
     data = [open_data(recipe, setup, renderer, state) for setup in setups]
+    tasks = open_tasks(recipe, state)
     facts = {stage.name: facts_of(found) for stage, found in zip(recipe.stages, data, strict=True)}
     files.compare(recipe.output, {"recipe": plain, "facts": facts})
     state.wait_for_everyone()
@@ -93,7 +99,8 @@ def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> No
     done = max((index for index, folder in enumerate(folders) if files.is_complete(folder)), default=-1)
     wanted = look_through(recipe, setups, data, state, done)
     for index in range(done + 1, len(folders)):
-        run_stage(recipe, index, data[index], wanted[index], folders[index - 1] if index else None, state, first=index == done + 1)
+        previous = folders[index - 1] if index else None
+        run_stage(recipe, index, data[index], wanted[index], tasks[index], previous, state, first=index == done + 1)
     if state.is_main_process:
         for folder in folders:
             files.drop_checkpoints(folder.parent)
@@ -105,7 +112,14 @@ def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> No
 
 
 def run_stage(
-    recipe: Recipe, index: int, data: StageData, wanted: Wanted | None, previous: Path | None, state: PartialState, first: bool
+    recipe: Recipe,
+    index: int,
+    data: StageData,
+    wanted: Wanted | None,
+    tasks: Sequence[Task],
+    previous: Path | None,
+    state: PartialState,
+    first: bool,
 ) -> None:
     stage, folder = recipe.stages[index], recipe.folder(index)
     if state.is_main_process:
@@ -116,6 +130,10 @@ def run_stage(
     opened = open_model(recipe, index, previous)
     features = None if wanted is None else open_features(wanted, opened, state)
     trainer = make_trainer(recipe, index, data, opened, features, state)
+    if stage.evaluate is not None:
+        if trainer.is_fsdp_enabled:
+            raise FoveateError(f"stage {stage.name}: evaluate needs the whole model in each process, which FSDP divides; leave it out")
+        trainer.ask(Examiner(stage.evaluate, tasks, opened.processor, folder, state))
     if first and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # what is sharded may have no room on one device
         rehearse(recipe, index, opened, state)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
@@ -195,27 +213,44 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
     if sharded:
         opened = open_model(recipe, index, previous)
         opened.model.load_state_dict(state)
+    # What the model was trained with to the end is what it needs; several that take turns teach it to do with any of them, or none.
+    ends_with = set(trainer.stage.parts[-1].cycle) if trainer.stage.parts else {NONE}
+    write_best(recipe, index, previous, folder)
+    target = folder / "model"
+    write_model(opened, recipe.stages[index].name, ends_with.pop() if len(ends_with) == 1 else NONE, target)
+    (target / "totals.json").write_text(json.dumps(vars(trainer.totals)) + "\n", encoding="utf-8")
+    files.mark(target)
+
+
+def write_best(recipe: Recipe, index: int, previous: Path | None, folder: Path) -> None:
+    """The best weights of a stage, if any were kept, as `<output>/best`, a whole model."""
+    kept = files.newest_best(folder)
+    if kept is None:
+        return
+    opened, note, target = open_model(recipe, index, previous), best_note(kept), recipe.output / "best"
+    opened.model.load_state_dict(load_file(kept / SAFE_WEIGHTS_NAME), strict=False)
+    files.remove(target)
+    write_model(opened, note["stage"], note["reducer"], target)
+    write_json(target / BEST_NOTE, note)
+    files.mark(target)
+
+
+def write_model(opened: Opened, stage: str, reducer: str, target: Path) -> None:
+    """A stage's model and processor, whole and with LoRA merged into its weights, and the reducer that it needs."""
     model = opened.model
     if opened.tuner is not None:
         model = opened.tuner.merge_and_unload()
     bad = next((name for name, parameter in model.named_parameters() if not parameter.isfinite().all()), None)
     if bad is not None:
-        raise FoveateError(
-            f"stage {trainer.stage.name}: after its last step {bad} holds numbers that are not finite. Nothing was saved of it"
-        )
+        raise FoveateError(f"stage {stage}: after its last step {bad} holds numbers that are not finite. Nothing was saved of it")
     model.requires_grad_(True)
     if is_assembled(model.config):
         model.config.always_run_vision = False
     if opened.use_cache is None:
-        del model.config.use_cache
+        vars(model.config).pop("use_cache", None)
     else:
         model.config.use_cache = opened.use_cache
-    target = folder / "model"
     model.save_pretrained(target)
     opened.processor.save_pretrained(target)
-    # What the model was trained with to the end is what it needs; several that take turns teach it to do with any of them, or none.
-    ends_with = set(trainer.stage.parts[-1].cycle) if trainer.stage.parts else {NONE}
-    if len(ends_with) == 1 and ends_with != {NONE}:
-        save_reducers(parse(ends_with.pop()), target)
-    (target / "totals.json").write_text(json.dumps(vars(trainer.totals)) + "\n", encoding="utf-8")
-    files.mark(target)
+    if reducer != NONE:
+        save_reducers(parse(reducer), target)

@@ -11,7 +11,8 @@ micro-batches, and a run that is resumed from a checkpoint goes on as it would h
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from types import TracebackType
 from typing import Any, Self
@@ -141,6 +142,15 @@ class ScheduleCallback(TrainerCallback):
         if self._log or name != NONE:
             self._run = attach(self._model, self._reducers[name], record="last" if self._log else "none")
         self.current = name
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The model is bare inside of the block, and has the reducer of the moment again after it."""
+        self._drop()
+        try:
+            yield
+        finally:
+            self._switch()
 
     def _drop(self) -> None:
         if self._run is not None:

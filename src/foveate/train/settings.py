@@ -139,6 +139,23 @@ class Features(Strict):
     storage: Literal["exact", "half", "int8"] = "exact"
 
 
+class Evaluate(Strict):
+    """Tasks, as `foveate bench` spells them, that the model is asked every `every` steps and at the end of the stage: at most `limit`
+    questions of each. `reducers`: left out, those of the moment. `keep_best`: the figure whose best model is kept."""
+
+    tasks: Annotated[list[str], BeforeValidator(lambda given: [given] if isinstance(given, str) else given), Field(min_length=1)]
+    every: int = Field(gt=0)
+    limit: int | None = Field(default=None, gt=0)
+    reducers: ReducerString = NONE
+    batch_size: int = Field(default=64, gt=0)
+    keep_best: str | None = None
+
+    @property
+    def own_reducers(self) -> str | None:
+        """Under what the questions are asked; None under whatever the step has."""
+        return self.reducers if "reducers" in self.model_fields_set else None
+
+
 class Validation(Data):
     """Samples that are not trained on, whose loss is logged every `every` steps and at the end of the stage."""
 
@@ -266,6 +283,7 @@ class Stage(Strict):
     reducers: list[Slot] = []
     validation: Validation | None = None
     features: Features | None = None
+    evaluate: Evaluate | None = None
 
     @model_validator(mode="after")
     def _mixes(self) -> Stage:
@@ -310,6 +328,12 @@ class Stage(Strict):
     @property
     def parts(self) -> list[Part]:
         return [slot.part for slot in self.reducers]
+
+    @property
+    def spelled(self) -> list[str]:
+        """All reducers that the model is to have, each once, in training and while it is asked."""
+        own = None if self.evaluate is None else self.evaluate.own_reducers
+        return list(dict.fromkeys([*(one for part in self.parts for one in part.cycle), *([] if own is None else [own])]))
 
     @property
     def rates(self) -> dict[str, float] | None:

@@ -231,7 +231,7 @@ def check(stage: Stage, config: Any) -> Trained:
     trained = trained_parts(stage, skeleton(config))
     check_positions(stage, config)
     check_image_size(config)
-    for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
+    for spelled in stage.spelled:
         check_reducers(parse(spelled), config)
     if stage.features is not None:
         check_features(stage, config)

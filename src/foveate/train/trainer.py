@@ -30,6 +30,7 @@ from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Since, Totals
 from foveate.train.callbacks import Flow, Held
+from foveate.train.evaluating import Examiner
 from foveate.train.mixture import SourceLosses, told
 from foveate.train.order import Order, ProcessBatches
 from foveate.train.progress import ProgressLine, StageInfo
@@ -87,10 +88,15 @@ class FoveateTrainer(Trainer):
         self.flow = Flow(log_steps, save_steps, stage.steps, validation)
         self.add_callback(self.flow)
         self.by_source = SourceLosses(len(stage.sources))
+        self.examiner: Examiner | None = None
         self._seen = [0, 0]  # visual tokens and images so far, of the batches that came here
         self._reset()
         if self.is_world_process_zero():
             self.add_callback(self.progress)
+
+    def ask(self, examiner: Examiner) -> None:
+        """Let the model be asked while it is trained."""
+        self.examiner, self.flow.ask_every = examiner, examiner.spec.every
 
     # ---- data
 
@@ -246,6 +252,15 @@ class FoveateTrainer(Trainer):
             sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
         return float(sums[0] / sums[1])
 
+    def _ask(self) -> dict[str, Any]:
+        """What the log has of an evaluation; the weights are kept if they are the best so far."""
+        assert self.examiner is not None
+        with self.progress.beside("asking", self.examiner.questions) as tell:
+            figures, seconds = self.examiner.examine(self.model, self.switch, tell)
+        if self.is_world_process_zero():
+            self.examiner.keep(figures, self.stage.name, self.state.global_step, self.switch.current, self._save)
+        return {"evaluation": figures, "evaluation_seconds": round(seconds, 3)}
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the Trainer's own estimate walks over all modules in every step and knows nothing of fewer tokens
 
@@ -279,13 +294,16 @@ class FoveateTrainer(Trainer):
             row = self._row(logs)
             if self.flow.validates(self.state.global_step):
                 row["validation_loss"] = self.validate()
-                self._clock = time.monotonic()  # the seconds of the log are those of training
+            if self.flow.asks(self.state.global_step):
+                row |= self._ask()
+            self._clock = time.monotonic()  # the seconds of the log are those of training
             self.progress.loss = row["loss"]
             if self.is_world_process_zero():
                 self.log_file.append(row)
             self._logged, self.since = self.state.global_step, Since()
             numbers: dict[str, float] = {key: row[key] for key in NUMBERS if key in row}
             numbers |= {f"loss/{name}": own["loss"] for name, own in row.get("sources", {}).items() if own["tokens"]}
+            numbers |= {f"{task}/{name}": value for task, own in row.get("evaluation", {}).items() for name, value in own.items()}
             per_layer = row["visual_tokens_per_layer"]
             logs = {**logs, **numbers, "visual_tokens_per_layer": sum(per_layer) / len(per_layer)}
         super().log(logs, start_time)

@@ -75,7 +75,7 @@ def check_optimizer(stage: Stage, arguments: TrainingArguments) -> None:
 def rehearse(recipe: Recipe, index: int, opened: Opened, state: PartialState) -> None:
     """One forward pass of one image with every reducer of the stages from `index` on: what no configuration tells fails here, and not at
     the step that needs it."""
-    spelled = {spelled: stage for stage in recipe.stages[index:] for part in stage.parts for spelled in part.cycle if spelled != NONE}
+    spelled = {spelled: stage for stage in recipe.stages[index:] for spelled in stage.spelled if spelled != NONE}
     if not spelled:
         return
     model, training = opened.model.to(state.device), opened.model.training
