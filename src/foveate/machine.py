@@ -10,6 +10,7 @@ import platform
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -49,6 +50,13 @@ def exact_peaks() -> Iterator[None]:
 
 def peak(device: str) -> float:
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process may still take: on a GPU what its own allocator holds unused too."""
+    if device == "cuda":
+        return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+    return int(psutil.virtual_memory().available)
 
 
 def _status(name: str) -> float:

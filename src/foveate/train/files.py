@@ -4,6 +4,7 @@ output/recipe.json            the recipe the run was started with
 output/log.jsonl              one line per logged step
 output/0-pretrain/            one folder per stage
     checkpoint-50/            counts only once its mark `complete` is there: written last, by rename
+    micro-batch.json          what `micro_batch: auto` has come to
     best-40/                  the weights that did best so far, where they are kept
     model/                    the finished stage: a whole model with its processor, and its mark
 output/final/                 the last stage's model

@@ -36,6 +36,7 @@ from foveate.train.evaluating import BEST_NOTE, Examiner, best_note, open_tasks
 from foveate.train.features import Wanted, look_through, open_features
 from foveate.train.loading import Loading
 from foveate.train.lock import locked
+from foveate.train.micro_batch import choose
 from foveate.train.opening import Opened, open_model
 from foveate.train.order import division
 from foveate.train.progress import StageInfo
@@ -129,7 +130,8 @@ def run_stage(
     checkpoint = files.newest(folder)
     opened = open_model(recipe, index, previous)
     features = None if wanted is None else open_features(wanted, opened, state)
-    trainer = make_trainer(recipe, index, data, opened, features, state)
+    micro = choose(recipe, index, data.train, opened, features, folder, state)
+    trainer = make_trainer(recipe, index, data, opened, features, micro, state)
     if stage.evaluate is not None:
         if trainer.is_fsdp_enabled:
             raise FoveateError(f"stage {stage.name}: evaluate needs the whole model in each process, which FSDP divides; leave it out")
@@ -138,6 +140,8 @@ def run_stage(
         rehearse(recipe, index, opened, state)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
+    if stage.micro_batch == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise FoveateError(f"stage {stage.name}: micro_batch auto is not for sharded training, give a number of samples")
     if stage.precision == "bf16-copy" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise FoveateError(f"stage {stage.name}: precision bf16-copy is not for sharded training, use bf16 (autocast)")
     if state.is_main_process:
@@ -155,11 +159,11 @@ def run_stage(
 
 
 def make_trainer(
-    recipe: Recipe, index: int, data: StageData, opened: Opened, features: FeatureStore | None, state: PartialState
+    recipe: Recipe, index: int, data: StageData, opened: Opened, features: FeatureStore | None, micro: int | None, state: PartialState
 ) -> FoveateTrainer:
     stage, samples = recipe.stages[index], data.train
     steps = stage_steps(len(samples), stage.batch_size, epochs=stage.epochs, steps=stage.steps)
-    micro, accumulation = division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
+    micro, accumulation = division(stage.batch_size, micro, state.num_processes, stage.name)
     anatomy = read(opened.model)
     # A Foveate model uses every trained parameter in every batch; others have blocks of the tower whose output they leave aside.
     config = opened.model.config

@@ -243,6 +243,15 @@ LearningRate = Annotated[
 ]
 
 
+def _micro_batch(value: Any) -> Any:
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("a micro_batch is a number of samples above 0, or auto")
+
+
+MicroBatch = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch)]
+
+
 def _data_kind(value: Any) -> str:
     return MIXED if isinstance(value, list) else SINGLE
 
@@ -267,7 +276,7 @@ class Stage(Strict):
     epochs: float | None = Field(default=None, gt=0)
     steps: int | None = Field(default=None, gt=0)
     batch_size: int = Field(gt=0)
-    micro_batch: int | None = Field(default=None, gt=0)  # default: batch_size divided by the number of processes
+    micro_batch: MicroBatch = None  # default: batch_size divided by the number of processes
     learning_rate: LearningRate
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, le=1)
@@ -307,7 +316,7 @@ class Stage(Strict):
                 )
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
-        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+        if self.fixed_micro_batch is not None and self.batch_size % self.fixed_micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
         if self.precision == "bf16-copy" and self.gradient_checkpointing:
             raise ValueError(
@@ -319,6 +328,11 @@ class Stage(Strict):
                 shares = " + ".join(str(slot.share) for slot in self.reducers)
                 raise ValueError(f"the shares of `reducers` must add up to 1, but {shares} = {total} (fractions such as 1/3 are exact)")
         return self
+
+    @property
+    def fixed_micro_batch(self) -> int | None:
+        """None where it is left out or chosen as the stage begins."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else None
 
     @property
     def sources(self) -> list[Source]:

@@ -37,7 +37,7 @@ def check_reporting(recipe: Recipe) -> None:
 def check_machine(recipe: Recipe, config: Any, state: PartialState) -> None:
     """What this machine, its device and its packages have to give: batches that divide, precision, attention, optimisers."""
     for index, stage in enumerate(recipe.stages):
-        micro, accumulation = division(stage.batch_size, stage.micro_batch, state.num_processes, stage.name)
+        micro, accumulation = division(stage.batch_size, stage.fixed_micro_batch, state.num_processes, stage.name)
         try:
             arguments = training_arguments(recipe, index, 1, micro, accumulation)
             if stage.precision == "fp16" and not torch.cuda.is_available():
