@@ -24,6 +24,7 @@ from tests.train.test_run import ONE, Write, weights
 from foveate.data.collate import Collator
 from foveate.data.conversations import Conversations
 from foveate.errors import FoveateError
+from foveate.train.mixture import SourceLosses
 from foveate.train.opening import open_model
 from foveate.train.order import Order, ProcessBatches, apportion
 from foveate.train.plan import plan, print_plan
@@ -165,6 +166,29 @@ def test_the_loss_of_each_source(recipe_file: Write, halves: Path, precision: st
         with torch.no_grad():
             loss = opened.model.eval()(**collate([data[int(item)] for item in own]))["loss"]
         assert found[0]["sources"][name]["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+@pytest.mark.parametrize("laid", ["apart", "supervised", "packed"])
+def test_losses_of_sources_however_samples_are_laid_out(laid: str) -> None:
+    """Each sample in a row, its supervised rows alone, or all end to end in one row."""
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 7, (3, 5), generator=draw)
+    labels[0, :3] = labels[1, 0] = labels[2, 0] = labels[2, 2] = -100
+    logits = torch.randn(3, 5, 7, generator=draw)
+    apart = [torch.nn.functional.cross_entropy(logits[i, :-1], labels[i, 1:], reduction="sum") for i in range(3)]
+    losses = SourceLosses(2)
+    losses.expect(labels, [1, 0, 1])
+    kept = labels[:, 1:] != -100
+    if laid == "supervised":
+        losses.add(logits[:, :-1][kept][None], labels)
+    elif laid == "packed":
+        losses.add(logits.reshape(1, 15, 7), labels.reshape(1, 15))
+    else:
+        losses.add(logits, labels)
+    expected = [[float(apart[1]), 4, 1], [float(apart[0] + apart[2]), 5, 2]]
+    assert kept.sum() == 9
+    assert torch.allclose(losses.take(), torch.tensor(expected, dtype=torch.float64), atol=1e-5)
+    assert losses.take().sum() == 0
 
 
 def test_two_processes_log_the_same_sources(recipe_file: Write, halves: Path, tmp_path: Path) -> None:

@@ -106,20 +106,28 @@ class Mixture:
 class SourceLosses:
     """What each source's samples have come to since it was last asked: sums of their tokens' losses, supervised tokens and samples.
 
-    The losses are those of the forward pass that is trained on, read off its logits."""
+    The losses are those of the forward pass that is trained on, read off its logits. However that lays the samples out, their supervised
+    tokens stay in order."""
 
     def __init__(self, sources: int) -> None:
         self.sums = torch.zeros(sources, 3, dtype=torch.float64)
 
-    def add(self, logits: Tensor, labels: Tensor, sources: Sequence[int]) -> None:
-        """Of a batch: (batch, positions, vocabulary), (batch, positions), and the number of each row's source."""
-        of = torch.tensor(sources, device=labels.device)
-        rows, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        losses = cross_entropy(logits.detach()[rows, positions].float(), labels[rows, positions + 1], reduction="none").double()
-        new = torch.zeros_like(self.sums, device=labels.device)
-        new[:, 0].index_add_(0, of[rows], losses)
-        new[:, 1].index_add_(0, of[rows], torch.ones_like(losses))
-        new[:, 2].index_add_(0, of, torch.ones_like(of, dtype=torch.float64))
+    def expect(self, labels: Tensor, sources: Sequence[int]) -> None:
+        """The batch that comes next: (samples, positions), and the number of each sample's source."""
+        self._samples = torch.tensor(sources, device=labels.device)
+        samples, positions = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        self._tokens, self._targets = self._samples[samples], labels[samples, positions + 1]
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """What the model made of it: (rows, positions, vocabulary) with the labels (rows, positions), or the logits of what comes before a
+        supervised token alone, (1, tokens, vocabulary)."""
+        logits = logits.detach()
+        known = logits[:, :-1][labels[:, 1:] != IGNORED] if logits.shape[:2] == labels.shape else logits[0]
+        losses = cross_entropy(known.float(), self._targets, reduction="none").double()
+        new = torch.zeros_like(self.sums, device=losses.device)
+        new[:, 0].index_add_(0, self._tokens, losses)
+        new[:, 1].index_add_(0, self._tokens, torch.ones_like(losses))
+        new[:, 2].index_add_(0, self._samples, torch.ones_like(self._samples, dtype=torch.float64))
         self.sums = self.sums.to(new.device) + new
 
     def take(self) -> Tensor:

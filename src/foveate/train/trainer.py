@@ -158,10 +158,11 @@ class FoveateTrainer(Trainer):
 
     _micro = (-1, 0)  # the optimiser step under way, and micro-batches of it that were begun
     _step_images = 0
-    _sources: Sequence[int] = ()  # of the rows of the micro-batch under way
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        plans, self._sources = inputs.pop("plans"), inputs.pop("sources")
+        plans, sources = inputs.pop("plans"), inputs.pop("sources")
+        if self.stage.sources:
+            self.by_source.expect(inputs["labels"].to(self.args.device), sources)
         images = sum(map(len, plans))
         step, begun = self._micro
         if step != self.state.global_step:
@@ -193,7 +194,7 @@ class FoveateTrainer(Trainer):
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
         if self.stage.sources:
             loss, outputs = super().compute_loss(called, inputs, *args, **{**kwargs, "return_outputs": True})
-            self.by_source.add(outputs["logits"], inputs["labels"], self._sources)
+            self.by_source.add(outputs["logits"], inputs["labels"])
         else:
             loss = super().compute_loss(called, inputs, *args, **kwargs)
         if (
