@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.train.test_run import ONE, Write
@@ -164,7 +165,7 @@ def test_the_trial_halves_where_memory_runs_out(recipe_file: Write, root: Path, 
     monkeypatch.setattr(micro_batch, "runs", tiny)
     monkeypatch.setattr(micro_batch, "free_memory", lambda device: 2**50)
     monkeypatch.setattr(micro_batch, "tries", lambda device: True)
-    found = micro_batch.decide(loaded, loaded.stages[0], mixture(root), opened, None, 8, micro_batch.PartialState())
+    found = micro_batch.decide(loaded, loaded.stages[0], mixture(root), opened, None, 8, PartialState())
     assert (found.micro_batch, tried) == (2, [8, 4, 2])
     assert "a step was tried" in found.reason
     assert torch.equal(random, torch.get_rng_state())
@@ -172,7 +173,7 @@ def test_the_trial_halves_where_memory_runs_out(recipe_file: Write, root: Path, 
     assert all(parameter.grad is None for parameter in opened.model.parameters())
     monkeypatch.setattr(micro_batch, "runs", lambda *args: False)
     with pytest.raises(FoveateError, match="not even one sample fits into a step: a sample takes about"):
-        micro_batch.decide(loaded, loaded.stages[0], mixture(root), opened, None, 8, micro_batch.PartialState())
+        micro_batch.decide(loaded, loaded.stages[0], mixture(root), opened, None, 8, PartialState())
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "most", "1.5", "true"])

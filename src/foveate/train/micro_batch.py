@@ -149,7 +149,8 @@ def per_sample(stage: Stage, opened: Opened, batch: dict[str, Any]) -> float | N
 
     Of the language model by `Ledger.activation_bytes`, or with gradient checkpointing one state a layer and one layer's; of a trained
     tower, as much as of as many tokens in such a layer of its own width; of the head its logits."""
-    config, rows, length = opened.model.config, *batch["input_ids"].shape
+    config: Any = opened.model.config
+    rows, length = batch["input_ids"].shape
     text, size = config.get_text_config(), 2 if stage.precision in ("bf16", "fp16", "bf16-copy") else 4
     most = 0.0
     for spelled in {one for part in stage.parts for one in part.cycle} or {NONE}:
