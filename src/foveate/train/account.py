@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveate.accounting import predict
+from foveate.accounting import Ledger, predict
 from foveate.reducers import parse
 from foveate.tokens import ImagePlan
 
@@ -41,17 +41,25 @@ class Costs:
 
     def __init__(self, config: Any, trained: Any, tower: bool = True) -> None:
         self.config, self.trained, self.tower = config, trained, tower
-        self._known: dict[tuple[str, tuple[ImagePlan, ...], int], float] = {}
+        self._known: dict[tuple[str, tuple[ImagePlan, ...], int], Ledger | None] = {}
 
-    def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int) -> float:
-        """Of one sample with `text` tokens beside those of its images."""
-        key = (reducer, images, text)
+    def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None) -> float:
+        """Of one sample with `text` tokens beside those of its images, `head` of which get logits (None: all)."""
+        ledger = self.ledger(reducer, images, text)
+        if ledger is None:
+            return math.nan
+        head = text + sum(plan.tokens for plan in images) if head is None else head
+        tower = 0 if self.tower else ledger.flops["tower"]
+        return float(ledger.total_flops - tower + (head - 1) * ledger.flops["head"])
+
+    def ledger(self, reducer: str, images: tuple[ImagePlan, ...], text: int) -> Ledger | None:
+        """A training step on such a sample, one of whose tokens gets logits. None where it cannot be counted."""
+        key, given = (reducer, images, text), {"config": self.config, "trained": self.trained, "mode": "train", "head_tokens": 1}
         if key not in self._known:
             try:
-                ledger = predict(self.config, images=images, text_tokens=text, reducers=parse(reducer), mode="train", trained=self.trained)
-                self._known[key] = float(ledger.total_flops - (0 if self.tower else ledger.flops["tower"]))
+                self._known[key] = predict(images=images, text_tokens=text, reducers=parse(reducer), **given)
             except Exception as error:  # whatever a configuration of another make brings about
-                if not any(math.isnan(flops) for flops in self._known.values()):
+                if None not in self._known.values():
                     log.warning("FLOPs are not logged, they cannot be counted for this model: %s", error or type(error).__name__)
-                self._known[key] = math.nan
+                self._known[key] = None
         return self._known[key]

@@ -47,7 +47,7 @@ from foveate.train.settings import Recipe
 from foveate.train.stages import is_assembled, read_config, walk
 from foveate.train.stand_in import StandIn
 from foveate.train.trainer import FoveateTrainer
-from foveate.train.trials import check_machine, check_reporting, rehearse, training_arguments
+from foveate.train.trials import check_machine, check_reporting, rehearse, training_arguments, try_rows
 
 log = logging.getLogger(__name__)
 TIMEOUT = timedelta(hours=2)  # processes wait for each other while images are checked
@@ -138,6 +138,7 @@ def run_stage(
         trainer.ask(Examiner(stage.evaluate, tasks, opened.processor, folder, state))
     if first and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # what is sharded may have no room on one device
         rehearse(recipe, index, opened, state)
+    trainer.rows = try_rows(opened, trainer.model_accepts_loss_kwargs)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
     if stage.micro_batch == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):

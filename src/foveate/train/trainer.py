@@ -37,6 +37,7 @@ from foveate.train.progress import ProgressLine, StageInfo
 from foveate.train.scheduled import ScheduleCallback
 from foveate.train.stages import part_modules
 from foveate.train.stand_in import StandIn
+from foveate.train.supervised import SupervisedRows
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class FoveateTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.rows = SupervisedRows(None)  # until it has been tried
         self.remove_callback(PrinterCallback)
         self.order, self.stage, self.log_file, self.costs = order, stage, log_file, costs
         self.totals, self.since = totals, Since()
@@ -187,16 +189,19 @@ class FoveateTrainer(Trainer):
 
     def _cost(self, inputs: dict[str, Any], plans: Sequence[Sequence[ImagePlan]]) -> float:
         """FLOPs of a step on these inputs, whose rows have images that become `plans`."""
-        rows = zip(inputs["attention_mask"].sum(1).tolist(), plans, strict=True)
-        return sum(self.costs.of(self.switch.current, tuple(row), length - sum(plan.tokens for plan in row)) for length, row in rows)
+        rows = zip(inputs["attention_mask"].sum(1).tolist(), plans, self.rows.count(inputs["labels"]), strict=True)
+        return sum(
+            self.costs.of(self.switch.current, tuple(row), length - sum(plan.tokens for plan in row), head) for length, row, head in rows
+        )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
-        if self.stage.sources:
-            loss, outputs = super().compute_loss(called, inputs, *args, **{**kwargs, "return_outputs": True})
-            self.by_source.add(outputs["logits"], inputs["labels"])
-        else:
-            loss = super().compute_loss(called, inputs, *args, **kwargs)
+        with self.rows.alone(inputs) as given:
+            if self.stage.sources:
+                loss, outputs = super().compute_loss(called, given, *args, **{**kwargs, "return_outputs": True})
+                self.by_source.add(outputs["logits"], inputs["labels"])
+            else:
+                loss = super().compute_loss(called, given, *args, **kwargs)
         if (
             not {"pixel_values", "tower_features"} & set(inputs) and self.stand_in is None and not self.trains_text
         ):  # gradients of zero, not none at all
@@ -245,7 +250,8 @@ class FoveateTrainer(Trainer):
                     batch["labels"][-1] = IGNORED
                 del batch["plans"], batch["sources"]
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
-                loss = called(**self._prepare_inputs(batch))["loss"]
+                with self.rows.alone(self._prepare_inputs(batch)) as given:
+                    loss = called(**given)["loss"]
                 if count:
                     sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
         model.train()

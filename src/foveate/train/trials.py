@@ -25,6 +25,7 @@ from foveate.train.samples import make_collator
 from foveate.train.schedule import NONE
 from foveate.train.settings import Recipe, Stage
 from foveate.train.stages import first_line
+from foveate.train.supervised import SupervisedRows, tried
 
 
 def check_reporting(recipe: Recipe) -> None:
@@ -79,10 +80,7 @@ def rehearse(recipe: Recipe, index: int, opened: Opened, state: PartialState) ->
     if not spelled:
         return
     model, training = opened.model.to(state.device), opened.model.training
-    sample = Conversation(
-        0, "rehearsal", [("user", f"{MARKER}\nWhat is this?"), ("assistant", "Grey.")], [Image.new("RGB", (64, 64), "grey")]
-    )
-    batch = {name: value.to(state.device) for name, value in make_collator(opened, sys.maxsize)([sample]).items()}
+    batch = {name: value.to(state.device) for name, value in make_collator(opened, sys.maxsize)([shown()]).items()}
     with torch.random.fork_rng(), torch.no_grad():
         for reducers, stage in spelled.items():
             try:
@@ -91,6 +89,19 @@ def rehearse(recipe: Recipe, index: int, opened: Opened, state: PartialState) ->
             except (FoveateError, ValueError, RuntimeError) as error:
                 raise FoveateError(f"stage {stage.name}: {reducers} cannot run on this model: {first_line(error)}") from error
     model.train(training)
+
+
+def try_rows(opened: Opened, scaled: bool) -> SupervisedRows:
+    """Whether this model's head and loss can do with the supervised rows, as `foveate.train.supervised.tried` says."""
+    device = next(opened.model.parameters()).device
+    batch = {name: value.to(device) for name, value in make_collator(opened, sys.maxsize)([shown()]).items()}
+    return tried(opened.model, batch, scaled)
+
+
+def shown() -> Conversation:
+    """A sample to try things with."""
+    turns = [("user", f"{MARKER}\nWhat is this?"), ("assistant", "Grey.")]
+    return Conversation(0, "rehearsal", turns, [Image.new("RGB", (64, 64), "grey")])
 
 
 def training_arguments(
