@@ -33,6 +33,7 @@ HARMLESS = {
     "log_steps",
     "workers",
     "micro_batch",
+    "pack",
     "on_bad_sample",
     "on_bad_image",
     "validation",

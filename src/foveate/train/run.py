@@ -39,6 +39,7 @@ from foveate.train.lock import locked
 from foveate.train.micro_batch import choose
 from foveate.train.opening import Opened, open_model
 from foveate.train.order import division
+from foveate.train.packing import Packing
 from foveate.train.progress import StageInfo
 from foveate.train.recipe import load_recipe
 from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
@@ -47,7 +48,7 @@ from foveate.train.settings import Recipe
 from foveate.train.stages import is_assembled, read_config, walk
 from foveate.train.stand_in import StandIn
 from foveate.train.trainer import FoveateTrainer
-from foveate.train.trials import check_machine, check_reporting, rehearse, training_arguments, try_rows
+from foveate.train.trials import check_machine, check_reporting, rehearse, training_arguments, try_packing, try_rows
 
 log = logging.getLogger(__name__)
 TIMEOUT = timedelta(hours=2)  # processes wait for each other while images are checked
@@ -139,6 +140,8 @@ def run_stage(
     if first and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # what is sharded may have no room on one device
         rehearse(recipe, index, opened, state)
     trainer.rows = try_rows(opened, trainer.model_accepts_loss_kwargs)
+    if stage.pack:
+        try_packing(stage, opened)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
     if stage.micro_batch == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -177,6 +180,7 @@ def make_trainer(
         collator = make_collator(opened, stage.max_length, True, features)
         loading = Loading(data.validation, collator, stage.validation.on_bad_sample, skipped)
         held = Held(loading, stage.validation.every)
+    costs = Costs(config, opened.trained, tower=features is None)
     order = order_of(recipe, stage, samples)
     again = order.drawn is not None or steps * stage.batch_size > len(samples)
     collator = make_collator(opened, stage.max_length, again, features)
@@ -202,7 +206,8 @@ def make_trainer(
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(config, opened.trained, tower=features is None),
+        costs=costs,
+        packing=Packing(None if stage.pack is True else stage.pack, opened.model, costs, collator.pad) if stage.pack else None,
         rates=stage.rates,
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,

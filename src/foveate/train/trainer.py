@@ -33,6 +33,7 @@ from foveate.train.callbacks import Flow, Held
 from foveate.train.evaluating import Examiner
 from foveate.train.mixture import SourceLosses, told
 from foveate.train.order import Order, ProcessBatches
+from foveate.train.packing import Packing
 from foveate.train.progress import ProgressLine, StageInfo
 from foveate.train.scheduled import ScheduleCallback
 from foveate.train.stages import part_modules
@@ -73,6 +74,7 @@ class FoveateTrainer(Trainer):
         rates: dict[str, float] | None = None,
         validation: Held | None = None,
         stand_in: StandIn | None = None,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -83,7 +85,7 @@ class FoveateTrainer(Trainer):
         self.switch = ScheduleCallback(stage.parts, log=False)
         self.progress = ProgressLine(stage, order.batch_size, self.visual_tokens)
         self.add_callback(self.switch)
-        self.rates, self.validation, self.stand_in = rates, validation, stand_in
+        self.rates, self.validation, self.stand_in, self.packing = rates, validation, stand_in, packing
         self.visual = part_modules(self.model)
         seen = {parameter for module in self.visual for parameter in module.parameters()}
         self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())
@@ -175,6 +177,8 @@ class FoveateTrainer(Trainer):
         self._seen = [self._seen[0] + sum(plan.visual for row in plans for plan in row), self._seen[1] + images]
         self._supervised += int((inputs["labels"] >= 0).sum())
         self._flops += self._cost(inputs, plans)
+        if self.packing is not None:
+            inputs = self.packing(inputs, plans, self.switch.current)
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.stand_in is not None and self.trains_text and self.accelerator.sync_gradients:
             seen = self.accelerator.reduce(torch.tensor(self._step_images, device=self.args.device), reduction="sum")

@@ -21,6 +21,7 @@ from foveate.errors import FoveateError
 from foveate.reducers import parse
 from foveate.train.opening import Opened
 from foveate.train.order import division, seed_of
+from foveate.train.packing import refuse
 from foveate.train.samples import make_collator
 from foveate.train.schedule import NONE
 from foveate.train.settings import Recipe, Stage
@@ -98,10 +99,20 @@ def try_rows(opened: Opened, scaled: bool) -> SupervisedRows:
     return tried(opened.model, batch, scaled)
 
 
-def shown() -> Conversation:
+def try_packing(stage: Stage, opened: Opened) -> None:
+    """FoveateError where samples of one row would not come to what they come to alone in this model."""
+    device, collator = next(opened.model.parameters()).device, make_collator(opened, sys.maxsize)
+    batch = {name: value.to(device) for name, value in collator([shown(), shown("white", "What colour is it?"), shown()]).items()}
+    try:
+        refuse(opened.model, batch, collator.pad)
+    except FoveateError as error:
+        raise FoveateError(f"stage {stage.name}: {error}") from None
+
+
+def shown(colour: str = "grey", question: str = "What is this?") -> Conversation:
     """A sample to try things with."""
-    turns = [("user", f"{MARKER}\nWhat is this?"), ("assistant", "Grey.")]
-    return Conversation(0, "rehearsal", turns, [Image.new("RGB", (64, 64), "grey")])
+    turns = [("user", f"{MARKER}\n{question}"), ("assistant", f"{colour.capitalize()}.")]
+    return Conversation(len(question), "rehearsal", turns, [Image.new("RGB", (64, 64), colour)])
 
 
 def training_arguments(
