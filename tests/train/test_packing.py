@@ -1,6 +1,7 @@
 """Packed samples: the losses and gradients of the padded batch, under every kind of reducer; rows, refusals, resuming after a kill."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from foveate.accounting import Trained
-from foveate.data.packing import Price, cheapest, lay, packed, padding
+from foveate.data.packing import Price, cheapest, even, lay, packed
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.reducers import parse
@@ -104,7 +105,6 @@ def test_the_first_token_of_a_sample_is_not_predicted_from_the_sample_before() -
     assert together["pixel_values"] is batch["pixel_values"]
     lengths = batch["attention_mask"].sum(1).tolist()
     assert together["input_ids"].shape == (2, max(sum(lengths[:2]), sum(lengths[2:])))
-    assert padding(lengths, rows) == pytest.approx(1 - sum(lengths) / together["input_ids"].numel())
     assert (together["input_ids"] == IMAGE).sum() == (batch["input_ids"] == IMAGE).sum()
 
 
@@ -115,14 +115,18 @@ LENGTHS = st.lists(st.lists(st.integers(1, 60), min_size=2, max_size=2), min_siz
 
 @given(lengths=LENGTHS, most=st.integers(1, 200), pair=st.floats(0, 10))
 def test_rows_have_every_sample_once_and_in_order(lengths: np.ndarray, most: int, pair: float) -> None:
-    price = Price(np.ones(2), np.full(2, pair))
-    for rows in (lay(lengths, most), cheapest(lengths, price)):
-        assert [at for row in rows for at in row] == list(range(len(lengths)))
+    price, mean = Price(np.ones(2), np.full(2, pair)), lengths.mean(1).tolist()
+    for rows in (lay(mean, most), even(mean, 2), cheapest(lengths, price)):
+        assert [at for row in rows for at in row] == list(range(len(mean)))
         assert all(len(row) for row in rows)
-    for row in lay(lengths, most):
-        assert len(row) == 1 or lengths[row.start : row.stop].mean(1).sum() <= most
-    apart = [range(at, at + 1) for at in range(len(lengths))]
-    assert price(lengths, cheapest(lengths, price)) <= min(price(lengths, apart), price(lengths, [range(len(lengths))]))
+    for row in lay(mean, most):
+        assert len(row) == 1 or sum(mean[at] for at in row) <= most
+    for count in range(1, len(mean) + 1):
+        rows = even(mean, count)
+        assert len(rows) <= count
+        longest = math.ceil(max(sum(mean[at] for at in row) for row in rows))
+        assert longest <= math.ceil(max(mean)) or len(lay(mean, longest - 1)) > count
+        assert price(lengths, cheapest(lengths, price)) <= price(lengths, rows)
 
 
 def test_rows_follow_the_reducer() -> None:

@@ -9,6 +9,8 @@ Samples stay in their order, so that images stay in theirs, and rows are a pure 
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,16 +35,15 @@ class Price:
         """Of all rows, each of them as long as the longest. lengths: (samples, layers) int64, the samples' tokens as each layer meets them.
 
         Padding in front of the first layer goes through all layers."""
-        laid = np.stack([lengths[row.start : row.stop].sum(0) for row in rows])
+        laid = np.add.reduceat(lengths, [row.start for row in rows])
         longest = (laid + (laid[:, :1].max() - laid[:, :1])).max(0)
         return float(len(rows) * (longest * self.token + longest**2 * self.pair).sum())
 
 
-def lay(lengths: np.ndarray, most: int) -> Rows:
-    """Rows of at most `most` tokens, the samples as they come; a longer sample has a row to itself. lengths: (samples, layers), of which
-    the mean over the layers counts."""
+def lay(lengths: Sequence[float], most: int) -> Rows:
+    """Rows of at most `most` tokens, the samples as they come; a longer sample has a row to itself."""
     rows, start, filled = Rows(), 0, 0.0
-    for at, length in enumerate(lengths.mean(1).tolist()):
+    for at, length in enumerate(lengths):
         if at > start and filled + length > most:
             rows.append(range(start, at))
             start, filled = at, 0.0
@@ -50,13 +51,16 @@ def lay(lengths: np.ndarray, most: int) -> Rows:
     return [*rows, range(start, len(lengths))]
 
 
+def even(lengths: Sequence[float], count: int) -> Rows:
+    """At most `count` rows, the longest of them as short as can be."""
+    ends = range(math.ceil(max(*lengths, sum(lengths) / count)), math.ceil(sum(lengths)))
+    return lay(lengths, ends.start + bisect_left(ends, True, key=lambda end: len(lay(lengths, end)) <= count))
+
+
 def cheapest(lengths: np.ndarray, price: Price) -> Rows:
-    """The rows that cost least, among those that are as long as the first samples together, or as long as so many equal rows would be."""
-    mean = lengths.mean(1)
-    whole, longest = mean.cumsum(), mean.max()
-    ends = {int(np.ceil(end)) for end in [*whole, *(whole[-1] / np.arange(1, len(mean) + 1))] if end >= longest}
-    found = [[range(at, at + 1) for at in range(len(mean))], *(lay(lengths, end) for end in sorted(ends))]
-    return min(found, key=lambda rows: price(lengths, rows))
+    """The rows that cost least, among those that are even. lengths: (samples, layers), of which the mean over the layers is laid out."""
+    mean = lengths.mean(1).tolist()
+    return min((even(mean, count) for count in range(len(mean), 0, -1)), key=lambda rows: price(lengths, rows))
 
 
 def packed(batch: Mapping[str, Tensor], rows: Rows, pad: int) -> dict[str, Any]:
@@ -82,9 +86,3 @@ def packed(batch: Mapping[str, Tensor], rows: Rows, pad: int) -> dict[str, Any]:
         positions[number, at:] = torch.arange(size[1] - at)
     others = {name: value for name, value in batch.items() if name not in along and name != "attention_mask"}
     return {**others, **new, "position_ids": positions, "use_cache": False}
-
-
-def padding(lengths: Sequence[int], rows: Rows) -> float:
-    """The share of padding among the slots of a batch whose samples have `lengths` tokens."""
-    slots = len(rows) * max(sum(lengths[at] for at in row) for row in rows)
-    return 1 - sum(lengths) / slots

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from foveate.accounting import decoder
 from foveate.anatomy import read
-from foveate.data.packing import Price, cheapest, lay, packed
+from foveate.data.packing import Price, cheapest, even, lay, packed
 from foveate.errors import FoveateError
 from foveate.tokens import ImagePlan
 from foveate.train.account import Costs
@@ -39,7 +39,8 @@ class Packing:
             rows = [range(len(whole))]
         else:
             lengths = np.array([self.lengths(reducer, tuple(row), n) for n, row in zip(whole, plans, strict=True)], dtype=np.int64)
-            rows = cheapest(lengths, self.price) if self.most is None else lay(lengths, self.most)
+            mean = lengths.mean(1).tolist()
+            rows = cheapest(lengths, self.price) if self.most is None else even(mean, len(lay(mean, self.most)))
         return dict(inputs) if len(rows) == len(whole) else packed(inputs, rows, self.pad)
 
     def lengths(self, reducer: str, images: tuple[ImagePlan, ...], whole: int) -> Sequence[int]:

@@ -39,7 +39,6 @@ from foveate.train.lock import locked
 from foveate.train.micro_batch import choose
 from foveate.train.opening import Opened, open_model
 from foveate.train.order import division
-from foveate.train.packing import Packing
 from foveate.train.progress import StageInfo
 from foveate.train.recipe import load_recipe
 from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
@@ -141,7 +140,7 @@ def run_stage(
         rehearse(recipe, index, opened, state)
     trainer.rows = try_rows(opened, trainer.model_accepts_loss_kwargs)
     if stage.pack:
-        try_packing(stage, opened)
+        trainer.packing = try_packing(stage, opened, trainer.costs)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
     if stage.micro_batch == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
@@ -180,7 +179,6 @@ def make_trainer(
         collator = make_collator(opened, stage.max_length, True, features)
         loading = Loading(data.validation, collator, stage.validation.on_bad_sample, skipped)
         held = Held(loading, stage.validation.every)
-    costs = Costs(config, opened.trained, tower=features is None)
     order = order_of(recipe, stage, samples)
     again = order.drawn is not None or steps * stage.batch_size > len(samples)
     collator = make_collator(opened, stage.max_length, again, features)
@@ -206,8 +204,7 @@ def make_trainer(
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=costs,
-        packing=Packing(None if stage.pack is True else stage.pack, opened.model, costs, collator.pad) if stage.pack else None,
+        costs=Costs(config, opened.trained, tower=features is None),
         rates=stage.rates,
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,

@@ -74,18 +74,18 @@ class FoveateTrainer(Trainer):
         rates: dict[str, float] | None = None,
         validation: Held | None = None,
         stand_in: StandIn | None = None,
-        packing: Packing | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.rows = SupervisedRows(None)  # until it has been tried
+        self.packing: Packing | None = None
         self.remove_callback(PrinterCallback)
         self.order, self.stage, self.log_file, self.costs = order, stage, log_file, costs
         self.totals, self.since = totals, Since()
         self.switch = ScheduleCallback(stage.parts, log=False)
         self.progress = ProgressLine(stage, order.batch_size, self.visual_tokens)
         self.add_callback(self.switch)
-        self.rates, self.validation, self.stand_in, self.packing = rates, validation, stand_in, packing
+        self.rates, self.validation, self.stand_in = rates, validation, stand_in
         self.visual = part_modules(self.model)
         seen = {parameter for module in self.visual for parameter in module.parameters()}
         self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())

@@ -19,9 +19,10 @@ from foveate.data.conversations import MARKER, Conversation
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.reducers import parse
+from foveate.train.account import Costs
 from foveate.train.opening import Opened
 from foveate.train.order import division, seed_of
-from foveate.train.packing import refuse
+from foveate.train.packing import Packing, refuse
 from foveate.train.samples import make_collator
 from foveate.train.schedule import NONE
 from foveate.train.settings import Recipe, Stage
@@ -99,14 +100,15 @@ def try_rows(opened: Opened, scaled: bool) -> SupervisedRows:
     return tried(opened.model, batch, scaled)
 
 
-def try_packing(stage: Stage, opened: Opened) -> None:
-    """FoveateError where samples of one row would not come to what they come to alone in this model."""
+def try_packing(stage: Stage, opened: Opened, costs: Costs) -> Packing:
+    """What packs the samples of the stage. FoveateError where those of one row would not come to what they come to alone in this model."""
     device, collator = next(opened.model.parameters()).device, make_collator(opened, sys.maxsize)
     batch = {name: value.to(device) for name, value in collator([shown(), shown("white", "What colour is it?"), shown()]).items()}
     try:
         refuse(opened.model, batch, collator.pad)
     except FoveateError as error:
         raise FoveateError(f"stage {stage.name}: {error}") from None
+    return Packing(None if stage.pack is True else stage.pack, opened.model, costs, collator.pad)
 
 
 def shown(colour: str = "grey", question: str = "What is this?") -> Conversation:
