@@ -32,7 +32,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 def over(name: str) -> Any:
     """Our own model over a language model whose logits are more, or less, than a product."""
-    given = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    given: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
     given |= {"num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.2}
     torch.manual_seed(0)
     model = assembled()
