@@ -160,6 +160,22 @@ def growth(source: Scale, source_grid: int, target: Scale, grid: int) -> int:
     return after // before
 
 
+def parents(
+    source: Sequence[Sequence[int]],
+    source_grid: int,
+    target: Sequence[Sequence[int]],
+    grid: int,
+    sources: Sequence[int] | None = None,
+) -> Tensor:
+    """(tokens of `target`,) int64: which token of the `source` scales each is inflated from, as `ChainOfSight.scaled` does it."""
+    before, after = check_scales(source, source_grid), check_scales(target, grid)
+    counts = [(source_grid // window) ** 2 * queries for window, queries in before]
+    own = [part.view(-1, queries, 1) for part, (_, queries) in zip(torch.arange(sum(counts)).split(counts), before, strict=True)]
+    chosen = default_sources(before, source_grid, after, grid) if sources is None else sources
+    factors = [growth(before[s], source_grid, scale, grid) for s, scale in zip(chosen, after, strict=True)]
+    return torch.cat([inflate_queries(own[s], factor).flatten() for s, factor in zip(chosen, factors, strict=True)])
+
+
 def inflate_queries(queries: Tensor, factor: int) -> Tensor:
     """(windows, queries, width) of a square grid of windows -> (windows * factor², queries, width), nearest neighbour on that grid."""
     side = round(queries.shape[0] ** 0.5)

@@ -292,7 +292,7 @@ class Chunk:
     def positions(self, positions: Tensor) -> Tensor:
         """(B or 1, N) or (R, B or 1, N) positions of the chunk as they are at this stage."""
         B, N = self.arrived.shape
-        moved = positions.to(torch.int64).expand(*positions.shape[:-2], B, N)
+        moved = (positions if positions.is_floating_point() else positions.to(torch.int64)).expand(*positions.shape[:-2], B, N)
         for move in self.moves:
             moved = move(moved)
         return moved

@@ -52,6 +52,7 @@ class ForwardPass:
         self._asked: Asked | None = None
         self._injected: dict[int, Tensor] = {}  # by layer, what the model adds to the states in front of it
         self._on_embeddings: View | None = None
+        self._counted = True  # fractions name places, which several tokens may share: their gaps are not closed
         self._here: list[TokenMap] = []  # what the reducers of the layer under way have made of `_arriving`, the slots that came to it
         self._arriving: Layout | None = None
         self._passing: tuple[TokenMap, Tensor] | None = None  # what goes through the layer under way, and the states of all
@@ -87,6 +88,7 @@ class ForwardPass:
             row = torch.arange(past, past + shape[1], device=device)[None]
         else:
             row = positions if positions.ndim == 2 else positions[0]
+        self._counted = not row.is_floating_point()
         valid = valid_slots(self.mask if self.mask is not None else kwargs.get("attention_mask"), past, shape[1])
         layout, which = self.arrivals.layout(shape, None if valid is None else valid.to(device), row.to(torch.int64))
         samples = samples_of({**kwargs, "attention_mask": self.mask}, shape, past > 0) if self.has_images else None
@@ -212,7 +214,7 @@ class ForwardPass:
             token_map = decide(reducer, number, self._view(index, hidden), Cut)
             if not isinstance(reducer, Replay):  # recorded maps are aligned already, and meet each other as they did
                 token_map = token_map.aligned()
-            renumber = reducer.positions_at(number) == "renumber"
+            renumber = reducer.positions_at(number) == "renumber" and self._counted
             if self._shortcuts and chunk.memory is None and token_map.is_identity:
                 continue
             hidden = token_map.apply(hidden)

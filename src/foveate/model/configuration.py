@@ -30,6 +30,8 @@ class FoveateConfig(PreTrainedConfig):
     - `image_token_id`: the placeholder that visual tokens replace.
     - `image_size`: side in pixels of the (square) input image now; the tower's own size unless given. The tower's own stays in
       `vision_config.image_size`; where the two differ position embeddings are interpolated.
+    - `grown`: what the tokens that a growth has added keep of those they are copies of, and how much of it is left
+      (`foveate.model.grown`); None: they are counted as any others.
     - `always_run_vision`: run tower and bridge on a blank image in training steps without images also on one process. With several
       processes that happens anyway.
     """
@@ -47,6 +49,7 @@ class FoveateConfig(PreTrainedConfig):
     vision_feature_layer: Any = None
     image_token_id: int = 32000
     image_size: Any = None
+    grown: Any = None
     always_run_vision: bool = False
     tie_word_embeddings: bool = False
 

@@ -12,40 +12,21 @@ The public interface is that of transformers' LLaVA classes.
 """
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
-
-
-@dataclass
-class FoveateModelOutputWithPast(BaseModelOutputWithPast):
-    """The decoder's output, and `image_hidden_states`: the visual tokens (their number in the batch, width) that went in."""
-
-    image_hidden_states: Tensor | None = None
-
-
-@dataclass
-class FoveateCausalLMOutputWithPast(ModelOutput):
-    """Logits (batch, positions, vocabulary) and, where labels were given, the language model's loss."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    image_hidden_states: Tensor | None = None
+from foveate.model.grown import annealed, check_attention, check_language_model, lineage, place
+from foveate.model.outputs import FoveateCausalLMOutputWithPast, FoveateModelOutputWithPast, common_outputs
 
 
 class FoveatePreTrainedModel(PreTrainedModel):
@@ -185,11 +166,7 @@ class FoveateModel(FoveatePreTrainedModel):
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where visual tokens go: (batch, positions, 1), True at image tokens. FoveateError if their number is not that of the features."""
-        if input_ids is None:
-            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
+        mask = self._placeholders(input_ids, inputs_embeds)
         if not torch.compiler.is_compiling():
             placeholders, tokens = int(mask.sum()), image_features.numel() // image_features.shape[-1]
             if placeholders != tokens:
@@ -198,6 +175,13 @@ class FoveateModel(FoveatePreTrainedModel):
                     "processor and model must agree on image size and bridge"
                 )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """(batch, positions) bool."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def merge(
         self,
@@ -265,15 +249,22 @@ class FoveateModel(FoveatePreTrainedModel):
 
         `with_head` runs the causal language model to its logits (and loss, for `labels`) instead of the decoder alone.
         """
+        text = inputs_embeds
         inputs_embeds, visual = self.merge(
             input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops, tower_features
         )
-        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values, "return_dict": True}
+        kept, given = None, {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        if self.config.grown is not None:
+            slots = None if visual is None else self._placeholders(input_ids, inputs_embeds if text is None else text)
+            given, kept = place(self.config, inputs_embeds, slots, given, merged=text is not None)
+        kwargs |= given | {"return_dict": True}
+        run = self.causal_lm if with_head else self.language_model
+        output = run(inputs_embeds=inputs_embeds, **kwargs)
+        if kept is not None:
+            kept.remember(output.past_key_values)
         if with_head:
-            output = self.causal_lm(inputs_embeds=inputs_embeds, **kwargs)
             ends = {"loss": output.loss, "logits": output.logits}
             return FoveateCausalLMOutputWithPast(**ends, **common_outputs(output), image_hidden_states=visual)
-        output = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
         return FoveateModelOutputWithPast(output.last_hidden_state, **common_outputs(output), image_hidden_states=visual)
 
     def unused_tower_parameters(self) -> list[str]:
@@ -379,20 +370,31 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             **kwargs,
         )
 
-    def scale_bridge(self, scales: Sequence[Sequence[int]], image_size: int, sources: Sequence[int] | None = None) -> None:
+    def scale_bridge(
+        self, scales: Sequence[Sequence[int]], image_size: int, sources: Sequence[int] | None = None, keep: Collection[str] = ()
+    ) -> None:
         """Grow the bridge, weights inflated, to `scales` [(window, queries per window), ...] at `image_size` pixels.
 
-        The parameters of the bridge are new objects: make optimisers afterwards. The processor is told with
-        `processor.set_bridge(model.config.bridge, model.config.image_size)`.
+        `keep`: of "positions", "keys" and "order" what grown tokens keep of the token they are copies of (`foveate.model.grown`); without,
+        they are counted as any others, as the paper has it. The parameters of the bridge are new objects: make optimisers afterwards. The
+        processor is told with `processor.set_bridge(model.config.bridge, model.config.image_size)`.
         """
         old = self.model.bridge
         rows, _ = self.config.patch_grid(image_size, image_size)
         new = old.scaled(scales=scales, grid=rows, sources=sources)
+        if keep:
+            check_language_model(self)
+            check_attention(self.config.get_text_config()._attn_implementation)
+        grown = lineage(self.config, sources, keep)
         like = next(old.parameters())
         new.to(like.device, like.dtype).train(old.training).requires_grad_(any(p.requires_grad for p in old.parameters()))
         keep_initialisation(new)
         self.model.bridge = new
-        self.config.bridge, self.config.image_size = new.config(), image_size
+        self.config.bridge, self.config.image_size, self.config.grown = new.config(), image_size, grown
+
+    def anneal_growth(self, left: float) -> None:
+        """Leave `left`, from 1 to 0, of what the last growth has kept; at 0 grown tokens are counted as any others."""
+        self.config.grown = annealed(self.config.grown, left)
 
     def set_image_size(self, pixels: int) -> None:
         """Take images of `pixels` x `pixels` from now on. FoveateError if the bridge is bound to its grid."""
@@ -406,11 +408,6 @@ def by_image(tokens: Tensor, image_crops: Tensor) -> list[Tensor]:
     if sum(counts) != len(tokens):
         raise FoveateError(f"image_crops counts {sum(counts)} crops, but pixel_values holds {len(tokens)}")
     return list(tokens.split(counts))
-
-
-def common_outputs(output: Any) -> dict[str, Any]:
-    """What a decoder and a causal language model both give back."""
-    return {name: getattr(output, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
 
 
 def patch_states(hidden_states: Sequence[Tensor | None] | None, layer: int, grid: tuple[int, int]) -> Tensor:

@@ -167,7 +167,8 @@ class TokenMap:
         return x.view(*owner.shape, *y_BMD.shape[2:])
 
     def positions(self, position_BN: Tensor, *, mean: bool = False) -> Tensor:
-        """(B, M) int64: positions of the targets: the representative's, or the truncated mean of the members'. 0 for empty targets."""
+        """(B, M): positions of the targets: the representative's, or the mean of the members', truncated where they are int64. 0 for empty
+        targets."""
         representative = torch.where(
             self.representative >= 0, position_BN.expand(self.source.shape).gather(1, self.representative.clamp(min=0)), 0
         )
@@ -178,7 +179,8 @@ class TokenMap:
         members = position_BN.expand(self.source.shape).gather(1, self.member.clamp(min=0).view(B, -1)).view(B, M, E)
         count = there.sum(-1)
         # Integers throughout: the mean is exact at any position, where the reference code's float16 is not above 1023.
-        centre = torch.div(torch.where(there, members, 0).sum(-1), count.clamp(min=1), rounding_mode="floor")
+        rounding = None if position_BN.is_floating_point() else "floor"
+        centre = torch.div(torch.where(there, members, 0).sum(-1), count.clamp(min=1), rounding_mode=rounding)
         return torch.where(count > 0, centre, representative)
 
     def then(self, after: TokenMap) -> TokenMap:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from foveate.train.loading import Loading
+from foveate.train.settings import Keep
 
 
 @dataclass(frozen=True)
@@ -36,3 +37,16 @@ class Flow(TrainerCallback):
         step = state.global_step
         control.should_log = step == 1 or step % self.log_steps == 0 or step == self.steps or self.validates(step) or self.asks(step)
         control.should_save = step % self.save_steps == 0 and step < self.steps
+
+
+class LetGo(TrainerCallback):
+    """Leaves of what grown tokens keep as much as there shall be after so many optimiser steps: a resumed run goes on in the middle."""
+
+    def __init__(self, keep: Keep) -> None:
+        self.keep = keep
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if model.config.grown is not None:
+            model.anneal_growth(self.keep.left(state.global_step))
+
+    on_train_begin = on_step_end = on_step_begin

@@ -67,7 +67,7 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
     if is_assembled(model.config):
         size = advance(model.config, stage).image_size
         if (to := growth(stage, model.config)) is not None:
-            model.scale_bridge(to.scales, size, to.sources)
+            model.scale_bridge(to.scales, size, to.sources, () if to.keep is None else to.keep.kept)
         model.set_image_size(size)
         processor.set_bridge(model.config.bridge, size)
         # so that a step without any image does to the bridge what it does in several processes (gradients of zero, not none at all)

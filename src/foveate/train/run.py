@@ -31,7 +31,7 @@ from foveate.reducers import parse, save_reducers
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Totals
-from foveate.train.callbacks import Held
+from foveate.train.callbacks import Held, LetGo
 from foveate.train.evaluating import BEST_NOTE, Examiner, best_note, open_tasks
 from foveate.train.features import Wanted, look_through, open_features
 from foveate.train.loading import Loading
@@ -44,7 +44,7 @@ from foveate.train.recipe import load_recipe
 from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
 from foveate.train.schedule import NONE, stage_steps
 from foveate.train.settings import Recipe
-from foveate.train.stages import is_assembled, read_config, walk
+from foveate.train.stages import is_assembled, keep_of, read_config, walk
 from foveate.train.stand_in import StandIn
 from foveate.train.trainer import FoveateTrainer
 from foveate.train.trials import check_machine, check_reporting, rehearse, training_arguments, try_packing, try_rows
@@ -182,7 +182,7 @@ def make_trainer(
     order = order_of(recipe, stage, samples)
     again = order.drawn is not None or steps * stage.batch_size > len(samples)
     collator = make_collator(opened, stage.max_length, again, features)
-    return FoveateTrainer(
+    trainer = FoveateTrainer(
         model=opened.model,
         args=arguments,
         train_dataset=range(len(samples)),
@@ -209,6 +209,9 @@ def make_trainer(
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,
     )
+    if (keep := keep_of(stage)) is not None:
+        trainer.add_callback(LetGo(keep))
+    return trainer
 
 
 def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, trainer: FoveateTrainer, folder: Path) -> None:
@@ -218,8 +221,10 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
     if not trainer.is_world_process_zero():
         return
     if sharded:
-        opened = open_model(recipe, index, previous)
+        opened, kept = open_model(recipe, index, previous), getattr(trainer.model.config, "grown", None)
         opened.model.load_state_dict(state)
+        if is_assembled(opened.model.config):
+            opened.model.config.grown = kept
     # What the model was trained with to the end is what it needs; several that take turns teach it to do with any of them, or none.
     ends_with = set(trainer.stage.parts[-1].cycle) if trainer.stage.parts else {NONE}
     write_best(recipe, index, previous, folder)
@@ -236,6 +241,8 @@ def write_best(recipe: Recipe, index: int, previous: Path | None, folder: Path) 
         return
     opened, note, target = open_model(recipe, index, previous), best_note(kept), recipe.output / "best"
     opened.model.load_state_dict(load_file(kept / SAFE_WEIGHTS_NAME), strict=False)
+    if (keep := keep_of(recipe.stages[index])) is not None:
+        opened.model.anneal_growth(keep.left(note["step"]))
     files.remove(target)
     write_model(opened, note["stage"], note["reducer"], target)
     write_json(target / BEST_NOTE, note)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from foveate.accounting import Trained as Updated
 from foveate.data.chat import read_template
 from foveate.errors import FoveateError
+from foveate.model.grown import KEPT
 from foveate.train.schedule import NONE, Part
 from foveate.train.sizes import read_bytes
 
@@ -262,9 +263,34 @@ DataOrSources = Annotated[
 ]
 
 
+class Keep(Strict):
+    """What grown tokens keep of those they are copies of (`foveate.model.grown`), let go of evenly over the first `steps` of the stage;
+    without `steps` it stays."""
+
+    positions: bool = True
+    keys: bool = True
+    order: bool = True
+    steps: int | None = Field(default=None, gt=0)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        return tuple(name for name in KEPT if getattr(self, name))
+
+    def left(self, step: int) -> float:
+        """How much is left of it, from 1 to 0, when `step` optimiser steps were made."""
+        return 1.0 if self.steps is None else max(0.0, 1.0 - step / self.steps)
+
+    @model_validator(mode="after")
+    def _something(self) -> Keep:
+        if not self.kept:
+            raise ValueError(f"nothing is kept: set at least one of {', '.join(KEPT)}, or leave `keep` out")
+        return self
+
+
 class BridgeScales(Strict):
     scales: list[tuple[int, int]] = Field(min_length=1)  # (window, queries per window), coarse to fine
     sources: list[int] | None = None  # for each new scale, which scale of the stage before seeds it
+    keep: Keep | None = None
 
 
 class Stage(Strict):

@@ -29,13 +29,14 @@ from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
 from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
+from foveate.model.grown import check_attention, check_language_model, lineage
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse
 from foveate.reducers.base import acting
 from foveate.tokens import ImagePlan
 from foveate.train.schedule import Part
-from foveate.train.settings import BridgeScales, Lora, LoraOf, Model, Recipe, Stage
+from foveate.train.settings import BridgeScales, Keep, Lora, LoraOf, Model, Recipe, Stage
 from foveate.world import resolve
 
 MOST = 2**24
@@ -103,6 +104,9 @@ def walk(recipe: Recipe, load: Read) -> Iterator[Setup]:
         with naming(stage):
             before, config = config, advance(config, stage)
             setup = Setup(stage, before, config, check(stage, config), cautions(stage, config))
+            if keep_of(stage) is not None:
+                check_attention(recipe.model.attn_implementation)
+                check_language_model(skeleton(config))
         yield setup
 
 
@@ -170,6 +174,11 @@ def growth(stage: Stage, config: Any) -> BridgeScales | None:
     return stage.bridge
 
 
+def keep_of(stage: Stage) -> Keep | None:
+    """What grown tokens keep from the beginning of the stage on."""
+    return None if stage.bridge is None else stage.bridge.keep
+
+
 def is_assembled(config: Any) -> bool:
     return isinstance(config, FoveateConfig)
 
@@ -182,12 +191,17 @@ def advance(config: Any, stage: Stage) -> Any:
     size = stage.image_size or config.image_size
     grid = config.patch_grid(size, size)
     bridge = build(config.bridge)
-    if (to := growth(stage, config)) is not None:
+    to, keep = growth(stage, config), keep_of(stage)
+    if to is None and keep is not None:
+        raise FoveateError("`bridge.keep` says what grown tokens keep, but the bridge does not grow in this stage; leave it out")
+    grown = config.grown
+    if to is not None:
         bridge = bridge.scaled(scales=to.scales, grid=grid[0], sources=to.sources)
+        grown = None if keep is None else lineage(config, to.sources, keep.kept)
     if (tokens := bridge.tokens(grid)) > MOST:
         raise FoveateError(f"the bridge makes {tokens:,} visual tokens of an image; no language model takes more than {MOST:,}")
     config = deepcopy(config)
-    config.bridge, config.image_size = bridge.config(), size
+    config.bridge, config.image_size, config.grown = bridge.config(), size, grown
     return config
 
 

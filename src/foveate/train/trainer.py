@@ -341,6 +341,8 @@ class FoveateTrainer(Trainer):
             row["flops"] = self.totals.flops
         if self.stage.cached:
             row["tower"] = "from cache"
+        if (grown := getattr(self.model.config, "grown", None)) is not None:
+            row["growth_left"] = grown["left"]
         return row | {"seconds": round(self.totals.seconds, 3), "reducer": self.switch.current}
 
     # ---- checkpoints

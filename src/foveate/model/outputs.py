@@ -1,0 +1,33 @@
+"""What the models give back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class FoveateModelOutputWithPast(BaseModelOutputWithPast):
+    """The decoder's output, and `image_hidden_states`: the visual tokens (their number in the batch, width) that went in."""
+
+    image_hidden_states: Tensor | None = None
+
+
+@dataclass
+class FoveateCausalLMOutputWithPast(ModelOutput):
+    """Logits (batch, positions, vocabulary) and, where labels were given, the language model's loss."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    image_hidden_states: Tensor | None = None
+
+
+def common_outputs(output: Any) -> dict[str, Any]:
+    """What a decoder and a causal language model both give back."""
+    return {name: getattr(output, name, None) for name in ("past_key_values", "hidden_states", "attentions")}
