@@ -13,7 +13,7 @@ The public interface is that of transformers' LLaVA classes.
 
 import inspect
 from collections.abc import Collection, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -240,29 +240,32 @@ class FoveateModel(FoveatePreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
         tower_features: Tensor | None = None,
-        with_head: bool = False,
+        run: Literal["images", "decoder", "logits"] = "decoder",
         **kwargs: Any,
     ) -> FoveateModelOutputWithPast | FoveateCausalLMOutputWithPast:
         """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (crops of the images of all prompts, channels, height,
         width), `image_crops` (images,): how many crops each image has, one unless given. `tower_features` (crops, levels, patches, width)
         may stand for pixels: what `encode_crops` makes of them.
 
-        `with_head` runs the causal language model to its logits (and loss, for `labels`) instead of the decoder alone.
+        `run` says how far: to "logits" of the causal language model (and loss, for `labels`), through the "decoder" alone, or to "images",
+        which runs no language model: `hidden_states` then has one level, what would have gone in.
         """
         text = inputs_embeds
         inputs_embeds, visual = self.merge(
             input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops, tower_features
         )
+        if run == "images":
+            return FoveateCausalLMOutputWithPast(hidden_states=(inputs_embeds,), image_hidden_states=visual)
         kept, given = None, {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if self.config.grown is not None:
             slots = None if visual is None else self._placeholders(input_ids, inputs_embeds if text is None else text)
             given, kept = place(self.config, inputs_embeds, slots, given, merged=text is not None)
         kwargs |= given | {"return_dict": True}
-        run = self.causal_lm if with_head else self.language_model
-        output = run(inputs_embeds=inputs_embeds, **kwargs)
+        called = self.causal_lm if run == "logits" else self.language_model
+        output = called(inputs_embeds=inputs_embeds, **kwargs)
         if kept is not None:
             kept.remember(output.past_key_values)
-        if with_head:
+        if run == "logits":
             ends = {"loss": output.loss, "logits": output.logits}
             return FoveateCausalLMOutputWithPast(**ends, **common_outputs(output), image_hidden_states=visual)
         return FoveateModelOutputWithPast(output.last_hidden_state, **common_outputs(output), image_hidden_states=visual)
@@ -353,7 +356,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         image_crops: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
-        """See `FoveateModel.forward`, whose `tower_features` are taken too; `labels` and `logits_to_keep` are the language model's."""
+        """See `FoveateModel.forward`, whose `tower_features` and `run` are taken too; `labels` and `logits_to_keep` are the language
+        model's."""
         return self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -363,11 +367,10 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             image_crops=image_crops,
-            with_head=True,
             labels=labels,
             logits_to_keep=logits_to_keep,
             return_dict=True,
-            **kwargs,
+            **{"run": "logits", **kwargs},
         )
 
     def scale_bridge(

@@ -10,6 +10,7 @@ from typing import Any
 from foveate.accounting import Ledger, predict
 from foveate.reducers import parse
 from foveate.tokens import ImagePlan
+from foveate.train.align import flops
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,10 @@ class Since:
 
 class Costs:
     """FLOPs of a training step by `foveate.accounting`; real tokens are counted, padding is not. NaN where they cannot be counted: that is
-    no reason to stop a run. `tower`: whether it runs, or its features are read."""
+    no reason to stop a run. `tower`: whether it runs, or its features are read; `align`: of a stage that runs no language model."""
 
-    def __init__(self, config: Any, trained: Any, tower: bool = True) -> None:
-        self.config, self.trained, self.tower = config, trained, tower
+    def __init__(self, config: Any, trained: Any, tower: bool = True, align: bool = False) -> None:
+        self.config, self.trained, self.tower, self.align = config, trained, tower, align
         self._known: dict[tuple[str, tuple[ImagePlan, ...], int], Ledger | None] = {}
 
     def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None) -> float:
@@ -48,6 +49,9 @@ class Costs:
         ledger = self.ledger(reducer, images, text)
         if ledger is None:
             return math.nan
+        if self.align:
+            spent = flops(ledger, self.config, images)
+            return float(sum(spent.values()) - (0 if self.tower else spent["tower"]))
         head = text + sum(plan.tokens for plan in images) if head is None else head
         tower = 0 if self.tower else ledger.flops["tower"]
         return float(ledger.total_flops - tower + (head - 1) * ledger.flops["head"])

@@ -26,6 +26,7 @@ from foveate.accounting import CONVENTION, image_shape, parameters, predict, tra
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
 from foveate.reducers import parse
+from foveate.train import align
 from foveate.train.order import apportion
 from foveate.train.recipe import load_recipe
 from foveate.train.schedule import stage_steps
@@ -45,6 +46,7 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+ALIGNED = "no language model runs: of it, head is the product of the visual tokens with its table of embeddings"
 CACHED = "training reads the tower's features from a cache: the tower costs one forward an image, once, which is not counted"
 
 
@@ -56,7 +58,7 @@ class PartPlan:
     reducers: str
     visual_tokens: list[int]  # in each decoder layer
     tokens: int  # their sum, LLaVolta's #Tokens
-    compression: float
+    compression: float | None  # None where no visual token comes to the language model
     forward_flops: dict[str, int]
     training_flops: dict[str, int]
     visual_kv_bytes: int
@@ -87,7 +89,7 @@ class StagePlan:
     trainable: dict[str, int]
     parts: list[PartPlan]
     mean_tokens: Fraction
-    compression: float
+    compression: float | None
     forward_flops: dict[str, Fraction]
     training_flops: dict[str, Fraction]
     visual_kv_bytes: Fraction
@@ -148,14 +150,14 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
         trainable=trainable(counted, trained),
         parts=parts,
         mean_tokens=mean,
-        compression=float(compression_ratio(mean, per_image, layers)),
+        compression=float(compression_ratio(mean, per_image, layers)) if mean else None,
         forward_flops=weighted([(part.share, part.forward_flops) for part in parts]),
         training_flops=weighted([(part.share, part.training_flops) for part in parts]),
         visual_kv_bytes=sum((part.share * part.visual_kv_bytes for part in parts), Fraction(0)),
         steps=steps,
         samples=samples,
         share=None,
-        notes=[*notes, *setup.cautions, *([] if stage.features is None else [CACHED])],
+        notes=[*notes, *setup.cautions, *([CACHED] if stage.features is not None else []), *([ALIGNED] if stage.kind == "align" else [])],
         sources=plan_sources(stage, samples, setup.image.tokens + text_tokens),
     )
 
@@ -165,18 +167,14 @@ def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) 
     given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
     head_tokens = setup.image.tokens + text_tokens
     forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
-    counts = list(forward.visual_tokens)
-    spent = training.flops if setup.stage.features is None else {**training.flops, "tower": 0}
-    return PartPlan(
-        share,
-        spelled,
-        counts,
-        sum(counts),
-        float(compression_ratio(counts, per_image, len(counts))),
-        forward.flops,
-        spent,
-        sum(forward.visual_kv_bytes),
-    )
+    counts, spent, first, kv = list(forward.visual_tokens), training.flops, forward.flops, sum(forward.visual_kv_bytes)
+    if setup.stage.kind == "align":
+        first, spent = (align.flops(ledger, setup.used, [setup.image]) for ledger in (forward, training))
+        counts, kv = [0] * len(counts), 0
+    if setup.stage.features is not None:
+        spent = {**spent, "tower": 0}
+    ratio = float(compression_ratio(counts, per_image, len(counts))) if any(counts) else None
+    return PartPlan(share, spelled, counts, sum(counts), ratio, first, spent, kv)
 
 
 def resized(setup: Setup, size: int) -> tuple[Any, list[str]]:
@@ -283,12 +281,12 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
         split.add_row(stage.name, *(flops(x) for x in (*stage.training_flops.values(), sum(stage.training_flops.values()))))
         for part in stage.parts:
             schedule.add_row(
-                *(stage.name, str(part.share), part.reducers, runs(part.visual_tokens), f"{part.tokens:,}", f"{part.compression:.1%}"),
+                *(stage.name, str(part.share), part.reducers, runs(part.visual_tokens), f"{part.tokens:,}", percent(part.compression)),
                 *(flops(sum(part.forward_flops.values())), flops(sum(part.training_flops.values())), kv(part.visual_kv_bytes)),
             )
         if len(stage.parts) > 1:
             schedule.add_row(
-                *(stage.name, "mean", "", "", f"{float(stage.mean_tokens):,.0f}", f"{stage.compression:.1%}"),
+                *(stage.name, "mean", "", "", f"{float(stage.mean_tokens):,.0f}", percent(stage.compression)),
                 *(flops(sum(stage.forward_flops.values())), flops(sum(stage.training_flops.values())), kv(stage.visual_kv_bytes)),
                 style="bold",
             )
@@ -328,6 +326,10 @@ class Unit:
 
 FLOPS = (Unit("TFLOPs", 1e12, 3), Unit("GFLOPs", 1e9, 3), Unit("MFLOPs", 1e6, 3), Unit("kFLOPs", 1e3, 3))
 BYTES = (Unit("MiB", 2**20, 1), Unit("KiB", 2**10, 1))
+
+
+def percent(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.1%}"
 
 
 def runs(counts: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from foveate.tokens import ImagePlan
+from foveate.train.align import Align
 from foveate.train.schedule import Part
 
 QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -23,7 +24,7 @@ QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
 class StageInfo:
     """What the trainer needs to know of the stage beside the arguments of the Trainer. `image`: what an image becomes, as far as that is
     known before any is seen, `cached`: whether the tower's features are read instead of made, `sources`: names of what is mixed, where
-    there are several."""
+    there are several, `align`: its loss, where no language model runs."""
 
     index: int
     count: int
@@ -35,6 +36,7 @@ class StageInfo:
     bf16_copy: bool = False
     cached: bool = False
     sources: Sequence[str] = ()
+    align: Align | None = None
 
 
 class ProgressLine(TrainerCallback):

@@ -31,6 +31,7 @@ from foveate.reducers import parse, save_reducers
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Totals
+from foveate.train.align import Align
 from foveate.train.callbacks import Held, LetGo
 from foveate.train.evaluating import BEST_NOTE, Examiner, best_note, open_tasks
 from foveate.train.features import Wanted, look_through, open_features
@@ -145,6 +146,8 @@ def run_stage(
         raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
     if stage.micro_batch == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise FoveateError(f"stage {stage.name}: micro_batch auto is not for sharded training, give a number of samples")
+    if stage.kind == "align" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise FoveateError(f"stage {stage.name}: kind align is not for sharded training; it is small enough for one device")
     if stage.precision == "bf16-copy" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise FoveateError(f"stage {stage.name}: precision bf16-copy is not for sharded training, use bf16 (autocast)")
     if state.is_main_process:
@@ -199,12 +202,13 @@ def make_trainer(
             bf16_copy=stage.precision == "bf16-copy",
             cached=features is not None,
             sources=samples.names,
+            align=Align(opened.model, opened.processor.tokenizer.all_special_ids) if stage.kind == "align" else None,
         ),
         totals=Totals(),
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(config, opened.trained, tower=features is None),
+        costs=Costs(config, opened.trained, tower=features is None, align=stage.kind == "align"),
         rates=stage.rates,
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,

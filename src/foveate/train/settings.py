@@ -295,6 +295,7 @@ class BridgeScales(Strict):
 
 class Stage(Strict):
     name: str = Field(pattern=NAME)
+    kind: Literal["generate", "align"] = "generate"  # align: the bridge alone, by `foveate.train.align`
     data: DataOrSources
     image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
     bridge: BridgeScales | None = None
@@ -340,6 +341,15 @@ class Stage(Strict):
                 raise ValueError(
                     f"`learning_rate` by part has {', '.join(rated) or 'no part'}, but the stage trains {', '.join(self.train.parts)}: "
                     "give one rate to each of them"
+                )
+        if self.kind == "align":
+            if self.train.lm:
+                raise ValueError("a stage of kind align runs no language model: it trains the bridge and perhaps the tower, not lm")
+            if self.reducers:
+                raise ValueError("a stage of kind align runs no language model for reducers to act in; leave them out")
+            if self.pack or isinstance(self.data, list):
+                raise ValueError(
+                    "a stage of kind align takes one source of data and looks at image after image: leave out `pack` and the list"
                 )
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")

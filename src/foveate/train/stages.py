@@ -242,6 +242,8 @@ def model_folder(name: str) -> str:
 def check(stage: Stage, config: Any) -> Trained:
     """Looks for everything that can be known of a stage without weights; returns what it trains, LoRA targets by name."""
     part_modules(skeleton(config))
+    if stage.kind == "align" and not is_assembled(config):
+        raise FoveateError(f"kind align needs a Foveate model, but the checkpoint is a {config.model_type} model; leave the stage out")
     trained = trained_parts(stage, skeleton(config))
     check_positions(stage, config)
     check_image_size(config)

@@ -83,7 +83,9 @@ class FoveateTrainer(Trainer):
         self.order, self.stage, self.log_file, self.costs = order, stage, log_file, costs
         self.totals, self.since = totals, Since()
         self.switch = ScheduleCallback(stage.parts, log=False)
-        self.progress = ProgressLine(stage, order.batch_size, self.visual_tokens)
+        self.progress = ProgressLine(
+            stage, order.batch_size, self.visual_tokens if stage.align is None else lambda: [self.tokens_per_image]
+        )
         self.add_callback(self.switch)
         self.rates, self.validation, self.stand_in = rates, validation, stand_in
         self.visual = part_modules(self.model)
@@ -158,6 +160,8 @@ class FoveateTrainer(Trainer):
 
     def visual_tokens(self) -> list[int]:
         """Of such an image in each decoder layer, under the reducer of the moment."""
+        if self.stage.align is not None:
+            return [0] * self.stage.layers
         return visual_tokens(parse(self.switch.current), self.tokens_per_image, self.stage.layers)
 
     _micro = (-1, 0)  # the optimiser step under way, and micro-batches of it that were begun
@@ -200,6 +204,8 @@ class FoveateTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
+        if self.stage.align is not None:
+            return self.stage.align(called, inputs)[0] * self.args.world_size / self.order.batch_size
         with self.rows.alone(inputs) as given:
             if self.stage.sources:
                 loss, outputs = super().compute_loss(called, given, *args, **{**kwargs, "return_outputs": True})
@@ -254,6 +260,10 @@ class FoveateTrainer(Trainer):
                     batch["labels"][-1] = IGNORED
                 del batch["plans"], batch["sources"]
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
+                if self.stage.align is not None:
+                    total, found = self.stage.align(called, self._prepare_inputs(batch))
+                    sums += torch.tensor([float(total), found], dtype=torch.float64)
+                    continue
                 with self.rows.alone(self._prepare_inputs(batch)) as given:
                     loss = called(**given)["loss"]
                 if count:

@@ -1,0 +1,93 @@
+"""Stage kind `align`: the bridge learns to say what is in an image in the language model's own words, and no language model runs.
+
+Of a sample, W are the different word pieces of its answers (a caption, or answers to questions) without the tokenizer's special tokens,
+v_1 … v_T the visual tokens of all its images, and e_u the rows of the language model's input embeddings. Nobody knows which token ought to
+say which word, so each word is sought in all of them, and the best token carries it (multiple instances, by log-sum-exp):
+
+    p(u | t) = softmax over u of cos(v_t, e_u) / 0.07            over the whole vocabulary
+    loss     = mean over w in W of -log( mean over t of p(w | t) ) + mean over t of (|v_t| / r - 1)²
+
+with r the mean length of a row of the table: the cosine alone would leave the tokens' length open, and a language model that has met only
+embeddings expects theirs. A batch's loss is the sum over its samples divided by its size; samples without image or words add nothing. Each
+word counts once, however common it is.
+
+The idea is Foveate's own. Where the boxes of things are known, a loss that tells each token its word would be sharper; the rows of
+conversations have none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from torch.utils.checkpoint import checkpoint
+
+from foveate.accounting import Ledger
+from foveate.tokens import ImagePlan
+
+TEMPERATURE = 0.07
+
+
+class Align:
+    """The loss of a stage of kind `align` for `model`, whose language model is frozen. ignored: ids that are no words."""
+
+    def __init__(self, model: Any, ignored: Sequence[int]) -> None:
+        self.model, self.ignored = model, torch.tensor(sorted({*ignored, model.config.image_token_id}))
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, called: Any, inputs: dict[str, Any]) -> tuple[Tensor, int]:
+        """(sum of the samples' losses, how many have one). `called` is the model as the stage calls it."""
+        labels, ids = inputs["labels"], inputs["input_ids"]
+        given = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
+        output = called(**given, run="images")
+        total, count = 0.0 * output.hidden_states[0].float().sum(), 0  # zero, with whatever takes part in a step without images
+        if output.image_hidden_states is None:
+            return total, count
+        table, length = self.table()
+        per_row = (ids == self.model.config.image_token_id).sum(1).tolist()
+        for row, tokens in enumerate(output.image_hidden_states.float().split(per_row)):
+            words = self.words(labels[row])
+            if len(tokens) and len(words):
+                total, count = total + loss(tokens, table, words, length), count + 1
+        return total, count
+
+    def words(self, labels: Tensor) -> Tensor:
+        """(W,) int64: the different word pieces of a row of labels (N,)."""
+        found = labels[labels >= 0].unique()
+        return found[~torch.isin(found, self.ignored.to(found.device))]
+
+    @torch.no_grad()
+    def table(self) -> tuple[Tensor, Tensor]:
+        """(V, width) float32 embeddings of length 1, as the model looks them up, and their mean length."""
+        if self._table is None:
+            embeddings = self.model.get_input_embeddings()
+            rows = embeddings(torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device)).float()
+            self._table = normalize(rows, dim=-1), rows.norm(dim=-1).mean()
+        return self._table
+
+
+def loss(tokens: Tensor, table: Tensor, words: Tensor, length: Tensor | float) -> Tensor:
+    """The formula above, of one sample: `tokens` (T, width), `table` (V, width) of length 1, `words` (W,), `length` of an embedding."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        logs = checkpoint(log_probability, normalize(tokens, dim=-1), table, words, use_reentrant=False)  # no T x V is kept
+    missed = math.log(len(tokens)) - logs.logsumexp(0)
+    return missed.mean() + (tokens.norm(dim=-1) / length - 1).square().mean()
+
+
+def log_probability(tokens: Tensor, table: Tensor, words: Tensor) -> Tensor:
+    """(T, W): log p(w | t)."""
+    logits = tokens @ table.T / TEMPERATURE
+    return logits[:, words] - logits.logsumexp(-1, keepdim=True)
+
+
+def flops(ledger: Ledger, config: Any, images: Sequence[ImagePlan]) -> dict[str, int]:
+    """By part, what a stage of this kind takes of a ledger's; `head` is the product of the visual tokens with the table, and in training
+    the one back to the tokens."""
+    text = config.get_text_config()
+    product = 2 * sum(plan.visual for plan in images) * text.vocab_size * text.hidden_size
+    left = {part: count if part in ("tower", "bridge") else 0 for part, count in ledger.flops.items()}
+    return left | {"head": product * (2 if ledger.mode == "train" else 1)}
