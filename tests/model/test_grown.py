@@ -192,8 +192,8 @@ def test_padding_and_packing(model: Any) -> None:
     assert torch.allclose(found[1, : len(b)], alone[1], atol=2e-5)
     places = torch.cat([torch.arange(len(a)), torch.arange(len(b))])[None]
     own = torch.block_diag(torch.ones(len(a), len(a)), torch.ones(len(b), len(b))).tril().bool()[None, None]
-    for mask in (None, own):
-        packed = grown(input_ids=torch.cat([a, b])[None], position_ids=places, attention_mask=mask, tower_features=two).logits[0]
+    for given_mask in (None, own):
+        packed = grown(input_ids=torch.cat([a, b])[None], position_ids=places, attention_mask=given_mask, tower_features=two).logits[0]
         assert torch.allclose(packed, torch.cat(alone), atol=2e-5)
 
 

@@ -118,6 +118,7 @@ def test_llavolta_recipes(recipe: str, parts: list[tuple[int, float]], mean: int
     assert [part.compression for part in instruct.parts] == pytest.approx([cr for _, cr in parts], abs=5e-4)
     assert [part.share for part in instruct.parts] == [Fraction(1, len(parts))] * len(parts)
     assert instruct.mean_tokens == mean
+    assert instruct.compression is not None
     assert 100 * instruct.compression == pytest.approx(ratio, abs=0.05)
     assert projector.tokens_per_image == instruct.tokens_per_image == 576
     assert projector.parts[0].visual_tokens == [576] * 32

@@ -5,7 +5,7 @@ v_1 … v_T the visual tokens of all its images, and e_u the rows of the languag
 say which word, so each word is sought in all of them, and the best token carries it (multiple instances, by log-sum-exp):
 
     p(u | t) = softmax over u of cos(v_t, e_u) / 0.07            over the whole vocabulary
-    loss     = mean over w in W of -log( mean over t of p(w | t) ) + mean over t of (|v_t| / r - 1)²
+    loss     = mean over w in W of -log( mean over t of p(w | t) ) + mean over t of log(|v_t| / r)²
 
 with r the mean length of a row of the table: the cosine alone would leave the tokens' length open, and a language model that has met only
 embeddings expects theirs. A batch's loss is the sum over its samples divided by its size; samples without image or words add nothing. Each
@@ -75,7 +75,7 @@ def loss(tokens: Tensor, table: Tensor, words: Tensor, length: Tensor | float) -
     with torch.autocast(tokens.device.type, enabled=False):
         logs = checkpoint(log_probability, normalize(tokens, dim=-1), table, words, use_reentrant=False)  # no T x V is kept
     missed = math.log(len(tokens)) - logs.logsumexp(0)
-    return missed.mean() + (tokens.norm(dim=-1) / length - 1).square().mean()
+    return missed.mean() + (tokens.norm(dim=-1) / length).clamp(min=1e-6).log().square().mean()
 
 
 def log_probability(tokens: Tensor, table: Tensor, words: Tensor) -> Tensor:
