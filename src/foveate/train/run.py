@@ -139,7 +139,8 @@ def run_stage(
         trainer.ask(Examiner(stage.evaluate, tasks, opened.processor, folder, state))
     if first and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # what is sharded may have no room on one device
         rehearse(recipe, index, opened, state)
-    trainer.rows = try_rows(opened, trainer.model_accepts_loss_kwargs)
+    if stage.kind != "align":
+        trainer.rows = try_rows(opened, trainer.model_accepts_loss_kwargs)
     if stage.pack:
         trainer.packing = try_packing(stage, opened, trainer.costs)
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
