@@ -122,7 +122,7 @@ def test_its_cost_leaves_the_language_model_out(recipe_file: Write, capsys: pyte
     assert words.training_flops["bridge"] == speak.training_flops["bridge"]
     vocabulary = open_model(load_recipe(recipe), 0, None).model.config.text_config.vocab_size
     assert words.training_flops["head"] == 2 * 2 * 6 * 32 * vocabulary  # 2 + 4 visual tokens of width 32, there and back
-    assert (words.mean_tokens, words.parts[0].visual_kv_bytes) == (0, 0)
+    assert words.mean_tokens == words.parts[0].visual_kv_bytes == 0
     assert words.compression is None
     print_plan(recipe)
     assert "no language model runs" in capsys.readouterr().out
