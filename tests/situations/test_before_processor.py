@@ -239,7 +239,7 @@ def test_accounts_pass_it_by() -> None:
 def test_training_has_no_place_for_it(value: str) -> None:
     from pydantic import TypeAdapter, ValidationError
 
-    from foveate.train.settings import ReducerString
+    from foveate.train.values import ReducerString
 
     with pytest.raises(ValidationError, match="downsample acts on the image, before the processor: in training say the stage's image_size"):
         TypeAdapter(ReducerString).validate_python(value)

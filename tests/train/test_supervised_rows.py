@@ -17,9 +17,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Qwen2_5_VLForCond
 
 from foveate.engine.attach import attach
 from foveate.reducers import parse
+from foveate.train.bf16_copy import BFloat16Copy
 from foveate.train.run import main
 from foveate.train.supervised import SupervisedRows, next_tokens, tried
-from foveate.train.trainer import BFloat16Copy, FoveateTrainer
+from foveate.train.trainer import FoveateTrainer
 
 HEADS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},

@@ -75,7 +75,7 @@ def tokenizer(image_token: bool = True) -> PreTrainedTokenizerFast:
     )
 
 
-def save_backbones(folder: Path, image_token: bool = True, dropout: float = 0.0) -> None:
+def save_backbones(folder: Path, image_token: bool = True, dropout: float = 0.0, layers: int = 2) -> None:
     """`folder`/tower (32 px, patch 8: a 4 x 4 grid) and `folder`/lm."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
@@ -85,7 +85,7 @@ def save_backbones(folder: Path, image_token: bool = True, dropout: float = 0.0)
     CLIPImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder / "tower")
     words = tokenizer(image_token)
     text = LlamaConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2,
         bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, attention_dropout=dropout,
     )  # fmt: skip
     LlamaForCausalLM(text).save_pretrained(folder / "lm")

@@ -33,6 +33,13 @@ class _Request:
         self.ahead = Ahead(most=None)
 
 
+class Chosen(Live):
+    """Which of the drivers on a model acts in the calling thread, by its number; None: none of them."""
+
+    def __init__(self) -> None:
+        self.number: int | None = 0
+
+
 class _Calls(Live):
     """What the thread is in the middle of."""
 
@@ -42,9 +49,10 @@ class _Calls(Live):
 
 
 class Driver:
-    """Everything that an attachment has put on a model. `done(forward)` is told of every pass that has gone through.
+    """Everything that an attachment has put on a model. `done(forward, reducers)` is told of every pass that has gone through.
 
     around  the modules from the outermost one to that which merges images and text, each in the one before
+    number  of several on one model: this one acts in the threads that have chosen it, in the others it does nothing
     """
 
     def __init__(
@@ -53,9 +61,12 @@ class Driver:
         anatomy: Anatomy,
         wiring: Wiring,
         reducers: list[Reducer],
-        done: Callable[[ForwardPass], None],
+        done: Callable[[ForwardPass, list[Reducer]], None],
         shortcuts: bool,
+        chosen: Chosen,
+        number: int = 0,
     ) -> None:
+        self._chosen, self.number = chosen, number
         self.anatomy, self.wiring, self._reducers, self._done, self._shortcuts = anatomy, wiring, reducers, done, shortcuts
         self._around = around
         self._takes_labels = any("labels" in inspect.signature(module.forward).parameters for module in around)
@@ -72,6 +83,10 @@ class Driver:
             self.remove()
             raise
 
+    def _idle(self) -> bool:
+        """Whether this thread's calls are not its own."""
+        return self._chosen.number != self.number
+
     def _install(self) -> None:
         anatomy, wiring, layers = self.anatomy, self.wiring, self.anatomy.layers
         core, decoder = anatomy.core, anatomy.decoder
@@ -81,9 +96,9 @@ class Driver:
             for modality in MODALITIES:
                 tower = anatomy.tower_of(modality)
                 if tower not in self._encoders:
-                    self._encoders[tower] = Encoder(tower, wiring.tower, list(wiring.tower_needs), self._shortcuts)
+                    self._encoders[tower] = Encoder(tower, wiring.tower, list(wiring.tower_needs), self._shortcuts, self._idle)
         of = {modality: self._encoders[anatomy.tower_of(modality)] for modality in MODALITIES if self._encoders}
-        self._encodings = Encodings(anatomy, wiring.needs, self._encoded, of)
+        self._encodings = Encodings(anatomy, wiring.needs, self._encoded, of, self._idle)
         if anatomy.slot_method is not None:
             self._watched.append(Watched(core, anatomy.slot_method, self._placed))
         for depth, module in enumerate(self._around[:-1]):
@@ -119,6 +134,8 @@ class Driver:
     # ---- a request
 
     def _generate(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._idle():
+            return watched.method(*args, **kwargs)
         configs = (kwargs.get("generation_config"), getattr(watched.module, "generation_config", None))
         size = kwargs.get("prefill_chunk_size", next((c.prefill_chunk_size for c in configs if c is not None), None))
         prompt = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
@@ -165,9 +182,12 @@ class Driver:
         return forward
 
     def _before_model(self, depth: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._forward(depth).note_labels(kwargs)
+        if not self._idle():
+            self._forward(depth).note_labels(kwargs)
 
     def _before_core(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        if self._idle():
+            return None
         forward, live = self._forward(len(self._around) - 1), self._live
         forward.entered = True
         forward.note_labels(kwargs)  # of a model that is one module, head and all
@@ -192,7 +212,7 @@ class Driver:
     def _before_decoder(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         embeds: Tensor | None = kwargs.get("inputs_embeds")
         arriving = embeds if embeds is not None else kwargs.get("input_ids", args[0] if args else None)
-        if arriving is None:
+        if arriving is None or self._idle():
             return None  # the decoder says itself what it lacks
         live = self._live
         forward = live.forward
@@ -220,7 +240,7 @@ class Driver:
         if not whole:
             return None  # an exception ended the pass
         if forward.has_images:
-            self._done(forward)
+            self._done(forward, self._reducers)
         levels = getattr(output, "hidden_states", None)
         if levels and forward.record.maps:
             output.hidden_states = forward.levels(levels)

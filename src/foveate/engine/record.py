@@ -29,6 +29,15 @@ class Record:
     steps: list[Reducer] = field(default_factory=list)  # what was decided, one by one, to be done again
     encoded: list[tuple[Encoded, Fraction] | None] = field(default_factory=list)  # by item: what encoded it, None where that was not seen
     reducers: list[Reducer] = field(default_factory=list)  # what scored and decided; recorded maps do not
+    proportional: set[int] = field(default_factory=set)  # blocks of the tower behind which attention follows the tokens' sizes
+
+    @property
+    def left(self) -> TokenMap:
+        """From the slots that entered the language model to those that its last layer gave, what went past a layer among them."""
+        whole = TokenMap.identity(self.entered)
+        for at in sorted(self.maps):
+            whole = whole.then(self.maps[at])
+        return whole
 
     @property
     def entered(self) -> Layout:

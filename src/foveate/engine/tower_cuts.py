@@ -12,7 +12,7 @@ that groups are equal at every level.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -47,10 +47,10 @@ class _Calls(Live):
 
 
 class Encoder:
-    """The cuts in one tower."""
+    """The cuts in one tower. `idle` says of the calling thread whether nothing is to be done in it."""
 
-    def __init__(self, tower: nn.Module, acting: Acting, needs: Sequence[Signal], shortcuts: bool) -> None:
-        self.tower, self.acting, self.needs, self._shortcuts = tower, acting, list(needs), shortcuts
+    def __init__(self, tower: nn.Module, acting: Acting, needs: Sequence[Signal], shortcuts: bool, idle: Callable[[], bool]) -> None:
+        self.tower, self.acting, self.needs, self._shortcuts, self._idle = tower, acting, list(needs), shortcuts, idle
         self.layers = blocks(tower)
         extras = extras_of(tower)
         self.cls, self.prefix = extras.cls, extras.number
@@ -99,6 +99,9 @@ class Encoder:
     # ---- hooks
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._idle():
+            self._live.now = None
+            return
         pixels = args[0] if args else kwargs.get("pixel_values")
         self._live.now = TowerCall(pixels if isinstance(pixels, Tensor) else None)
 

@@ -18,7 +18,7 @@ from foveate.errors import NotApplicable, Reason
 from foveate.probes.hooks import Hook
 from foveate.probes.live import Live
 from foveate.probes.marker import scoring
-from foveate.probes.tower import TOWER_SIGNALS, TowerProbes, carry
+from foveate.probes.tower import TOWER_SIGNALS, TowerProbes, carry, never
 from foveate.probes.tower_pass import TowerPass
 from foveate.probes.watched import Watched
 from foveate.tokens import Kind
@@ -96,7 +96,8 @@ class _Call(Live):
 
 
 class Encodings:
-    """Watches a model encode. `sink(modality, items, features)` is told of every call; features are one tensor an item."""
+    """Watches a model encode. `sink(modality, items, features)` is told of every call; features are one tensor an item. `idle` says of the
+    calling thread whether nothing is to be seen in it."""
 
     def __init__(
         self,
@@ -104,11 +105,12 @@ class Encodings:
         needs: Iterable[Signal],
         sink: Callable[[str, list[Item], list[Tensor]], None],
         encoders: Mapping[str, TowerCuts] | None = None,
+        idle: Callable[[], bool] = never,
     ) -> None:
-        self.anatomy, self._sink, self._encoders = anatomy, sink, encoders or {}
+        self.anatomy, self._sink, self._encoders, self._idle = anatomy, sink, encoders or {}, idle
         tower = [signal for signal in needs if isinstance(signal, TOWER_SIGNALS)]
         towers = {modality: anatomy.tower_of(modality) for modality in MODALITIES} if tower or anatomy.has_tower else {}
-        made = {of: TowerProbes(of, tower) for of in set(towers.values())} if tower else {}
+        made = {of: TowerProbes(of, tower, idle) for of in set(towers.values())} if tower else {}
         self.probes = {modality: made[of] for modality, of in towers.items()} if tower else {}
         self._extras = {modality: extras_of(of) for modality, of in towers.items()}
         self.keyed = any(isinstance(signal, Noise) for signal in needs)
@@ -129,18 +131,22 @@ class Encodings:
         self._watched, self._hooks = [], []
 
     def _after_tower(self, module: Any, args: Any, output: Any) -> None:
+        if self._idle():
+            return
         states = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
         crops = int(states.shape[0]) if isinstance(states, Tensor) and states.ndim > 2 else 0
         self._call.crops.append((crops, int(states.shape[1]) if isinstance(states, Tensor) and states.ndim == 3 else 0))
 
     def _overhear(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = watched.method(*args, **kwargs)
+        if self._idle():
+            return result
         self._call.overheard[watched.name] = self._remembered[watched.name](watched.given(args, kwargs), result)
         return result
 
     def _encode(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         now = self._call
-        if now.under_way:  # one of the two may call the other
+        if now.under_way or self._idle():  # one of the two may call the other
             return watched.method(*args, **kwargs)
         now.crops, now.overheard, now.under_way = [], {}, True
         for encoder in self._encoders.values():

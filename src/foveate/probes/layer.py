@@ -3,6 +3,7 @@
 An attention layer of transformers looks its function up at every call, by a name in its configuration. A watched layer has a stand-in for
 its configuration, which names ours: that notes what comes in and calls the one that was meant. So any backend can be watched, no submodule
 is called outside its forward, and nothing changes from call to call: threads do not meet, and an interrupted call leaves nothing behind.
+A layer may be watched several times over: each stand-in then stands in for the one before, and each call goes through all of them.
 """
 
 from __future__ import annotations
@@ -136,7 +137,12 @@ class WatchedConfig:
 
 def _attend(name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     config: Any = module.config
-    return uncompiled(config.watched_by.attend, name, module, *args, **kwargs)
+    watching = []
+    while isinstance(config, WatchedConfig):
+        watching.append(config.watched_by)
+        config = config.meant
+    # The name that is meant says how many of them it has still to go through.
+    return uncompiled(watching[-1 - name.count(WATCHED)].attend, name, module, *args, **kwargs)
 
 
 def _rows(name: str, query: Tensor, key: Tensor, mask: Any, given: dict[str, Any]) -> AttentionRows:

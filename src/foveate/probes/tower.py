@@ -7,7 +7,7 @@ patches, a bridge's windows); a token's score is the mean over its patches.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +25,15 @@ from foveate.tokens import Kind
 TOWER_SIGNALS = (ClsAttention, ReceivedAttention, TowerKeys)
 
 
-class TowerProbes:
-    """Watches the blocks that the signals name, whenever the tower runs."""
+def never() -> bool:
+    """The answer of who is never idle."""
+    return False
 
-    def __init__(self, tower: nn.Module, signals: Sequence[Signal]) -> None:
+
+class TowerProbes:
+    """Watches the blocks that the signals name, whenever the tower runs in a thread that is not `idle`."""
+
+    def __init__(self, tower: nn.Module, signals: Sequence[Signal], idle: Callable[[], bool] = never) -> None:
         layers = blocks(tower)
         self._extras = extras_of(tower)
         self.signals = list(signals)
@@ -40,7 +45,7 @@ class TowerProbes:
         for block in {signal.layer % len(layers) for signal in self.signals}:  # type: ignore[attr-defined]
             self._probes[block] = probe_of(layers[block])
         self._depth = len(layers)
-        self._hooks = [probe.layer.register_forward_pre_hook(Hook(_arm, probe)) for probe in self._probes.values()]
+        self._hooks = [probe.layer.register_forward_pre_hook(Hook(_arm, probe, idle)) for probe in self._probes.values()]
 
     def read(self, segments: int | None = None) -> dict[Signal, list[Tensor]]:
         """For each signal, crop by crop, one value a patch, (P,) or (P, h), of the pass that has just run; the probes forget it.
@@ -75,8 +80,9 @@ def probe_of(block: nn.Module) -> LayerProbe:
         raise NotApplicable(Reason.NO_TOWER_ATTENTION, f"{refused}, or another method") from refused
 
 
-def _arm(probe: LayerProbe, *_: Any) -> None:
-    probe.arm()
+def _arm(probe: LayerProbe, idle: Callable[[], bool], *_: Any) -> None:
+    if not idle():
+        probe.arm()
 
 
 def values_of(signal: Signal, call: AttentionRows, extras: Extras) -> list[Tensor]:

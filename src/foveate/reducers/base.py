@@ -7,7 +7,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -15,12 +14,13 @@ from PIL.Image import Image
 
 from foveate.contract import Decision, ImageSize, Site, View, Workload
 from foveate.errors import FoveateError, nearest
+from foveate.reducers.spelling import Spelled, read_options
 
 SAVED_NAME = "foveate.json"
 
 
 @dataclass(frozen=True)
-class Reducer(ABC):
+class Reducer(Spelled, ABC):
     """One method. Subclasses are frozen dataclasses whose fields are the method's options; `positions` is one of them:
     "keep" leaves each survivor its original position, "renumber" closes the gaps.
 
@@ -39,7 +39,6 @@ class Reducer(ABC):
     multiplies    spellings that multiply matrices in order to decide: a counter checks `score_flops` on them. (): the method never does
     """
 
-    name: ClassVar[str]
     paper: ClassVar[str]
     version: ClassVar[int] = 1
     experimental: ClassVar[bool] = False
@@ -114,47 +113,7 @@ class Reducer(ABC):
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> Self:
-        options = {k: v for k, v in options.items() if k not in ("method", "version")}
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for key in options:
-            if key not in known:
-                raise FoveateError(f"{cls.name} has no option {key!r}{nearest(key, known)}; its options are {', '.join(known) or 'none'}")
-        missing = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.name not in options]
-        if missing:
-            raise FoveateError(f"{cls.name} needs {', '.join(missing)}: write {cls.name}:{','.join(m + '=…' for m in missing)}")
-        return cls(**options)
-
-    def __str__(self) -> str:
-        return self.spelled()
-
-    def spelled(self, without: Sequence[str] = (), always: Sequence[str] = ()) -> str:
-        """The canonical spelling, which `parse` reads back; some options may be left out of it, or stand in it at their default too."""
-        options = []
-        for option in dataclasses.fields(self):
-            if option.name in without:
-                continue
-            value = getattr(self, option.name)
-            default = option.default
-            if option.name in always or default is dataclasses.MISSING or value != default or type(value) is not type(default):
-                text = str(value).lower() if isinstance(value, bool) else str(value)
-                options.append(f"{option.name}={text.replace('e+', 'e') if isinstance(value, float) else text}")  # "+" joins reducers
-        return self.name + (":" + ",".join(options) if options else "")
-
-
-def _value(text: str) -> int | float | str | bool:
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    if "/" in text:
-        try:
-            return float(Fraction(text))
-        except (ValueError, ZeroDivisionError):
-            pass
-    return text
+        return cls.from_options({k: v for k, v in options.items() if k not in ("method", "version")})
 
 
 def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
@@ -163,15 +122,10 @@ def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
         return []
     found: list[Reducer] = []
     for part in text.split("+"):
-        name, _, rest = part.strip().partition(":")
+        name = part.strip().partition(":")[0]
         if name not in methods:
             raise FoveateError(f"unknown reducer {name!r}{nearest(name, methods)}; known are {', '.join(sorted(methods))} and none")
-        options: dict[str, Any] = {}
-        for item in filter(None, rest.split(",")):
-            key, equals, value = item.partition("=")
-            if not equals or not value.strip():
-                raise FoveateError(f"reducer {part.strip()!r}: cannot read {item!r}; write option=value")
-            options[key.strip()] = _value(value.strip())
+        _, options = read_options(part, "reducer")
         try:
             found.append(methods[name].from_dict(options))
         except TypeError as error:

@@ -13,6 +13,7 @@ from foveate.tokens import ImagePlan
 from foveate.train.align import flops
 
 log = logging.getLogger(__name__)
+MOST = 2**16  # samples whose FLOPs are remembered, by their reducers, images and length
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Since:
     images: int = 0
     seconds: float = 0.0
     sources: list[list[float]] = field(default_factory=list)  # of each that is mixed, as `mixture.SourceLosses` has them
+    terms: dict[str, float] = field(default_factory=dict)  # what the loss is made of, by name, where a stage has `losses`
 
 
 class Costs:
@@ -42,11 +44,12 @@ class Costs:
 
     def __init__(self, config: Any, trained: Any, tower: bool = True, align: bool = False) -> None:
         self.config, self.trained, self.tower, self.align = config, trained, tower, align
-        self._known: dict[tuple[str, tuple[ImagePlan, ...], int], Ledger | None] = {}
+        self._known: dict[tuple[str, tuple[ImagePlan, ...], int, bool], Ledger | None] = {}
 
-    def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None) -> float:
-        """Of one sample with `text` tokens beside those of its images, `head` of which get logits (None: all)."""
-        ledger = self.ledger(reducer, images, text)
+    def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None, teaches: bool = False) -> float:
+        """Of one sample with `text` tokens beside those of its images, `head` of which get logits (None: all); `teaches`: of a pass without
+        gradient."""
+        ledger = self.ledger(reducer, images, text, teaches)
         if ledger is None:
             return math.nan
         if self.align:
@@ -56,9 +59,12 @@ class Costs:
         tower = 0 if self.tower else ledger.flops["tower"]
         return float(ledger.total_flops - tower + (head - 1) * ledger.flops["head"])
 
-    def ledger(self, reducer: str, images: tuple[ImagePlan, ...], text: int) -> Ledger | None:
-        """A training step on such a sample, one of whose tokens gets logits. None where it cannot be counted."""
-        key, given = (reducer, images, text), {"config": self.config, "trained": self.trained, "mode": "train", "head_tokens": 1}
+    def ledger(self, reducer: str, images: tuple[ImagePlan, ...], text: int, teaches: bool = False) -> Ledger | None:
+        """A step on such a sample, one of whose tokens gets logits. None where it cannot be counted."""
+        key, mode = (reducer, images, text, teaches), "prefill" if teaches else "train"
+        given: dict[str, Any] = {"config": self.config, "trained": self.trained, "mode": mode, "head_tokens": 1}
+        if len(self._known) > MOST:  # where budgets are drawn, each step has others
+            self._known.clear()
         if key not in self._known:
             try:
                 self._known[key] = predict(images=images, text_tokens=text, reducers=parse(reducer), **given)

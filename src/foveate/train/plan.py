@@ -47,6 +47,7 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 
 
 ALIGNED = "no language model runs: of it, head is the product of the visual tokens with its table of embeddings"
+SEVERAL = "`losses` make several passes in a step; one under the stage's reducers is counted here, all of them in the log"
 CACHED = "training reads the tower's features from a cache: the tower costs one forward an image, once, which is not counted"
 
 
@@ -140,6 +141,7 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(setup, size)
     samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
+    remarks = {CACHED: stage.features is not None, ALIGNED: stage.kind == "align", SEVERAL: bool(stage.losses)}
     return StagePlan(
         name=stage.name,
         image_size=size,
@@ -157,7 +159,7 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
         steps=steps,
         samples=samples,
         share=None,
-        notes=[*notes, *setup.cautions, *([CACHED] if stage.features is not None else []), *([ALIGNED] if stage.kind == "align" else [])],
+        notes=[*notes, *setup.cautions, *(note for note, applies in remarks.items() if applies)],
         sources=plan_sources(stage, samples, setup.image.tokens + text_tokens),
     )
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from foveate.tokens import ImagePlan
 from foveate.train.align import Align
+from foveate.train.passes import Passes
 from foveate.train.schedule import Part
 
 QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -24,7 +25,7 @@ QUIET_EVERY = 10.0  # seconds between lines where there is no terminal
 class StageInfo:
     """What the trainer needs to know of the stage beside the arguments of the Trainer. `image`: what an image becomes, as far as that is
     known before any is seen, `cached`: whether the tower's features are read instead of made, `sources`: names of what is mixed, where
-    there are several, `align`: its loss, where no language model runs."""
+    there are several, `align`: its loss, where no language model runs, `passes`: those of a step where there are several."""
 
     index: int
     count: int
@@ -37,6 +38,7 @@ class StageInfo:
     cached: bool = False
     sources: Sequence[str] = ()
     align: Align | None = None
+    passes: Passes | None = None
 
 
 class ProgressLine(TrainerCallback):

@@ -27,6 +27,7 @@ from foveate.train.settings import (
     Slot,
     Source,
     Stage,
+    Term,
     Trained,
     Validation,
 )
@@ -148,7 +149,7 @@ def _known_keys(keys: list[str]) -> list[str]:
     model: type[BaseModel] = Recipe
     inside: dict[str, type[BaseModel]] = {"model": Model, "stages": Stage, "data": Data, "train": Trained, "lm": LoraOf, "lora": Lora}
     inside |= {"reducers": Slot, "bridge": BridgeScales, "learning_rate": Rates, "validation": Validation, "features": Features}
-    inside |= {"evaluate": Evaluate, "keep": Keep}
+    inside |= {"evaluate": Evaluate, "keep": Keep, "losses": Term}
     for key in keys:
         model = inside.get(key, Source if model is Data and key.isdigit() else model)
     return list(model.model_fields)

@@ -39,12 +39,13 @@ from foveate.train.loading import Loading
 from foveate.train.lock import locked
 from foveate.train.micro_batch import choose
 from foveate.train.opening import Opened, open_model
-from foveate.train.order import division
+from foveate.train.order import division, seed_of
+from foveate.train.passes import Passes
 from foveate.train.progress import StageInfo
 from foveate.train.recipe import load_recipe
 from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
 from foveate.train.schedule import NONE, stage_steps
-from foveate.train.settings import Recipe
+from foveate.train.settings import Recipe, Stage
 from foveate.train.stages import is_assembled, keep_of, read_config, walk
 from foveate.train.stand_in import StandIn
 from foveate.train.trainer import FoveateTrainer
@@ -151,6 +152,12 @@ def run_stage(
         raise FoveateError(f"stage {stage.name}: kind align is not for sharded training; it is small enough for one device")
     if stage.precision == "bf16-copy" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         raise FoveateError(f"stage {stage.name}: precision bf16-copy is not for sharded training, use bf16 (autocast)")
+    if stage.losses and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise FoveateError(f"stage {stage.name}: `losses` make several passes in a step, which has not been tried in sharded training")
+    if stage.losses and not trainer.model_accepts_loss_kwargs:
+        raise FoveateError(
+            f"stage {stage.name}: `losses` are divided by a step's tokens, which {type(opened.model).__name__} does not take"
+        )
     if state.is_main_process:
         done = 0 if checkpoint is None else files.step_of(checkpoint)
         trainer.progress.announce(done)
@@ -204,6 +211,7 @@ def make_trainer(
             cached=features is not None,
             sources=samples.names,
             align=Align(opened.model, opened.processor.tokenizer.all_special_ids) if stage.kind == "align" else None,
+            passes=passes_of(recipe, stage, steps),
         ),
         totals=Totals(),
         log_file=files.RunLog(recipe.output / "log.jsonl"),
@@ -219,6 +227,19 @@ def make_trainer(
     return trainer
 
 
+def passes_of(recipe: Recipe, stage: Stage, steps: int) -> Passes | None:
+    """The passes of a stage's steps, where it has losses over several of them."""
+    if not stage.losses:
+        return None
+    weights = [term.weight for term in stage.losses]
+    return Passes(stage.terms, weights, seed_of(recipe.seed, stage.name, "losses"), steps, stage.batch_size)
+
+
+def trains_any_budget(stage: Stage) -> bool:
+    """Whether a reducer of the stage is a means of training only, and not what the model needs."""
+    return any(loss.any_budget for loss in stage.terms)
+
+
 def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, trainer: FoveateTrainer, folder: Path) -> None:
     """Save the stage's model, whole and with LoRA merged into its weights."""
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -232,6 +253,8 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
             opened.model.config.grown = kept
     # What the model was trained with to the end is what it needs; several that take turns teach it to do with any of them, or none.
     ends_with = set(trainer.stage.parts[-1].cycle) if trainer.stage.parts else {NONE}
+    if trains_any_budget(recipe.stages[index]):
+        ends_with = {NONE}
     write_best(recipe, index, previous, folder)
     target = folder / "model"
     write_model(opened, recipe.stages[index].name, ends_with.pop() if len(ends_with) == 1 else NONE, target)
@@ -249,7 +272,7 @@ def write_best(recipe: Recipe, index: int, previous: Path | None, folder: Path) 
     if (keep := keep_of(recipe.stages[index])) is not None:
         opened.model.anneal_growth(keep.left(note["step"]))
     files.remove(target)
-    write_model(opened, note["stage"], note["reducer"], target)
+    write_model(opened, note["stage"], NONE if trains_any_budget(recipe.stages[index]) else note["reducer"], target)
     write_json(target / BEST_NOTE, note)
     files.mark(target)
 

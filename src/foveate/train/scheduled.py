@@ -40,6 +40,7 @@ class ScheduleCallback(TrainerCallback):
         them, None or "none". One reducer in place of parts is for all steps.
     evaluation: what is attached while the model is in evaluation mode (`model.eval()`) in the middle of training: "step", the reducer of
         the step that was made last, or one reducer for the whole training, "none" for all tokens.
+    record: has the last pass readable in `run`, whatever the reducer, none among them; `log` does so too.
     log: adds to each line of the Trainer's log `reducer` and `visual_tokens_per_layer` (of an image, the mean over the last forward pass
         that had any). They stand in `trainer.state.log_history`, `trainer_state.json` and what is printed.
 
@@ -51,12 +52,17 @@ class ScheduleCallback(TrainerCallback):
     """
 
     def __init__(
-        self, schedule: Reducers | Sequence[Part | Mapping[str, Any] | tuple[Any, Any]], *, evaluation: Reducers = STEP, log: bool = True
+        self,
+        schedule: Reducers | Sequence[Part | Mapping[str, Any] | tuple[Any, Any]],
+        *,
+        evaluation: Reducers = STEP,
+        log: bool = True,
+        record: bool = False,
     ) -> None:
         self._reducers: dict[str, list[Reducer]] = {NONE: []}
         self.parts = self._read(schedule)
         self._evaluation = None if evaluation == STEP else self._name(evaluation)
-        self._log = log
+        self._log, self._record = log, log or record
         self.current = NONE
         self._of_step = NONE
         self._model: nn.Module | None = None
@@ -91,6 +97,11 @@ class ScheduleCallback(TrainerCallback):
         name = given.strip() if isinstance(given, str) and found else spell(found)
         self._reducers[name] = list(found)
         return name
+
+    @property
+    def run(self) -> Run | None:
+        """What is attached, None before and after training and, without `log` or `record`, where the reducer is none."""
+        return self._run
 
     # ---- what the Trainer tells
 
@@ -139,8 +150,8 @@ class ScheduleCallback(TrainerCallback):
         if name == self.current and self._run is not None:
             return
         self._drop()
-        if self._log or name != NONE:
-            self._run = attach(self._model, self._reducers[name], record="last" if self._log else "none")
+        if self._record or name != NONE:
+            self._run = attach(self._model, self._reducers[name], record="last" if self._record else "none")
         self.current = name
 
     @contextmanager

@@ -2,87 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, PlainSerializer, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from foveate.accounting import Trained as Updated
-from foveate.data.chat import read_template
 from foveate.errors import FoveateError
+from foveate.losses import Loss, check_together, parse_loss
 from foveate.model.grown import KEPT
 from foveate.train.schedule import NONE, Part
 from foveate.train.sizes import read_bytes
+from foveate.train.values import ReducerString, Share, Weight, known_optimizer, readable_template, trainable_dtype
 
 log = logging.getLogger(__name__)
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of a stage or a source, which files are called after
-
-
-def _fraction(value: Any) -> Any:
-    if isinstance(value, Fraction):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError("a share is a number or a fraction such as 1/3")
-    try:
-        return Fraction(str(value))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError("a share is a number or a fraction such as 1/3") from None
-
-
-Weight = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str, return_type=str), Field(gt=0)]
-Share = Annotated[Weight, Field(le=1)]
-
-
-def _reducer(value: Any) -> Any:
-    """`none`, `null` and an empty string are no reducer; anything else has to be a reducer that exists and acts in the model."""
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("", NONE)):
-        return NONE
-    if isinstance(value, str):
-        from foveate.reducers import before_processor, parse
-
-        try:
-            before = before_processor(parse(value))
-        except FoveateError as error:
-            raise ValueError(str(error)) from None
-        if before:
-            raise ValueError(f"{before[0].name} acts on the image, before the processor: in training say the stage's image_size instead")
-    return value
-
-
-def _optimizer(value: Any) -> Any:
-    from transformers.training_args import OptimizerNames
-
-    known = [str(name.value) for name in OptimizerNames]
-    if value not in known:
-        near = ", ".join(difflib.get_close_matches(str(value), known, n=3))
-        raise ValueError(f"not an optimizer of the Trainer{f' (close to it: {near})' if near else ''}")
-    return value
-
-
-def _template(value: Any) -> Any:
-    """The template itself, so that the run's record of its recipe has it."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return read_template(value)
-    except FoveateError as error:
-        raise ValueError(str(error)) from None
-
-
-def _trainable_dtype(value: Any) -> Any:
-    if value == "float16":
-        raise ValueError(
-            "weights in float16 cannot be trained: the optimiser's steps and squares fall below its smallest number, losses become NaN. "
-            "Use dtype: float32, with precision: fp16 where the device has no bfloat16, or dtype: bfloat16"
-        )
-    return value
-
-
-ReducerString = Annotated[str, BeforeValidator(_reducer)]
 
 
 class Strict(BaseModel):
@@ -226,6 +163,28 @@ class Slot(Strict):
         return Part(self.share, tuple(self.cycle) if self.cycle is not None else (self.reducer,))
 
 
+def _term(value: Any) -> Any:
+    """A loss without a weight may stand there by itself."""
+    return {"loss": value} if isinstance(value, str) else value
+
+
+class Term(Strict):
+    """A loss over several passes of a step, `foveate.losses`, and the weight of its term."""
+
+    loss: str
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _known(self) -> Term:
+        try:
+            found = parse_loss(self.loss)
+        except FoveateError as error:
+            raise ValueError(str(error)) from None
+        if self.weight != 1 and not found.compares:
+            raise ValueError(f"{found.name} adds no term of its own, so that weight {self.weight:g} has nothing to weigh; leave it out")
+        return self
+
+
 class Rates(Strict):
     """A learning rate for each trained part."""
 
@@ -308,7 +267,7 @@ class Stage(Strict):
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup: float = Field(default=0.0, ge=0, le=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    optimizer: Annotated[str, BeforeValidator(_optimizer)] = "adamw_torch"
+    optimizer: Annotated[str, BeforeValidator(known_optimizer)] = "adamw_torch"
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, ge=0)
     precision: Literal["fp32", "bf16", "bf16-copy", "fp16"] = "fp32"
@@ -318,6 +277,7 @@ class Stage(Strict):
     group_by_length: bool = False
     pack: bool | Annotated[int, Field(gt=1)] = False  # several samples in a row of at most so many tokens; true: of what costs least
     reducers: list[Slot] = []
+    losses: list[Annotated[Term, BeforeValidator(_term)]] | None = None
     validation: Validation | None = None
     features: Features | None = None
     evaluate: Evaluate | None = None
@@ -366,6 +326,22 @@ class Stage(Strict):
                 raise ValueError(f"the shares of `reducers` must add up to 1, but {shares} = {total} (fractions such as 1/3 are exact)")
         return self
 
+    @model_validator(mode="after")
+    def _losses_fit(self) -> Stage:
+        if self.losses and (self.pack or isinstance(self.data, list) or self.kind == "align"):
+            raise ValueError(
+                "`losses` compare passes sample by sample, of one source, at logits: leave out `pack`, lists of data, kind align"
+            )
+        try:
+            check_together(self.terms, [spelled for part in self.parts or [Part(Fraction(1))] for spelled in part.cycle])
+        except FoveateError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def terms(self) -> list[Loss]:
+        return [parse_loss(term.loss) for term in self.losses or []]
+
     @property
     def fixed_micro_batch(self) -> int | None:
         """None where it is left out or chosen as the stage begins."""
@@ -405,8 +381,10 @@ class Model(Strict):
     vision_feature_layer: list[int] | None = None
     add_image_token: bool = False
     checkpoint: str | None = None
-    chat_template: Annotated[str | None, BeforeValidator(_template)] = None  # a file, or the template itself; default: the tokenizer's
-    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(_trainable_dtype)] = "float32"
+    chat_template: Annotated[str | None, BeforeValidator(readable_template)] = (
+        None  # a file, or the template itself; default: the tokenizer's
+    )
+    dtype: Annotated[Literal["float32", "bfloat16"], BeforeValidator(trainable_dtype)] = "float32"
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = "sdpa"
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -16,7 +17,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
@@ -29,11 +29,13 @@ from foveate.reducers import parse, visual_tokens
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Since, Totals
+from foveate.train.bf16_copy import BFloat16Copy
 from foveate.train.callbacks import Flow, Held
 from foveate.train.evaluating import Examiner
 from foveate.train.mixture import SourceLosses, told
 from foveate.train.order import Order, ProcessBatches
 from foveate.train.packing import Packing
+from foveate.train.passes import Passes
 from foveate.train.progress import ProgressLine, StageInfo
 from foveate.train.scheduled import ScheduleCallback
 from foveate.train.stages import part_modules
@@ -44,18 +46,6 @@ log = logging.getLogger(__name__)
 
 PROGRESS = "progress.json"
 NUMBERS = ("loss", "validation_loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
-
-
-class BFloat16Copy:
-    """Calls a module on a bfloat16 copy of its floating-point parameters; gradients arrive at the parameters themselves in their own
-    precision. Where autocast casts operation by operation and keeps activations in float32, this casts once a step."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __call__(self, **inputs: Any) -> Any:
-        copies = {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in self.module.named_parameters()}
-        return functional_call(self.module, copies, (), inputs)
 
 
 class FoveateTrainer(Trainer):
@@ -80,9 +70,9 @@ class FoveateTrainer(Trainer):
         self.rows = SupervisedRows(None)  # until it has been tried
         self.packing: Packing | None = None
         self.remove_callback(PrinterCallback)
-        self.order, self.stage, self.log_file, self.costs = order, stage, log_file, costs
+        self.order, self.stage, self.log_file, self.costs, self.passes = order, stage, log_file, costs, stage.passes
         self.totals, self.since = totals, Since()
-        self.switch = ScheduleCallback(stage.parts, log=False)
+        self.switch = ScheduleCallback(stage.parts, log=False, record=stage.passes is not None)
         self.progress = ProgressLine(
             stage, order.batch_size, self.visual_tokens if stage.align is None else lambda: [self.tokens_per_image]
         )
@@ -148,6 +138,7 @@ class FoveateTrainer(Trainer):
     def _reset(self) -> None:
         """What this process has counted since the last time it was put together with the others'."""
         self._loss: Tensor | None = None
+        self._terms: dict[str, Any] = {}  # what it is made of, where the stage has losses
         self._images = self._supervised = 0
         self._flops = 0.0
         self._clock = time.monotonic()
@@ -162,7 +153,15 @@ class FoveateTrainer(Trainer):
         """Of such an image in each decoder layer, under the reducer of the moment."""
         if self.stage.align is not None:
             return [0] * self.stage.layers
-        return visual_tokens(parse(self.switch.current), self.tokens_per_image, self.stage.layers)
+        return visual_tokens(parse(self._passes[0][0]), self.tokens_per_image, self.stage.layers)
+
+    @property
+    def _passes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The reducers of the step's passes: of those that are trained, and of those without gradient."""
+        if self.passes is None:
+            return (self.switch.current,), ()
+        plan = self.passes.plan(max(self._micro[0], 0), self.switch.current)
+        return plan.students, plan.teachers
 
     _micro = (-1, 0)  # the optimiser step under way, and micro-batches of it that were begun
     _step_images = 0
@@ -197,26 +196,42 @@ class FoveateTrainer(Trainer):
 
     def _cost(self, inputs: dict[str, Any], plans: Sequence[Sequence[ImagePlan]]) -> float:
         """FLOPs of a step on these inputs, whose rows have images that become `plans`."""
-        rows = zip(inputs["attention_mask"].sum(1).tolist(), plans, self.rows.count(inputs["labels"]), strict=True)
+        lengths, (trained, teaching) = inputs["attention_mask"].sum(1).tolist(), self._passes
+        heads = self.rows.count(inputs["labels"]) if self.passes is None else [None] * len(lengths)
         return sum(
-            self.costs.of(self.switch.current, tuple(row), length - sum(plan.tokens for plan in row), head) for length, row, head in rows
+            self.costs.of(reducers, tuple(row), length - sum(plan.tokens for plan in row), head, teaches)
+            for passes, teaches in ((trained, False), (teaching, True))
+            for reducers in passes
+            for length, row, head in zip(lengths, plans, heads, strict=True)
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
         if self.stage.align is not None:
             return self.stage.align(called, inputs)[0] * self.args.world_size / self.order.batch_size
-        with self.rows.alone(inputs) as given:
-            if self.stage.sources:
+        if self.passes is not None:
+            loss = self._several(self.passes, called, model, inputs, **kwargs)
+        else:
+            with self.rows.alone(inputs) as given:
                 loss, outputs = super().compute_loss(called, given, *args, **{**kwargs, "return_outputs": True})
+            if self.stage.sources:
                 self.by_source.add(outputs["logits"], inputs["labels"])
-            else:
-                loss = super().compute_loss(called, given, *args, **kwargs)
         if (
             not {"pixel_values", "tower_features"} & set(inputs) and self.stand_in is None and not self.trains_text
         ):  # gradients of zero, not none at all
             loss = loss + sum((0.0 * parameter).sum() for parameter in model.parameters() if parameter.requires_grad)
         return loss
+
+    def _several(self, passes: Passes, called: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """The loss of a step of several passes, scaled as the Trainer scales that of one."""
+        assert self.switch.run is not None
+        forward = partial(super().compute_loss, called, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        plan = passes.plan(self.state.global_step, self.switch.current)
+        whole = passes.whole(inputs["labels"], num_items_in_batch, self.args.world_size)
+        terms = passes.terms(plan, self.switch.run, self.switch.current, model, whole, forward)
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + term.detach().double()
+        return torch.stack(list(terms.values())).sum()
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Before each optimiser step."""
@@ -300,6 +315,12 @@ class FoveateTrainer(Trainer):
         self.since.sources = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, own, strict=True)]
         seconds = time.monotonic() - self._clock
         self.since.loss += loss_sum
+        if self.passes is not None:
+            terms = torch.tensor([float(self._terms.get(name, 0.0)) for name in self.passes.names], dtype=torch.float64)
+            if self.args.world_size > 1:
+                terms = self.accelerator.reduce(terms.to(self.args.device), reduction="mean").cpu()
+            for name, term in zip(self.passes.names, terms.tolist(), strict=True):
+                self.since.terms[name] = self.since.terms.get(name, 0.0) + term
         self.since.images += int(images)
         self.since.seconds += seconds
         self.since.steps = self.state.global_step - self._logged
@@ -325,6 +346,7 @@ class FoveateTrainer(Trainer):
             numbers: dict[str, float] = {key: row[key] for key in NUMBERS if key in row}
             numbers |= {f"loss/{name}": own["loss"] for name, own in row.get("sources", {}).items() if own["tokens"]}
             numbers |= {f"{task}/{name}": value for task, own in row.get("evaluation", {}).items() for name, value in own.items()}
+            numbers |= {f"loss_{name}": term for name, term in row.get("losses", {}).items()}
             per_layer = row["visual_tokens_per_layer"]
             logs = {**logs, **numbers, "visual_tokens_per_layer": sum(per_layer) / len(per_layer)}
         super().log(logs, start_time)
@@ -336,6 +358,8 @@ class FoveateTrainer(Trainer):
             "loss": self.since.loss / max(self.since.steps, 1),
             "learning_rate": logs["learning_rate"] if self.rates is None else self._rates_now,
         }
+        if self.passes is not None:
+            row["losses"] = {name: term / max(self.since.steps, 1) for name, term in self.since.terms.items()}
         if isinstance(logs.get("grad_norm"), float):
             row["grad_norm"] = logs["grad_norm"]
         row |= {
@@ -353,7 +377,10 @@ class FoveateTrainer(Trainer):
             row["tower"] = "from cache"
         if (grown := getattr(self.model.config, "grown", None)) is not None:
             row["growth_left"] = grown["left"]
-        return row | {"seconds": round(self.totals.seconds, 3), "reducer": self.switch.current}
+        trained, teaching = self._passes
+        if self.passes is not None:
+            row["teachers"] = list(teaching)
+        return row | {"seconds": round(self.totals.seconds, 3), "reducer": " | ".join(trained)}
 
     # ---- checkpoints
 

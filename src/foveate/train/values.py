@@ -1,0 +1,79 @@
+"""Single values of a recipe that pydantic does not know: fractions, reducers, optimisers, chat templates, precisions of weights."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from fractions import Fraction
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, PlainSerializer
+
+from foveate.data.chat import read_template
+from foveate.errors import FoveateError
+from foveate.train.schedule import NONE
+
+log = logging.getLogger(__name__)
+
+
+def _fraction(value: Any) -> Any:
+    if isinstance(value, Fraction):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError("a share is a number or a fraction such as 1/3")
+    try:
+        return Fraction(str(value))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError("a share is a number or a fraction such as 1/3") from None
+
+
+Weight = Annotated[Fraction, BeforeValidator(_fraction), PlainSerializer(str, return_type=str), Field(gt=0)]
+Share = Annotated[Weight, Field(le=1)]
+
+
+def _reducer(value: Any) -> Any:
+    """`none`, `null` and an empty string are no reducer; anything else has to be a reducer that exists and acts in the model."""
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", NONE)):
+        return NONE
+    if isinstance(value, str):
+        from foveate.reducers import before_processor, parse
+
+        try:
+            before = before_processor(parse(value))
+        except FoveateError as error:
+            raise ValueError(str(error)) from None
+        if before:
+            raise ValueError(f"{before[0].name} acts on the image, before the processor: in training say the stage's image_size instead")
+    return value
+
+
+def known_optimizer(value: Any) -> Any:
+    from transformers.training_args import OptimizerNames
+
+    known = [str(name.value) for name in OptimizerNames]
+    if value not in known:
+        near = ", ".join(difflib.get_close_matches(str(value), known, n=3))
+        raise ValueError(f"not an optimizer of the Trainer{f' (close to it: {near})' if near else ''}")
+    return value
+
+
+def readable_template(value: Any) -> Any:
+    """The template itself, so that the run's record of its recipe has it."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return read_template(value)
+    except FoveateError as error:
+        raise ValueError(str(error)) from None
+
+
+def trainable_dtype(value: Any) -> Any:
+    if value == "float16":
+        raise ValueError(
+            "weights in float16 cannot be trained: the optimiser's steps and squares fall below its smallest number, losses become NaN. "
+            "Use dtype: float32, with precision: fp16 where the device has no bfloat16, or dtype: bfloat16"
+        )
+    return value
+
+
+ReducerString = Annotated[str, BeforeValidator(_reducer)]
