@@ -1,8 +1,6 @@
 """Models of the library in two processes, where one of them gets samples without any image."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from foveate.train.run import main
 from foveate.train.stand_in import StandIn
 from foveate.train.trainer import FoveateTrainer
 from tests.situations.runs import checkpoint, prepare, recipe, rows, save_llava, stage
+from tests.train.processes import in_two
 
 ROOT = Path(__file__).parents[2]
 ALL = {"bridge": True, "lm": True, "tower": True}
@@ -44,14 +43,7 @@ def made(root: Path, output: str, train: dict[str, Any], checkpointed: bool) -> 
 def test_two_processes_are_one(root: Path) -> None:
     """All cases in one start of two processes, since it is the start that takes time."""
     pairs = [(made(root, f"one-{i}", *case), made(root, f"two-{i}", *case)) for i, case in enumerate(CASES)]
-    script = root / "two.py"
-    script.write_text(
-        "from pathlib import Path\nimport torch\nfrom foveate.train.run import main\ntorch.set_num_threads(1)\n"
-        f"Path.home = lambda: Path({str(root)!r})\nfor path in {[str(two) for _, two in pairs]!r}:\n    main(Path(path))\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    in_two(root, "from foveate.train.run import main", f"for path in {[str(two) for _, two in pairs]!r}:", "    main(Path(path))")
     for one, two in pairs:
         single = main(one)
         double = root / two.stem / "final"

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import multiprocessing
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from tests.train.processes import killed, train_in_two
 from tests.train.test_run import ONE, Write, weights
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -144,15 +140,8 @@ def test_two_processes_share_the_encoding(recipe_file: Write, root: Path, tmp_pa
     without_dropout = [f"model.text={root}/lm-plain"]
     plain = main(recipe_file("cached-one-process", ONE), without_dropout)
     recipe, overrides = recipe_file("cached-two-processes", ONE), without_dropout + cached(tmp_path / "cache")
-    script = tmp_path / "two.py"
-    script.write_text(
-        "from pathlib import Path\nimport torch\nfrom foveate.data import features\nfrom foveate.train.run import main\nfeatures.MOST = 4\n"
-        f"torch.set_num_threads(1)\nPath.home = lambda: Path({str(tmp_path)!r})\nmain(Path({str(recipe)!r}), {overrides!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("14 of them encoded now") == 1
+    said = train_in_two(tmp_path, recipe, overrides, "from foveate.data import features", "features.MOST = 4")
+    assert said.count("14 of them encoded now") == 1
     assert len(shards(tmp_path / "cache")) == 4
     pairs = zip(rows(plain), rows(root / "cached-two-processes" / "final"), strict=True)
     assert all(one["loss"] == pytest.approx(other["loss"], abs=1e-5) for one, other in pairs)
@@ -227,37 +216,6 @@ def shards(cache: Path) -> list[Path]:
 
 def logged(output: Path) -> int:
     return len((output / "log.jsonl").read_text().splitlines()) if (output / "log.jsonl").is_file() else 0
-
-
-def slow(recipe: Path, overrides: list[str]) -> None:
-    """A run whose tower and steps take their time, so that a kill meets them."""
-    from foveate.data import features
-    from foveate.train.trainer import FoveateTrainer
-
-    features.MOST = 4
-    put, step = features.put, FoveateTrainer.training_step
-
-    def slow_put(*args: Any) -> None:
-        put(*args)
-        time.sleep(0.05)
-
-    def slow_step(*args: Any) -> Any:
-        time.sleep(0.05)
-        return step(*args)
-
-    features.put = slow_put  # type: ignore[assignment]
-    FoveateTrainer.training_step = slow_step  # type: ignore[method-assign,assignment]
-    main(recipe, overrides)
-
-
-def killed(recipe: Path, overrides: list[str], moment: Callable[[], bool]) -> None:
-    process = multiprocessing.get_context("fork").Process(target=slow, args=(recipe, overrides))
-    process.start()
-    while not moment():
-        assert process.is_alive()
-        time.sleep(0.002)
-    process.kill()
-    process.join()
 
 
 def test_kill_and_resume(recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

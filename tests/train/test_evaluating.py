@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tests.train.processes import train_in_two
 from tests.train.test_run import ONE, Write, weights
 from tests.train.tiny_training import RECIPE
 
@@ -158,14 +157,7 @@ def test_two_processes_have_the_same_figures(recipe_file: Write, root: Path, tmp
     more = [f"model.text={root}/lm-plain", "stages.0.train={bridge: true, lm: true}", "stages.0.steps=4"]
     more.append(asking(root, every=2, more="limit: 7, batch_size: 2, keep_best: anls"))
     plain, recipe = main(recipe_file("asked-one", ONE), more), recipe_file("asked-two", ONE)
-    script = tmp_path / "two.py"
-    script.write_text(
-        "from pathlib import Path\nimport torch\nfrom foveate.train.run import main\n"
-        f"torch.set_num_threads(1)\nPath.home = lambda: Path({str(tmp_path)!r})\nmain(Path({str(recipe)!r}), {more!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_in_two(tmp_path, recipe, more)
     both = asked_of(recipe.parent / "asked-two" / "final")
     assert list(both) == [2, 4]
     for step, figures in asked_of(plain).items():

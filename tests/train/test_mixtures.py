@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from tests.train.processes import killed, train_in_two
 from tests.train.test_run import ONE, Write, weights
 
 from foveate.data.collate import Collator
@@ -194,14 +190,7 @@ def test_losses_of_sources_however_samples_are_laid_out(laid: str) -> None:
 def test_two_processes_log_the_same_sources(recipe_file: Write, halves: Path, tmp_path: Path) -> None:
     overrides = [mixed(halves, "share: 0.5", "share: 0.5"), f"model.text={halves}/lm-plain", "log_steps=2"]
     plain, recipe = rows(main(recipe_file("mixed-one", ONE), overrides)), recipe_file("mixed-two", ONE)
-    script = tmp_path / "two.py"
-    script.write_text(
-        "from pathlib import Path\nimport torch\nfrom foveate.train.run import main\n"
-        f"torch.set_num_threads(1)\nPath.home = lambda: Path({str(tmp_path)!r})\nmain(Path({str(recipe)!r}), {overrides!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_in_two(tmp_path, recipe, overrides)
     for one, two in zip(plain, rows(recipe.parent / "mixed-two" / "final"), strict=True):
         for mine, theirs in zip(one["sources"].values(), two["sources"].values(), strict=True):
             assert (mine["tokens"], mine["samples"]) == (theirs["tokens"], theirs["samples"])
@@ -313,30 +302,6 @@ def test_one_source_has_no_table(recipe_file: Write) -> None:
 
 
 # ---- kills -----------------------------------------------------------------------------------------------------------------------------
-
-
-def slow(recipe: Path, overrides: list[str]) -> None:
-    """A run whose steps take their time, so that a kill meets them."""
-    from foveate.train.trainer import FoveateTrainer
-
-    step = FoveateTrainer.training_step
-
-    def slow_step(*args: Any) -> Any:
-        time.sleep(0.05)
-        return step(*args)
-
-    FoveateTrainer.training_step = slow_step  # type: ignore[method-assign,assignment]
-    main(recipe, overrides)
-
-
-def killed(recipe: Path, overrides: list[str], moment: Callable[[], bool]) -> None:
-    process = multiprocessing.get_context("fork").Process(target=slow, args=(recipe, overrides))
-    process.start()
-    while not moment():
-        assert process.is_alive()
-        time.sleep(0.002)
-    process.kill()
-    process.join()
 
 
 def test_kill_and_resume(recipe_file: Write, halves: Path) -> None:

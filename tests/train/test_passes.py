@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.train.processes import train_in_two
 from tests.train.tiny_training import tokenizer
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -131,14 +132,7 @@ def test_two_processes_give_the_same_terms(written: Callable[[str, str], Path], 
 def compare(one: Path, two: Path, overrides: list[str], root: Path) -> None:
     """Trains the first recipe in one process and the second in two, and compares their logs."""
     main(one, overrides)
-    script = root / f"{two.stem}.py"
-    script.write_text(
-        "from pathlib import Path\nimport torch\nfrom foveate.train.run import main\n"
-        f"torch.set_num_threads(1)\nPath.home = lambda: Path({str(root)!r})\nmain(Path({str(two)!r}), {overrides!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_in_two(root, two, overrides)
     for mine, theirs in zip(rows_of(output_of(one)), rows_of(output_of(two)), strict=True):
         assert [mine[key] for key in mine if key not in ROUNDED] == [theirs[key] for key in mine if key not in ROUNDED]
         assert mine["losses"] == pytest.approx(theirs["losses"], abs=1e-5)

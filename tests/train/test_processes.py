@@ -1,8 +1,6 @@
 """Two processes train on the same batches as one, and get the same losses."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tests.train.processes import train_in_two
 
 from foveate.errors import FoveateError
 from foveate.train.order import Order, ProcessBatches, division
@@ -78,14 +77,7 @@ def test_two_processes_give_the_same_losses(recipe_file: Callable[..., Path]) ->
     root = one.parent
     overrides = ["stages.1.train.lm.lora.dropout=0", f"model.text={root}/lm-plain", "stages.2.steps=3"]
     main(one, overrides)
-    script = root / "two.py"
-    script.write_text(
-        "from pathlib import Path\nimport torch\nfrom foveate.train.run import main\n"
-        f"torch.set_num_threads(1)\nPath.home = lambda: Path({str(root)!r})\nmain(Path({str(two)!r}), {overrides!r})\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    train_in_two(root, two, overrides)
 
     logs = [
         [json.loads(line) for line in (root / name / "log.jsonl").read_text().splitlines()] for name in ("one-process", "two-processes")

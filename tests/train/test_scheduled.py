@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.situations.models import MODELS, inputs
 from tests.tiny import IMAGE, llava, prompt
+from tests.train.processes import ROOT, in_two
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
@@ -451,16 +450,13 @@ def distributed(folder: Path, **changes: Any) -> list[dict[str, Any]]:
 def test_two_processes(tmp_path: Path) -> None:
     """The model in DDP's wrapping; the three samples of the evaluation are shared as well, the third twice, which the Trainer drops."""
     one = distributed(tmp_path / "one", gradient_accumulation_steps=2)
-    script = tmp_path / "two.py"
-    script.write_text(
-        f"import json, os, pathlib, sys\nsys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parent)]!r}\n"
-        "import torch\ntorch.set_num_threads(1)\nfrom test_scheduled import distributed\n"
-        f"log = distributed(pathlib.Path({str(tmp_path)!r}) / 'two')\n"
-        f"if os.environ['RANK'] == '0':\n    pathlib.Path({str(tmp_path / 'log.json')!r}).write_text(json.dumps(log))\n"
+    in_two(
+        tmp_path,
+        f"import json, os, sys\nsys.path.insert(0, {str(ROOT)!r})",
+        "from tests.train.test_scheduled import distributed",
+        f"log = distributed(Path({str(tmp_path / 'two')!r}))",
+        f"if os.environ['RANK'] == '0':\n    Path({str(tmp_path / 'log.json')!r}).write_text(json.dumps(log))",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
     two = json.loads((tmp_path / "log.json").read_text())
     assert [line["reducer"] for line in one if "loss" in line] == WRITTEN
     assert len(one) == STEPS + 2
