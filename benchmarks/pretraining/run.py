@@ -1,47 +1,196 @@
-"""The demo's three arms, longer and over several seeds: pre-training time of the few-token arm over the all-token arm, and accuracy.
+"""Pre-training on few visual tokens against pre-training on all: Chain-of-Sight's claim (arXiv 2407.15819), and what else could make it.
 
-    python benchmarks/pretraining/run.py --seeds 0 1 2
+    python benchmarks/pretraining/run.py                       # every arm that is not there yet, seed 0
+    python benchmarks/pretraining/run.py --arms resampler chain-of-sight-32 --seeds 0 1 2
+    python benchmarks/pretraining/run.py --time                # seconds of a step, arms in turns; the machine has to be idle
+    python benchmarks/pretraining/run.py --table               # table.md and the pictures again
 
-Each run is one `foveate train` of a recipe in recipes/demo on one world, and one evaluation. What is in results.json is not run again, and
-an interrupted run goes on where it was, so that the set can be made over several sittings. A seed is one draw of everything but the world:
-bridge weights and data order. The arms of one seed run one after another, so that a drift of the machine hits all alike.
+Each run is one `foveate train` of a recipe in recipes/pretraining and one evaluation. All arms have the same language model, tower,
+samples, order and fine-tuning, whose samples are a tenth of the pre-training's; the features of the frozen tower are cached and shared. The
+samples are short, of several tasks: the captions of half of the scenes, and two questions at a time about each. runs.json has what is
+finished, which is not run again; an interrupted run goes on where it was, so that the set can be made over several sittings, and by two
+processes at a time with one thread each (the seconds in runs.json are then no comparison; those of --time are). A seed is one draw of
+bridge weights, adapters and the order of samples.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-from foveate.demo import ARMS, run_arm
+import torch
+from benchmarks.common import Usage
+
+from foveate.evaluation.evaluate import Result, evaluate
+from foveate.files import write_json
 from foveate.machine import environment
 from foveate.report.pretraining import record, write_comparison
 from foveate.report.runs import Arm
+from foveate.train.plan import count_steps
+from foveate.train.recipe import load_recipe
+from foveate.train.run import train
 from foveate.world.scenes import write_world
 
 HERE = Path(__file__).parent
+RECIPES = HERE.parent.parent / "recipes" / "pretraining"
+FIRST = "resampler"  # the paper's baseline: the arm that all others are compared with
+TURNS = 2  # questions of one sample
+
+
+def names() -> list[str]:
+    return [FIRST, *sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != FIRST)]
+
+
+def write_data(folder: Path, scenes: int, test: int) -> None:
+    """The world and the three files of samples: captions and questions for pre-training, questions about scenes of their own for
+    fine-tuning. `scenes`: of pre-training; three samples each, so that a tenth of them needs scenes * 0.3 / 5 more."""
+    tuning = max(1, round(scenes * 0.3 / 5))
+    write_world(folder, train=scenes + tuning, test=test, seed=0)
+    captions = json.loads((folder / "pretrain.json").read_text(encoding="utf-8"))
+    talks = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
+    cut = [list(samples(talk)) for talk in talks]
+    # Half of the scenes have their caption and half of their questions, in turns: many scenes, each seen about three times.
+    questions = [part for i, parts in enumerate(cut[:scenes]) for j, part in enumerate(parts) if (i + j) % 2]
+    write_json(folder / "captions.json", captions[:scenes:2], indent=0)
+    write_json(folder / "questions.json", questions, indent=0)
+    write_json(folder / "tuning.json", [part for parts in cut[scenes:] for part in parts], indent=0)
+
+
+def samples(talk: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The conversation about a picture as several short ones."""
+    said = talk["conversations"]
+    for number, start in enumerate(range(0, len(said), 2 * TURNS)):
+        turns = [dict(turn) for turn in said[start : start + 2 * TURNS]]
+        if start:
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+        yield {**talk, "id": f"{talk['id']}-{number}", "conversations": turns}
+
+
+def recipe_of(name: str, work: Path) -> Path:
+    """The recipe with its folders below `work`."""
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").replace("runs/pretraining", str(work))
+    path = work / "recipes" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def run(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
+    """Trains and evaluates; goes on where it was."""
+    world, output = given.work / "data", given.work / f"{name}-{seed}"
+    overrides = [f"output={output}", f"seed={seed}"]
+    recipe = load_recipe(recipe_of(name, given.work))
+    if given.curve:
+        ask = f"{{tasks: {world}, limit: 300, every: {given.curve}}}"
+        overrides += [f"stages.{i}.evaluate={ask}" for i, stage in enumerate(recipe.stages) if stage.kind != "align"]
+    final = train(load_recipe(recipe_of(name, given.work), overrides))
+    answers = output / "evaluation.json"
+    if not answers.is_file():
+        evaluate(final, world).save(answers)
+    result = Result.load(answers)
+    write_once(given.output / "questions.json", [[row.image, row.family] for row in result.rows])
+    return {**record(Arm(name, "", output, result), seed), "machine": environment(), "threads": torch.get_num_threads()}
+
+
+def write_once(path: Path, content: Any) -> None:
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != content:
+        raise SystemExit(f"{path} is of other questions; move it away with runs.json, or give another --output")
+    write_json(path, content, indent=None)
+
+
+@contextmanager
+def records(output: Path) -> Iterator[list[dict[str, Any]]]:
+    """What runs.json holds, written again at the end; one process at a time."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "runs.json"
+    with (output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        yield found
+        order = names()
+        found.sort(key=lambda one: (order.index(one["arm"]), one["seed"]))
+        write_json(path, found, indent=None)
+
+
+def settings(given: argparse.Namespace) -> dict[str, int]:
+    return {"scenes": given.scenes, "test": given.test}
+
+
+def seconds_of_a_step(name: str, number: int, given: argparse.Namespace) -> list[float]:
+    """Of each stage the seconds of an optimiser step, its reducers weighed by their shares, from a short run of all of them."""
+    output = given.work / "timing" / f"{name}-{number}"
+    recipe = load_recipe(recipe_of(name, given.work))
+    overrides = [f"output={output}", "log_steps=1"]
+    for i, stage in enumerate(recipe.stages):
+        overrides += [f"stages.{i}.steps={given.steps * max(1, len(stage.parts))}"]
+        overrides += [] if stage.epochs is None else [f"stages.{i}.epochs=null"]
+    train(load_recipe(recipe_of(name, given.work), overrides))
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    before, found = 0.0, []
+    for row in rows:
+        row["took"], before = row["seconds"] - before, row["seconds"]
+    for stage in recipe.stages:
+        own = [row for row in rows if row["stage"] == stage.name]
+        # The first step under a reducer makes what the others find made.
+        parts = [[row["took"] for row in part][1:] for _, part in groupby(own, key=lambda row: str(row["reducer"]))]
+        shares = [float(part.share) for part in stage.parts] or [1.0]
+        found.append(sum(share * statistics.median(part) for share, part in zip(shares, parts, strict=True)))
+    return found
+
+
+def measure(given: argparse.Namespace, arms: Sequence[str]) -> None:
+    """times.json: of each arm the seconds of pre-training and fine-tuning, as steps times the median over the rounds."""
+    path = given.output / "times.json"
+    rounds: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rounds"] if path.is_file() else []
+    for number in range(len(rounds), given.rounds):
+        began = Usage()
+        one = {name: seconds_of_a_step(name, number, given) for name in arms}
+        rounds.append({"granted": began.granted(), "steps": one})
+        found = {}
+        for name in arms:
+            counts = [count_steps(stage) or 0 for stage in load_recipe(recipe_of(name, given.work)).stages]
+            middle = [statistics.median(times) for times in zip(*(of["steps"][name] for of in rounds if name in of["steps"]), strict=True)]
+            total = [count * step for count, step in zip(counts, middle, strict=True)]
+            found[name] = [sum(total[:-1]), total[-1]]
+        told = {"machine": environment(), "threads": torch.get_num_threads(), **settings(given)}
+        write_json(path, {**told, "seconds": found, "rounds": rounds})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=3000, help="scenes to train on")
+    parser.add_argument("--arms", nargs="+", choices=names(), help="recipes of recipes/pretraining; all of them unless given")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--scenes", type=int, default=8000, help="of pre-training, three samples each")
     parser.add_argument("--test", type=int, default=300, help="scenes to ask about")
-    parser.add_argument("--work", type=Path, default=Path("runs/pretraining"), help="where worlds, checkpoints and models go")
+    parser.add_argument("--curve", type=int, default=0, help="steps between two evaluations on 300 questions; 0: none")
+    parser.add_argument("--time", action="store_true", help="measure seconds instead")
+    parser.add_argument("--steps", type=int, default=6, help="of each stage and reducer in a round of --time")
+    parser.add_argument("--rounds", type=int, default=5, help="of --time")
+    parser.add_argument("--table", action="store_true", help="only write the table and the pictures")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretraining"), help="where data, features, checkpoints and models go")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
     given = parser.parse_args()
-    results = HERE / "results.json"
-    records = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else []
-    world = given.work / "world"
-    write_world(world, train=given.train, test=given.test, seed=0)
-    recipes = HERE.parent.parent / "recipes" / "demo"
-    for seed in given.seeds:
-        for name, (recipe, description) in ARMS.items():
-            if any(r["arm"] == name and r["seed"] == seed for r in records):
-                continue
-            run, result = run_arm(recipes / f"{recipe}.yaml", given.work / f"{recipe}-{seed}", world, [f"seed={seed}"])
-            records.append({**record(Arm(name, description, run, result), seed), "train": given.train, "machine": environment()})
-            results.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    write_comparison(results, HERE)
+    arms = given.arms or names()
+    if not given.table:
+        write_data(given.work / "data", given.scenes, given.test)
+    if given.time:
+        measure(given, arms)
+    for seed in given.seeds if not (given.time or given.table) else []:
+        for name in arms:
+            with records(given.output) as found:
+                if any(one["arm"] == name and one["seed"] == seed for one in found):
+                    continue
+            made = {**run(name, seed, given), **settings(given)}
+            with records(given.output) as found:
+                found.append(made)
+    write_comparison(given.output, given.output)
 
 
 if __name__ == "__main__":

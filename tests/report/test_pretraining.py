@@ -5,16 +5,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from foveate.errors import FoveateError
-from foveate.report.pretraining import aggregate, markdown, plot, plot_curves, record, write_comparison
+from foveate.report.pretraining import Question, aggregate, markdown, plot, plot_curves, record, write_comparison
 from foveate.report.runs import Arm
+
+# Two pictures with 50 questions of presence and 40 of count each.
+QUESTIONS = [Question(image, family) for image in ("a", "b") for family, n in (("presence", 50), ("count", 40)) for _ in range(n)]
+
+
+def right(**shares: float) -> str:
+    """The first questions of each family are right, as many as its share says."""
+    left = {family: round(share * sum(q.family == family for q in QUESTIONS)) for family, share in shares.items()}
+    found = ""
+    for question in QUESTIONS:
+        found += "1" if left[question.family] > 0 else "0"
+        left[question.family] -= 1
+    return found
 
 
 def run(arm: str, seed: int, seconds: float, presence: float, count: float, learned: tuple[str, ...] = ("presence",)) -> dict[str, Any]:
     return {
+        "right": right(presence=presence, count=count),
         "arm": arm,
         "seed": seed,
         "pretrain_seconds": seconds,
@@ -43,9 +56,9 @@ def records() -> list[dict[str, Any]]:
 
 
 def test_numbers_by_hand(records: list[dict[str, Any]]) -> None:
-    comparison = aggregate(records)
+    comparison = aggregate(records, QUESTIONS)
     first, few = comparison.arms
-    assert comparison.seeds == [0, 1, 2]
+    assert few.seeds == [0, 1, 2]
     assert first.numbers["pretrain_seconds"].mean == pytest.approx(110.0)
     assert first.numbers["pretrain_seconds"].deviation == pytest.approx(10.0)
     # Ratios by seed: 25/100, 36/120, 22/110 = .25, .30, .20.
@@ -60,59 +73,96 @@ def test_numbers_by_hand(records: list[dict[str, Any]]) -> None:
     assert few.difference["presence"].deviation == pytest.approx(0.02645751, abs=1e-8)
     assert comparison.learned == ["presence"]  # count only in one seed
     assert few.accuracy["mean"].mean == pytest.approx(0.90)
-    assert few.by_seed[1] == pytest.approx((0.3, -0.03))
+    assert first.interval is None
+    assert few.interval is not None
+    assert few.loses_nothing
 
 
-def test_table_says_what_was_left_out(records: list[dict[str, Any]]) -> None:
-    text = markdown(aggregate([*records, run("all", 7, 90.0, 0.9, 0.3)]))
-    assert "| pre-training, wall clock, ratio | 1 | 0.250 ± 0.050 |" in text
-    assert "| presence, % (n = 100, majority 50.0) | 90.0 ± 2.0 | 90.0 ± 1.0 |" in text
-    assert "| count, % (n = 80, majority 25.0) \\* | 29.0 ± 2.6 | 28.0 ± 7.5 |" in text
-    assert "| mean accuracy, difference in points |  | +0.0 ± 2.6 |" in text
+def test_seeds_are_those_that_both_have(records: list[dict[str, Any]]) -> None:
+    found = aggregate([*records, run("all", 7, 90.0, 0.9, 0.3), run("late", 9, 1.0, 0.9, 0.3), run("one", 1, 60.0, 0.9, 0.3)], QUESTIONS)
+    assert {arm.arm: arm.seeds for arm in found.arms} == {"all": [0, 1, 2, 7], "few": [0, 1, 2], "one": [1]}
+    assert found.arms[2].ratio["pretrain_seconds"].mean == 0.5
+
+
+def test_the_interval_is_that_of_the_mean_over_families() -> None:
+    """The other run is right on everything, the base on the first picture's presence alone: +50 points of presence, +100 of count; whole
+    pictures are drawn anew, of which one differs by half of that and the other by all."""
+    base, other = run("base", 0, 1.0, 0.5, 0.0), run("other", 0, 1.0, 1.0, 1.0)
+    learned = [{**one, "learned": ["presence", "count"]} for one in (base, other)]
+    found = aggregate(learned, QUESTIONS).arms[1]
+    assert found.difference["mean"].mean == pytest.approx(0.75)
+    assert found.interval == pytest.approx((0.5, 1.0))
+    worse = aggregate(learned[::-1], QUESTIONS).arms[1]
+    assert worse.interval == pytest.approx((-1.0, -0.5))
+    assert (found.loses_nothing, worse.loses_nothing) == (True, False)
+
+
+def test_table_has_an_arm_a_row(records: list[dict[str, Any]]) -> None:
+    text = markdown(aggregate(records, QUESTIONS))
+    assert "| few | 64 → 64 | 0.250 ± 0.050 | 0.250 ± 0.050 |" in text
+    assert "| 90.0 ± 1.0 | 28.0 ± 7.5 | 90.0 ± 1.0 | +0.0 ± 2.6 |" in text
     assert "count: in no arm clearly above the majority answer" in text
-    assert "seeds 7" in text
-    assert "3 seeds (0, 1, 2)" in text
+    assert "they are no comparison" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
 
 
+def test_seconds_measured_by_themselves_take_the_place_of_the_runs(records: list[dict[str, Any]]) -> None:
+    found = aggregate(records, QUESTIONS, {"all": (200.0, 100.0), "few": (20.0, 100.0)})
+    assert found.arms[1].ratio["pretrain_seconds"].text(".3f") == "0.100 ± 0.000"
+    assert found.arms[1].ratio["seconds"].mean == pytest.approx(0.4)
+    assert "arms in turns" in markdown(found)
+    with pytest.raises(FoveateError, match="no seconds were measured for arm 'few'"):
+        aggregate(records, QUESTIONS, {"all": (200.0, 100.0)})
+
+
 def test_one_seed_has_no_spread(records: list[dict[str, Any]]) -> None:
-    comparison = aggregate([records[0], records[3]])
+    comparison = aggregate([records[0], records[3]], QUESTIONS)
     assert comparison.arms[1].ratio["pretrain_seconds"].deviation is None
     assert "±" not in markdown(comparison).split("\n\n")[0]
 
 
 def test_order_of_later_records_does_not_matter(records: list[dict[str, Any]]) -> None:
-    assert aggregate([records[0], *reversed(records[1:])]).arms[0] == aggregate(records).arms[0]
+    assert aggregate([records[0], *reversed(records[1:])], QUESTIONS).arms[0] == aggregate(records, QUESTIONS).arms[0]
 
 
-def test_plot_shows_every_seed(records: list[dict[str, Any]]) -> None:
-    left, right = plot(aggregate(records)).axes
-    assert [len(np.asarray(dots.get_offsets())) for dots in left.collections[:2]] == [3, 3]
+def test_plot_shows_every_arm_but_the_first(records: list[dict[str, Any]]) -> None:
+    figure = plot(aggregate(records, QUESTIONS))
+    left, right = figure.axes
+    (bar,) = left.containers
+    point = bar.get_children()[0]
+    assert (point.get_xdata().tolist(), point.get_ydata().tolist()) == (pytest.approx([0.25]), pytest.approx([0.0], abs=1e-9))  # type: ignore[attr-defined]
     assert [label.get_text() for label in right.get_xticklabels()] == ["presence", "count *"]
 
 
 def test_bad_records_are_named(records: list[dict[str, Any]]) -> None:
     with pytest.raises(FoveateError, match="no records"):
-        aggregate([])
+        aggregate([], QUESTIONS)
     with pytest.raises(FoveateError, match="record 1 lacks pretrain_seconds"):
-        aggregate([records[0], {key: value for key, value in records[1].items() if key != "pretrain_seconds"}])
+        aggregate([records[0], {key: value for key, value in records[1].items() if key != "pretrain_seconds"}], QUESTIONS)
     with pytest.raises(FoveateError, match="two records of arm 'all' with seed 0"):
-        aggregate([records[0], records[0]])
-    with pytest.raises(FoveateError, match="no seed was run for every arm"):
-        aggregate([records[0], records[4]])
+        aggregate([records[0], records[0]], QUESTIONS)
+    with pytest.raises(FoveateError, match="'all', seed 0: 180 answers to 179 questions"):
+        aggregate(records, QUESTIONS[1:])
     with pytest.raises(FoveateError, match="'few', seed 0: other families"):
-        aggregate([records[0], {**records[3], "n": {"presence": 100, "count": 79}}])
+        aggregate([records[0], {**records[3], "n": {"presence": 100, "count": 79}}], QUESTIONS)
+
+
+def write(folder: Path, records: list[dict[str, Any]]) -> None:
+    (folder / "runs.json").write_text(json.dumps(records))
+    (folder / "questions.json").write_text(json.dumps([[question.image, question.family] for question in QUESTIONS]))
 
 
 def test_files_are_written(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    (tmp_path / "results.json").write_text(json.dumps(records))
-    write_comparison(tmp_path / "results.json", tmp_path / "out")
-    assert (tmp_path / "out" / "table.md").read_text() == markdown(aggregate(records))
+    write(tmp_path, records)
+    write_comparison(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "table.md").read_text() == markdown(aggregate(records, QUESTIONS))
     assert (tmp_path / "out" / "plot.svg").read_text().startswith("<?xml")
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "results.json").write_text("{}")
+    (tmp_path / "times.json").write_text(json.dumps({"seconds": {"all": [10.0, 5.0], "few": [1.0, 5.0]}}))
+    assert write_comparison(tmp_path, tmp_path / "out").arms[1].ratio["pretrain_seconds"].mean == pytest.approx(0.1)
+    (tmp_path / "runs.json").write_text("{}")
     with pytest.raises(FoveateError, match="must be a list of records"):
-        write_comparison(tmp_path / "results.json", tmp_path / "out")
+        write_comparison(tmp_path, tmp_path / "out")
 
 
 def test_record_of_a_run(make_arms: Callable[[Path], list[Arm]], world: Path) -> None:
@@ -127,7 +177,9 @@ def test_record_of_a_run(make_arms: Callable[[Path], list[Arm]], world: Path) ->
     parts = [(64 + 5 * 8) / 6, (3 * 64 + 3 * 8) / 6, (3 * 64 + 3 * 32) / 6, 64]
     assert llavolta["finetune_tokens"] == pytest.approx(sum(parts) / 4)
     assert sum(llavolta["n"].values()) == len(arms[2].result.rows)
-    assert aggregate(records).arms[1].ratio["pretrain_seconds"].mean == pytest.approx(0.3)
+    assert llavolta["right"].count("1") == sum(row.correct for row in arms[2].result.rows)
+    questions = [Question(row.image, row.family) for row in arms[0].result.rows]
+    assert aggregate(records, questions).arms[1].ratio["pretrain_seconds"].mean == pytest.approx(0.3)
 
 
 def test_curves_of_runs_that_were_asked(records: list[dict[str, Any]], tmp_path: Path) -> None:
@@ -140,7 +192,7 @@ def test_curves_of_runs_that_were_asked(records: list[dict[str, Any]], tmp_path:
     left, right = figure.axes
     assert [line.get_ydata().tolist() for line in left.get_lines()] == [[20.0 + n, 40.0 + n] for n in range(4)]  # type: ignore[union-attr]
     assert right.get_lines()[0].get_xdata().tolist() == [100.0, 200.0]  # type: ignore[union-attr]
-    assert [text.get_text() for text in left.get_legend().get_texts()] == ["all", "few"]  # type: ignore[union-attr]
-    (tmp_path / "results.json").write_text(json.dumps(records))
-    write_comparison(tmp_path / "results.json", tmp_path / "out")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all", "few"]
+    write(tmp_path, records)
+    write_comparison(tmp_path, tmp_path / "out")
     assert (tmp_path / "out" / "curves.svg").is_file()

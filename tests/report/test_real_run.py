@@ -10,7 +10,7 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionMode
 from foveate.evaluation.evaluate import evaluate
 from foveate.reducers import VCC, parse
 from foveate.report.demo import write_report
-from foveate.report.pretraining import aggregate, record
+from foveate.report.pretraining import Question, aggregate, record
 from foveate.report.runs import Arm, read_bridges, read_log
 from foveate.train.run import train
 from foveate.train.settings import Recipe
@@ -77,6 +77,7 @@ def test_report_on_real_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     text = write_report(root / "report.html", arms, root / "world").read_text()
     assert "chain (pretrain): 8 × 8 patches, 8 tokens" in text
-    chained = aggregate([record(arm, 0) for arm in arms]).arms[1]
+    questions = [Question(row.image, row.family) for row in arms[0].result.rows]
+    chained = aggregate([record(arm, 0) for arm in arms], questions).arms[1]
     assert chained.numbers["pretrain_tokens"].mean == 8
     assert chained.ratio["pretrain_flops"].mean < 1

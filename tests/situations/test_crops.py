@@ -244,7 +244,9 @@ stages:
     seen: list[tuple[tuple[ImagePlan, ...], float]] = []  # of each step the plans of its one sample, and what that cost
     counted, step = Costs.of, FoveateTrainer.training_step
 
-    def noting(self: Costs, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None, teaches: bool = False) -> float:
+    def noting(
+        self: Costs, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None, teaches: bool = False
+    ) -> float:
         seen.append((images, counted(self, reducer, images, text, head, teaches)))
         return seen[-1][1]
 

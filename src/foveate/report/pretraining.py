@@ -1,31 +1,46 @@
-"""Several seeds of the same training runs put together: means, spreads, ratios, a table and a plot.
+"""Runs of several recipes and seeds put together: what each costs and keeps beside the first, as a table and as pictures.
 
-A record is one run: {"arm", "seed", "pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops", "pretrain_tokens",
-"finetune_tokens" (visual tokens per image and layer), "accuracy": {family: share}, "majority": {family: share}, "n": {family: questions},
-"learned": [families whose 95 % interval lies above the majority answer]}. `record` makes one from a finished run. Where the run was asked
-questions on its way it also has "curve": [{"stage", "step", "seconds", "flops", "figures": {task: {figure: value}}}], from its beginning.
+A record is one run, as `record` makes it: {"arm", "seed", "pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops",
+"pretrain_tokens", "finetune_tokens" (visual tokens per image and layer), "accuracy", "majority", "n" (by family), "learned" (families whose
+95 % interval lies above the majority answer), "right" (a 0 or 1 for each question, in their order)}. Where the run was asked questions on
+its way it also has "curve": [{"stage", "step", "seconds", "flops", "figures": {task: {figure: value}}}], from its beginning.
 
-Spread is the sample standard deviation over seeds (n - 1). Ratios and differences are taken seed by seed against the first arm's run with
-the same seed, and averaged then; so they are those of runs that were made under the same conditions.
+An arm is compared with the first over the seeds that both have, seed by seed. Spread is the sample standard deviation over seeds (n - 1).
+The interval of a difference is paired: question by question, the mean over the seeds, whole pictures drawn anew (`evaluation.paired`). It
+says how far the *questions* carry; how far the seeds do, the spread says.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from foveate.errors import FoveateError
+from foveate.evaluation.paired import bootstrap
 from foveate.inspect.figures import COLOURS
 from foveate.inspect.words import si
 from foveate.report.runs import Arm, Mark, StageLog, marks, read_log, split_stages
 
 NUMBERS = ("pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops", "pretrain_tokens", "finetune_tokens")
+FIELDS = ("arm", "seed", *NUMBERS, "accuracy", "majority", "n", "learned", "right")
+
+Seconds = Mapping[str, tuple[float, float]]
+"""By arm, the seconds of pre-training and of fine-tuning, measured by themselves."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a place of "right" is about."""
+
+    image: str
+    family: str
 
 
 @dataclass(frozen=True)
@@ -47,26 +62,32 @@ class Spread:
 
 @dataclass(frozen=True)
 class ArmSummary:
-    """One arm over all its seeds. `ratio` and `difference` are to the first arm, seed by seed; accuracies are shares."""
+    """One arm over the seeds that it shares with the first. `ratio` and `difference` are to the first arm, seed by seed; accuracies are
+    shares; `interval` is that of the difference of the mean, None for the first."""
 
     arm: str
+    seeds: list[int]
     numbers: dict[str, Spread]
     ratio: dict[str, Spread]  # the numbers, and seconds and flops of both stages together
     accuracy: dict[str, Spread]  # by family, and "mean" over the learned families
     difference: dict[str, Spread]
-    by_seed: dict[int, tuple[float, float]]  # seed -> (ratio of pre-training seconds, difference of mean accuracy), for the plot
+    interval: tuple[float, float] | None
+
+    @property
+    def loses_nothing(self) -> bool:
+        """The interval of the difference to the first arm reaches 0, or is above it."""
+        return self.interval is not None and self.interval[1] >= 0
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms, the first one being what the others are compared with."""
+    """All arms, the first one being what the others are compared with. `timed`: whether the seconds were measured by themselves."""
 
     arms: list[ArmSummary]
-    seeds: list[int]
-    left_out: list[int]  # seeds that not every arm has
-    learned: list[str]  # families that count in the mean: at least one arm is above the majority answer in every seed
+    learned: list[str]  # families that count in the mean: at least one arm is above the majority answer in every one of its seeds
     majority: dict[str, float]
     n: dict[str, int]
+    timed: bool
 
 
 def record(arm: Arm, seed: int) -> dict[str, Any]:
@@ -75,7 +96,8 @@ def record(arm: Arm, seed: int) -> dict[str, Any]:
     before, last = split_stages(log)
 
     def tokens(stages: Sequence[StageLog]) -> float:
-        return sum(stage.layer_tokens * stage.images for stage in stages) / sum(stage.images for stage in stages)
+        run = [stage for stage in stages if stage.layer_tokens] or stages  # a stage of kind align runs no layer
+        return sum(stage.layer_tokens * stage.images for stage in run) / sum(stage.images for stage in run)
 
     families = arm.result.families
     return {
@@ -91,132 +113,159 @@ def record(arm: Arm, seed: int) -> dict[str, Any]:
         "majority": {family: score.majority_accuracy for family, score in families.items()},
         "n": {family: score.n for family, score in families.items()},
         "learned": [family for family, score in families.items() if score.low > score.majority_accuracy],
+        "right": "".join(str(int(row.correct)) for row in arm.result.rows),
         **({"curve": [asdict(mark) for mark in found]} if (found := marks(log)) else {}),
     }
 
 
-def aggregate(records: Sequence[dict[str, Any]]) -> Comparison:
-    """Means, spreads, ratios and differences. The first record's arm is the one to compare with.
+def aggregate(records: Sequence[dict[str, Any]], questions: Sequence[Question], seconds: Seconds | None = None) -> Comparison:
+    """Means, spreads, ratios, differences and their intervals. The first record's arm is the one to compare with; arms that share no seed
+    with it are left out. `questions`: those that all runs were asked. `seconds`: measured by themselves, instead of those of the runs.
 
-    Seeds that not every arm has are left out and listed. FoveateError for a record without its fields, two records of one arm and seed,
-    arms with different families, or no seed in common.
+    FoveateError for a record without its fields, two records of one arm and seed, other questions, or an arm without measured seconds.
     """
     table: dict[str, dict[int, dict[str, Any]]] = {}
     for number, one in enumerate(records):
-        missing = [key for key in ("arm", "seed", *NUMBERS, "accuracy", "majority", "n", "learned") if key not in one]
-        if missing:
+        if missing := [key for key in FIELDS if key not in one]:
             raise FoveateError(f"record {number} lacks {', '.join(missing)}")
         own = table.setdefault(one["arm"], {})
         if one["seed"] in own:
             raise FoveateError(f"two records of arm {one['arm']!r} with seed {one['seed']}")
+        if len(one["right"]) != len(questions):
+            raise FoveateError(f"arm {one['arm']!r}, seed {one['seed']}: {len(one['right'])} answers to {len(questions)} questions")
+        if seconds is not None:
+            if one["arm"] not in seconds:
+                raise FoveateError(f"no seconds were measured for arm {one['arm']!r}")
+            one = {**one, "pretrain_seconds": seconds[one["arm"]][0], "finetune_seconds": seconds[one["arm"]][1]}
         own[one["seed"]] = one
     if not table:
         raise FoveateError("no records to put together")
-    seeds = sorted(set.intersection(*(set(own) for own in table.values())))
-    if not seeds:
-        raise FoveateError(f"no seed was run for every arm ({', '.join(f'{arm}: {sorted(own)}' for arm, own in table.items())})")
     first = table[records[0]["arm"]]
-    families = list(first[seeds[0]]["accuracy"])
+    one = next(iter(first.values()))
+    families = list(one["accuracy"])
     for arm, own in table.items():
-        for seed in seeds:
-            if list(own[seed]["accuracy"]) != families or own[seed]["n"] != first[seeds[0]]["n"]:
+        for seed, run in own.items():
+            if list(run["accuracy"]) != families or run["n"] != one["n"]:
                 raise FoveateError(f"arm {arm!r}, seed {seed}: other families or numbers of questions than the first record's")
-    learned = [family for family in families if any(all(family in own[seed]["learned"] for seed in seeds) for own in table.values())]
-    arms = [_summary(arm, own, first, seeds, families, learned) for arm, own in table.items()]
-    one = first[seeds[0]]
-    left_out = sorted({seed for own in table.values() for seed in own} - set(seeds))
-    return Comparison(arms, seeds, left_out, learned, dict(one["majority"]), dict(one["n"]))
+    learned = [family for family in families if any(all(family in run["learned"] for run in own.values()) for own in table.values())]
+    arms = []
+    for arm, own in table.items():
+        if seeds := sorted(set(own) & set(first)):
+            arms.append(_summary(arm, [own[seed] for seed in seeds], [first[seed] for seed in seeds], families, learned, questions))
+    return Comparison(arms, learned, dict(one["majority"]), dict(one["n"]), seconds is not None)
 
 
 def _summary(
     arm: str,
-    own: dict[int, dict[str, Any]],
-    first: dict[int, dict[str, Any]],
-    seeds: Sequence[int],
+    own: Sequence[dict[str, Any]],
+    base: Sequence[dict[str, Any]],
     families: Sequence[str],
     learned: Sequence[str],
+    questions: Sequence[Question],
 ) -> ArmSummary:
+    counted = list(learned) or list(families)
+
     def number(run: dict[str, Any], name: str) -> float:
         if name in ("seconds", "flops"):
             return float(run[f"pretrain_{name}"] + run[f"finetune_{name}"])
         return float(run[name])
 
     def share(run: dict[str, Any], family: str) -> float:
-        return mean(run["accuracy"][f] for f in (learned or families)) if family == "mean" else float(run["accuracy"][family])
+        return mean(run["accuracy"][f] for f in counted) if family == "mean" else float(run["accuracy"][family])
 
-    ratios = {name: [number(own[seed], name) / number(first[seed], name) for seed in seeds] for name in (*NUMBERS, "seconds", "flops")}
-    shares = {family: [share(own[seed], family) for seed in seeds] for family in (*families, "mean")}
-    differences = {family: [share(own[seed], family) - share(first[seed], family) for seed in seeds] for family in (*families, "mean")}
+    pairs = list(zip(own, base, strict=True))
+    shares = {family: [share(run, family) for run in own] for family in (*families, "mean")}
+    differences = {family: [share(run, family) - share(other, family) for run, other in pairs] for family in (*families, "mean")}
     return ArmSummary(
         arm=arm,
-        numbers={name: Spread.of([number(own[seed], name) for seed in seeds]) for name in NUMBERS},
-        ratio={name: Spread.of(values) for name, values in ratios.items()},
+        seeds=[run["seed"] for run in own],
+        numbers={name: Spread.of([number(run, name) for run in own]) for name in NUMBERS},
+        ratio={
+            name: Spread.of([number(run, name) / number(other, name) for run, other in pairs]) for name in (*NUMBERS, "seconds", "flops")
+        },
         accuracy={family: Spread.of(values) for family, values in shares.items()},
         difference={family: Spread.of(values) for family, values in differences.items()},
-        by_seed={seed: (ratios["pretrain_seconds"][i], differences["mean"][i]) for i, seed in enumerate(seeds)},
+        interval=None if own[0]["arm"] == base[0]["arm"] else _interval(pairs, counted, questions),
     )
 
 
+def _interval(
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], counted: Sequence[str], questions: Sequence[Question]
+) -> tuple[float, float]:
+    """Of the difference of the mean over the families, each counting the same: questions weigh what their family leaves to each."""
+    n = {family: sum(question.family == family for question in questions) for family in counted}
+    asked = [i for i, question in enumerate(questions) if question.family in n]
+    difference = np.mean([_right(run) - _right(other) for run, other in pairs], axis=0)[asked]
+    weight = np.array([len(asked) / (len(counted) * n[questions[i].family]) for i in asked])
+    low, high, _ = bootstrap(difference * weight, [questions[i].image for i in asked])
+    return low, high
+
+
+def _right(run: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return np.array([int(letter) for letter in run["right"]], dtype=np.float64)
+
+
 def markdown(comparison: Comparison) -> str:
-    """The comparison as a Markdown table with its conventions under it."""
-    arms, base = comparison.arms, comparison.arms[0].arm
-    lines = [f"| | {' | '.join(arm.arm for arm in arms)} |", f"|---|{'---:|' * len(arms)}"]
-
-    def row(label: str, cells: Sequence[str]) -> None:
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-
-    def ratio(name: str) -> list[str]:
-        return ["1", *(arm.ratio[name].text(".3f") for arm in arms[1:])]
-
-    for stage, name in (("pretrain", "pre-training"), ("finetune", "fine-tuning")):
-        row(f"{name}, wall clock, s", [arm.numbers[f"{stage}_seconds"].text(".1f") for arm in arms])
-        row(f"{name}, wall clock, ratio", ratio(f"{stage}_seconds"))
-        row(f"{name}, FLOPs", [si(arm.numbers[f"{stage}_flops"].mean) for arm in arms])
-        row(f"{name}, FLOPs, ratio", ratio(f"{stage}_flops"))
-        row(f"{name}, visual tokens per layer", [f"{arm.numbers[f'{stage}_tokens'].mean:.4g}" for arm in arms])
-    row("both, wall clock, ratio", ratio("seconds"))
-    row("both, FLOPs, ratio", ratio("flops"))
-    for family, majority in comparison.majority.items():
-        mark = "" if family in comparison.learned else " \\*"
-        label = f"{family}, % (n = {comparison.n[family]}, majority {100 * majority:.1f}){mark}"
-        row(label, [arm.accuracy[family].text(".1f", 100) for arm in arms])
-    row("mean accuracy, %", [arm.accuracy["mean"].text(".1f", 100) for arm in arms])
-    row("mean accuracy, difference in points", ["", *(arm.difference["mean"].text("+.1f", 100) for arm in arms[1:])])
-
-    count = len(comparison.seeds)
+    """The comparison as a Markdown table, an arm a row, with its conventions under it."""
+    base, families = comparison.arms[0].arm, list(comparison.majority)
+    told = [family if family in comparison.learned else f"{family} \\*" for family in families]
+    titles = ["", "tokens", "pre-training FLOPs", "seconds", "both, FLOPs", *told, "mean", "difference, points", "95 %", "seeds"]
+    lines = [f"| {' | '.join(titles)} |", f"|---|{'---:|' * (len(titles) - 1)}"]
+    majority = [f"{100 * comparison.majority[family]:.0f}" for family in families]
+    lines.append(f"| the best constant answer | | | | | {' | '.join(majority)} | | | | |")
+    for arm in comparison.arms:
+        first = arm.interval is None
+        cells = [
+            arm.arm,
+            " → ".join(f"{arm.numbers[f'{stage}_tokens'].mean:.4g}" for stage in ("pretrain", "finetune")),
+            si(arm.numbers["pretrain_flops"].mean) if first else arm.ratio["pretrain_flops"].text(".3f"),
+            f"{arm.numbers['pretrain_seconds'].mean:.0f} s" if first else arm.ratio["pretrain_seconds"].text(".3f"),
+            si(arm.numbers["pretrain_flops"].mean + arm.numbers["finetune_flops"].mean) if first else arm.ratio["flops"].text(".3f"),
+            *(arm.accuracy[family].text(".1f", 100) for family in (*families, "mean")),
+            "" if first else arm.difference["mean"].text("+.1f", 100),
+            "" if arm.interval is None else " to ".join(f"{100 * end:+.1f}".replace("-", "−") for end in arm.interval),
+            ", ".join(map(str, arm.seeds)),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    seconds = (
+        "Seconds were measured in a run of their own, arms in turns on an idle machine."
+        if comparison.timed
+        else "Seconds are the runs' own, which shared the machine: they are no comparison."
+    )
+    counts = ", ".join(f"{family} {count}" for family, count in comparison.n.items())
     notes = [
-        f"{count} seed{'' if count == 1 else 's'} ({', '.join(map(str, comparison.seeds))}). ± is the sample standard deviation over "
-        f"seeds. Ratios and differences are to {base} with the same seed. FLOPs: 2 per multiply-add, forward and backward, predicted from "
-        "the shapes. Majority: the best constant answer."
+        f"FLOPs and seconds of all arms but the first are ratios to {base}; FLOPs: 2 per multiply-add, forward and backward, predicted "
+        f"from the shapes, without the tower, whose features are cached. {seconds} Tokens: visual ones in a layer of the language model, "
+        "in pre-training and in fine-tuning. Accuracies in %; ± is the sample standard deviation over seeds; 95 %: interval of the "
+        f"difference, paired by question, whole pictures drawn anew. n: {counts}."
     ]
-    unlearned = [family for family in comparison.majority if family not in comparison.learned]
+    unlearned = [family for family in families if family not in comparison.learned]
     if unlearned and comparison.learned:
         notes.append(f"\\* {', '.join(unlearned)}: in no arm clearly above the majority answer in every seed; left out of the mean.")
     elif unlearned:
         notes.append("\\* No family is clearly above the majority answer in every seed of any arm; the mean is over all of them.")
-    if comparison.left_out:
-        notes.append(f"Left out, because not every arm has them: seeds {', '.join(map(str, comparison.left_out))}.")
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
 
 
 def plot(comparison: Comparison) -> Figure:
-    """Left: pre-training wall clock against the difference of mean accuracy, one dot a seed; right: the difference per family."""
-    base = comparison.arms[0].arm
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    """Left: cost of pre-training against the difference of mean accuracy, with its interval; right: the difference by family."""
+    base, families, others = comparison.arms[0].arm, list(comparison.majority), comparison.arms[1:]
+    figure = Figure(figsize=(11, 3.4 + 0.16 * len(others)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    families = list(comparison.majority)
-    others = comparison.arms[1:]
-    for number, arm in enumerate(comparison.arms):
+    cost = "pretrain_seconds" if comparison.timed else "pretrain_flops"
+    for number, arm in enumerate(others):
         colour = COLOURS[number % len(COLOURS)]
-        ratios, differences = zip(*arm.by_seed.values(), strict=True)
-        left.scatter(ratios, [100 * d for d in differences], s=26, color=colour, alpha=0.8, label=arm.arm, edgecolors="none")
-        if number:
-            places = [i + (number - 1 - (len(others) - 1) / 2) * 0.22 for i in range(len(families))]
-            means = [100 * arm.difference[family].mean for family in families]
-            spread = [100 * (arm.difference[family].deviation or 0.0) for family in families]
-            right.errorbar(places, means, yerr=spread, fmt="o", markersize=5, capsize=2, linewidth=1.2, color=colour, label=arm.arm)
-    left.set_xlabel(f"pre-training wall clock, ratio to {base}")
-    left.set_ylabel("mean accuracy, difference in points")
+        marker = "os^D"[number // len(COLOURS) % 4]
+        difference = 100 * arm.difference["mean"].mean
+        assert arm.interval is not None
+        reach = [[max(0.0, difference - 100 * arm.interval[0])], [max(0.0, 100 * arm.interval[1] - difference)]]
+        left.errorbar([arm.ratio[cost].mean], [difference], yerr=reach, fmt=marker, markersize=5, capsize=2, color=colour, label=arm.arm)
+        places = [i + (number - (len(others) - 1) / 2) * 0.7 / max(1, len(others)) for i in range(len(families))]
+        means = [100 * arm.difference[family].mean for family in families]
+        spread = [100 * (arm.difference[family].deviation or 0.0) for family in families]
+        right.errorbar(places, means, yerr=spread, fmt=marker, markersize=4, capsize=1.5, linewidth=1, color=colour)
+    left.set_xlabel(f"pre-training {'seconds' if comparison.timed else 'FLOPs'}, ratio to {base}")
+    left.set_ylabel(f"mean accuracy − {base}, points")
     left.set_xlim(left=0)
     right.set_xticks(range(len(families)), [family if family in comparison.learned else f"{family} *" for family in families], rotation=20)
     right.set_ylabel(f"accuracy − {base}, points")
@@ -224,7 +273,7 @@ def plot(comparison: Comparison) -> Figure:
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         axes.grid(color="#88888840", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -236,43 +285,56 @@ def plot_curves(records: Sequence[dict[str, Any]]) -> Figure | None:
     if not tasks:
         return None
     arms = list(dict.fromkeys(one["arm"] for one in records))
-    figure = Figure(figsize=(9, 3.2 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(9, 3.2 * len(tasks) + 0.1 * len(arms)), layout="constrained")
+    told: set[str] = set()
     for task, pair in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False), strict=True):
         for axes, against in zip(pair, ("seconds", "flops"), strict=True):
-            told: set[str] = set()
             for arm, found in runs:
                 own = [mark for mark in found if task in mark.figures]
                 values = [next(iter(mark.figures[task].values())) for mark in own]
-                colour = COLOURS[arms.index(arm) % len(COLOURS)]
-                label = None if arm in told else arm
-                axes.plot([getattr(mark, against) for mark in own], values, "o-", markersize=3, linewidth=1.2, color=colour, label=label)
+                number = arms.index(arm)
+                axes.plot(
+                    [getattr(mark, against) for mark in own],
+                    values,
+                    marker="os^D"[number // len(COLOURS) % 4],
+                    markersize=3,
+                    linewidth=1.0,
+                    color=COLOURS[number % len(COLOURS)],
+                    label=None if arm in told else arm,
+                )
                 told.add(arm)
             axes.set_xlabel("training, s" if against == "seconds" else "training, FLOPs")
             axes.set_xlim(left=0)
             axes.grid(color="#88888840", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         pair[0].set_ylabel(task)
-        pair[0].legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
 def write_comparison(results: str | Path, out: str | Path) -> Comparison:
-    """Read a list of records from `results` (JSON) and write table.md, plot.svg and plot.png into the folder `out`, and where runs were
+    """Reads the folder `results` (runs.json: a list of records; questions.json: a list of [image, family]; where it is there, times.json:
+    {"seconds": {arm: [pre-training, fine-tuning]}}) and writes table.md, plot.svg and plot.png into the folder `out`, and where runs were
     asked on their way curves.svg and curves.png too."""
-    try:
-        records = json.loads(Path(results).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FoveateError(f"cannot read the results {results}: {error}") from error
+
+    def read(name: str) -> Any:
+        path = Path(results) / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise FoveateError(f"cannot read the results {path}: {error}") from error
+
+    records = read("runs.json")
     if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
-        raise FoveateError(f"{results} must be a list of records, one for each run")
-    comparison = aggregate(records)
+        raise FoveateError(f"{Path(results) / 'runs.json'} must be a list of records, one for each run")
+    seconds = read("times.json")["seconds"] if (Path(results) / "times.json").is_file() else None
+    comparison = aggregate(records, [Question(*one) for one in read("questions.json")], seconds)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(markdown(comparison), encoding="utf-8")
-    figure = plot(comparison)
-    figure.savefig(folder / "plot.svg", metadata={"Date": None})
-    figure.savefig(folder / "plot.png", dpi=120)
-    if (curves := plot_curves(records)) is not None:
-        curves.savefig(folder / "curves.svg", metadata={"Date": None})
-        curves.savefig(folder / "curves.png", dpi=120)
+    figures = {"plot": plot(comparison), "curves": plot_curves(records)}
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            figure.savefig(folder / f"{name}.png", dpi=120)
     return comparison
