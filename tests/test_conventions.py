@@ -384,7 +384,7 @@ def test_pooling_early_by_2_costs_what_pooling_late_by_16_costs_where_attention_
     assert early <= late
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(visual=layers_of_tokens, text=st.integers(0, 300))
 def test_the_conventions_are_the_honest_vector_seen_in_part(visual: list[int], text: int) -> None:
     """The decoder's linear maps and attention as `cost.predict` and `Ledger.observed` count them, for full and grouped attention."""

@@ -237,7 +237,7 @@ def test_trained_tower_parameters_are_those_that_get_a_gradient() -> None:
 # ---- laws
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     st.integers(0, 600), st.integers(1, 50), st.integers(0, 40), st.integers(0, 4), st.integers(1, 9), st.sampled_from(["prefill", "train"])
 )

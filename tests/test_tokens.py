@@ -11,7 +11,7 @@ from torch import Tensor
 from foveate import FoveateError
 from foveate.tokens import Kind, Layout, TokenMap, budget, top
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 @st.composite

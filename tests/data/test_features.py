@@ -107,7 +107,7 @@ def test_what_was_read_may_be_changed(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 10**6), st.floats(-6, 4), st.sampled_from([torch.float32, torch.bfloat16]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_half_and_int8_err_no_more_than_they_say(seed: int, magnitude: float, dtype: torch.dtype) -> None:
     level = (torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(seed)) * 10**magnitude).to(dtype)
     level[0, 0] = 0

@@ -102,7 +102,7 @@ soft = st.lists(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.one_of(answers, soft))
 def test_no_difference_no_effect(rows: list[tuple[float, float, int]]) -> None:
     same = cell([a for a, _, _ in rows], [str(image) for *_, image in rows])
@@ -110,7 +110,7 @@ def test_no_difference_no_effect(rows: list[tuple[float, float, int]]) -> None:
     assert (found.difference, found.low, found.high, found.p, found.loyalty) == (0, 0, 0, 1, 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.one_of(answers, soft))
 def test_the_other_way_round(rows: list[tuple[float, float, int]]) -> None:
     images = [str(image) for *_, image in rows]
@@ -122,7 +122,7 @@ def test_the_other_way_round(rows: list[tuple[float, float, int]]) -> None:
     assert (there.lost, there.gained, there.loyalty) == (back.gained, back.lost, back.loyalty)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.one_of(answers, soft))
 def test_the_interval_holds_the_difference(rows: list[tuple[float, float, int]]) -> None:
     images = [str(image) for *_, image in rows]

@@ -97,7 +97,7 @@ def test_each_part_is_needed(model: Any) -> None:
     assert all(off(*(name for name in KEPT if name != left)) > 20 * whole for left in KEPT)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from([(GROWN, 4), (BOTH, 8), ([[8, 2], [1, 1]], 8)]), st.sets(st.sampled_from(KEPT), min_size=1), st.floats(0.01, 1))
 def test_what_is_left_goes_linearly(target: tuple[Any, int], keep: set[str], left: float) -> None:
     config = type("Config", (), {"bridge": {**COS, "grid": 4}, "grown": None})()

@@ -18,7 +18,7 @@ from foveate.tokens import Layout, TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, edges, keeps, kept, make
 from tests.reducers.test_tome import oracle as merging
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 CARD = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
 
 

@@ -16,7 +16,7 @@ from foveate.reducers.divprune import DivPrune
 from foveate.tokens import Layout, TokenMap
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, edges, make
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 def pooled(stride: int, batch: Ragged) -> TokenMap:

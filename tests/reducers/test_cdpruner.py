@@ -16,7 +16,7 @@ from foveate.reducers.cdpruner import CDPruner, Relevance, greedy_map, min_max
 from foveate.tokens import TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, keeps, kept, make
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 RELEVANCE = torch.tensor([1, 0.95, 0.6, 0.5])
 SIMILARITY = torch.tensor([[1, 0.9, 0.1, 0], [0.9, 1, 0.1, 0], [0.1, 0.1, 1, 0.5], [0, 0, 0.5, 1]])
 WIDTH = 18  # more than the largest image: no set of tokens is degenerate

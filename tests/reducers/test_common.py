@@ -10,7 +10,7 @@ from foveate.reducers.common import choose, groups, images, integers, into
 from foveate.reducers.fastervlm import FasterVLM
 from tests.reducers.ragged import Ragged, batches, edges, make
 
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=30)
 
 
 @quick

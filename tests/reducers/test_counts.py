@@ -99,7 +99,7 @@ parts = st.lists(st.lists(st.tuples(st.integers(3, 5), st.integers(3, 5)), min_s
 
 
 @pytest.mark.parametrize("text", [*SPELLED, *MORE])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(images=parts, frames=st.booleans())
 def test_what_is_counted_is_what_is_left(text: str, images: Grids, frames: bool) -> None:
     (reducer,) = parse(text)

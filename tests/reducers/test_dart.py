@@ -20,7 +20,7 @@ from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, images, keeps, survivors
 from tests.test_tokens import layouts
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def view(layout: Layout, tokens: Tensor, keys: Tensor) -> View:

@@ -16,7 +16,7 @@ from foveate.reducers.divprune import DivPrune, spread
 from foveate.tokens import TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, keeps, kept, make
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 def angles(*degrees: float) -> Tensor:

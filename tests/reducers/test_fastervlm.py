@@ -14,7 +14,7 @@ from foveate.reducers.fastervlm import FasterVLM
 from foveate.tokens import Layout, TokenMap, budget
 from tests.reducers.ragged import counted
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 Patches = list[tuple[int, int, int]]  # crop, row, column of each patch of one image
 Rows = list[list[int | Patches]]  # prompts: numbers of text tokens, and images

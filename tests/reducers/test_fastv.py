@@ -17,7 +17,7 @@ from foveate.tokens import Layout, TokenMap, budget, top
 from tests.reducers.ragged import counted
 from tests.test_tokens import layouts
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 keeps = st.one_of(st.sampled_from([0.05, 0.25, 1 / 3, 0.5, 0.75, 1.0]), st.integers(1, 10))
 
 

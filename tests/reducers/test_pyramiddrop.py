@@ -21,7 +21,7 @@ from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, grades, images, ranked, survivors
 from tests.test_tokens import layouts
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def view(layout: Layout, weights: Tensor, stage: int = 0, layers: int = 32, first: View | None = None) -> View:

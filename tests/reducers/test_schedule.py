@@ -22,7 +22,7 @@ from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, grades, images, ranked, survivors, view
 from tests.test_tokens import layouts
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 LAYERS = (1, 3, 4)  # in front of which the schedules of these tests cut
 
 

@@ -20,7 +20,7 @@ from tests.reducers.ragged import counted
 from tests.reducers.test_fastv import alone, grades, images, keeps, ranked, survivors, view
 from tests.test_tokens import layouts
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def one(**options: object) -> SparseVLM:

@@ -17,7 +17,7 @@ from foveate.reducers.tome import ToMe, bipartite, mean, merge_until
 from foveate.tokens import TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, edges, keeps, make
 
-quick = settings(max_examples=25, deadline=None)
+quick = settings(max_examples=25)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from foveate.reducers.uniform import Uniform, subgrid
 from foveate.tokens import Layout, TokenMap, budget
 from tests.reducers.ragged import Ragged, batches, check_raster, check_rows, counted, crops, keeps, kept, make
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 
 
 def reduced(reducer: Uniform, batch: Ragged) -> TokenMap:

@@ -31,7 +31,7 @@ from foveate.search.gsearch import gsearch, most_trials, within
 from foveate.search.psigmoid import STEEPNESS, curve, psigmoid, spend
 from foveate.search.run import Found
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 LM = {layers: LlamaConfig(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, vocab_size=50) for layers in range(2, 13)}
 HALF = Fraction(1, 2)
 

@@ -55,7 +55,7 @@ def rows(final: Path) -> list[dict[str, Any]]:
 # ---- the formula
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 5), st.integers(3, 9), st.integers(1, 3), st.integers(0, 2**16))
 def test_the_loss_is_its_formula(count: int, vocabulary: int, words: int, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
