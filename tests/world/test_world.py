@@ -1,6 +1,9 @@
 """The shipped backbones and how they are named and trained."""
 
+import random
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import evaluate
 from foveate.world import asset, backbones, resolve
+from foveate.world.exercises import EXERCISES, exercise
 from foveate.world.pictures import render, scene
+from foveate.world.questions import parse_box
 from foveate.world.scenes import write_world
 
 SHIPPED = ("tower", "lm", "vlm")
@@ -81,6 +86,64 @@ def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: 
         first, second = ((tmp_path / kind / name / "model.safetensors").read_bytes() for name in ("a", "b"))
         assert first == second
     assert "held out" in capsys.readouterr().out
+
+
+def test_language_model_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbones.train_lm(tmp_path / "whole", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+
+    def stopped(*_: Any) -> dict[str, float]:
+        if (tmp_path / "parts" / "state.pt").is_file():
+            raise KeyboardInterrupt
+        return {}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backbones, "score_lm", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            backbones.train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+    backbones.train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+    whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+    assert not (tmp_path / "parts" / "state.pt").exists()
+
+
+def test_exercise_weights() -> None:
+    """What is taught follows from the description; what is drawn at will hardly counts, nor does what pads."""
+    tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
+    pieces = [exercise(0), exercise(1)]
+    batch = backbones.piece_batch(tokenizer, pieces)
+    for row, own in enumerate(pieces):
+        taught = "".join(text for text, follows in own if follows)
+        assert tokenizer.decode(batch["input_ids"][row][batch["weights"][row] == 1]) == taught
+        assert tokenizer.decode(batch["input_ids"][row][batch["weights"][row] > 0]) == "".join(text for text, _ in own)
+    assert not batch["weights"][batch["input_ids"] == tokenizer.pad_token_id].any()
+    assert batch["input_ids"].shape[1] % 16 == 0
+
+
+def test_every_exercise_follows_from_the_scene() -> None:
+    """Each kind against the truth about its scene, read anew from the text."""
+    for seed in range(40):
+        item = scene(f"test/{seed}")
+        shapes = {f"<loc{int(t.centre[0] * 16)}><loc{int(t.centre[1] * 16)}>": t for t in item.things}
+        for kind in EXERCISES:
+            order, answers = kind(item, random.Random(seed))
+            for given, follows in answers:
+                if order == "what is here?":
+                    assert follows.split()[-1] == shapes[given].name
+                elif order == "tell.":
+                    assert [thing for thing in item.shapes if follows == f" {thing.size} {thing.colour} {thing.name}"]
+                elif order == "point.":
+                    assert follows in shapes
+                elif order == "boxes.":
+                    at = "".join(f"<loc{n}>" for n in re.findall(r"<loc(\d+)>", follows)[:2])
+                    box = parse_box(follows.removeprefix(at))
+                    assert box is not None
+                    assert all(abs(a - b) <= 1 / 16 for a, b in zip(box, shapes[at].box, strict=True))
+                elif order == "count.":
+                    word = given.split()[0]
+                    counted = [t for t in item.shapes if word in (str(t.colour), f"{t.name}s", f"{t.name}es", "objects")]
+                    assert follows == f" {len(counted)}"
+                elif order == "which are there?":
+                    assert follows == (" yes" if given in {f"{t.colour} {t.name}" for t in item.shapes} else " no")
 
 
 def test_answer_weights() -> None:

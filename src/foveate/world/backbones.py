@@ -2,7 +2,7 @@
 text alone. Scenes and documents are made while training goes on, so no data is stored.
 
     python -m foveate.world.backbones tower --out DIR --steps 6000
-    python -m foveate.world.backbones lm --out DIR --steps 3200
+    python -m foveate.world.backbones lm --out DIR --steps 8000
 
 The tower (CLIPVisionModel, 64 px, patch 8) is supervised densely: each patch names the thing on it (kind, colour, size, glyph), the
 thing's box and whether its centre is here; [CLS] names the shapes, their number and the word. Pictures are of 64 px, later some of 128 px
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from foveate.world.exercises import Piece, asked, exercise
 from foveate.world.pictures import COLOURS, GLYPHS, KINDS, SHAPES, SIZES, WORDS, Scene, Split, labels, render, scene
 from foveate.world.questions import FAMILIES, caption, conversation, parse_box
 from foveate.world.text import build_tokenizer, document, prompt
@@ -41,17 +42,32 @@ _WEIGHTS = {"kind": 1.0, "colour": 1.0, "size": 0.5, "glyph": 1.0, "centre": 1.0
 
 
 class Optimiser:
-    """AdamW with warm-up and a cosine, on float32 masters of a module whose weights are bfloat16."""
+    """AdamW with warm-up and a cosine, on float32 masters of a module whose weights are bfloat16.
 
-    def __init__(self, module: nn.Module, learning_rate: float, steps: int, weight_decay: float = 0.02) -> None:
+    With `matrices` the weight matrices have Muon instead (Jordan et al. 2024; embeddings and norms keep AdamW), and the rate is constant
+    until the last third of the steps, over which it falls to nothing.
+    """
+
+    def __init__(self, module: nn.Module, learning_rate: float, steps: int, weight_decay: float = 0.02, matrices: bool = False) -> None:
         self.weights = list(module.parameters())
         self.masters = [weight.detach().float().clone() for weight in self.weights]
         module.to(torch.bfloat16)
-        self.adam = torch.optim.AdamW(self.masters, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+        embeddings = {id(weight) for part in module.modules() if isinstance(part, nn.Embedding) for weight in part.parameters()}
+        flat = [matrices and weight.ndim == 2 and id(weight) not in embeddings for weight in self.weights]
+        rest = [master for master, muon in zip(self.masters, flat, strict=True) if not muon]
+        self.adam = torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+        self.all: list[torch.optim.Optimizer] = [self.adam]
+        if matrices:
+            own = [master for master, muon in zip(self.masters, flat, strict=True) if muon]
+            self.all.append(torch.optim.Muon(own, learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
         warmup = max(1, steps // 30)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.adam, lambda i: min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps))))
-        )
+
+        def share(i: int) -> float:
+            if matrices:
+                return min(1.0, (i + 1) / warmup, max(0.0, 3 * (1 - i / steps)))
+            return min(1.0, (i + 1) / warmup) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, i / steps))))
+
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(one, share) for one in self.all]
 
     def step(self, loss: Tensor) -> None:
         loss.backward()
@@ -59,9 +75,31 @@ class Optimiser:
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
         torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        self.adam.step()
-        self.schedule.step()
+        for optimiser, schedule in zip(self.all, self.schedules, strict=True):
+            optimiser.step()
+            schedule.step()
         self.publish()
+
+    def save(self, path: Path, done: int) -> None:
+        """Writes everything that `load` needs to go on after `done` steps, whole or not at all."""
+        parts = [one.state_dict() for one in self._parts()]
+        half = path.with_suffix(".half")
+        half.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"done": done, "masters": self.masters, "parts": parts}, half)
+        half.replace(path)
+
+    def load(self, path: Path) -> int:
+        """Takes up what `save` wrote, and says how many steps were done."""
+        found = torch.load(path, weights_only=True)
+        for master, saved in zip(self.masters, found["masters"], strict=True):
+            master.copy_(saved)
+        for one, saved in zip(self._parts(), found["parts"], strict=True):
+            one.load_state_dict(saved)
+        self.publish()
+        return int(found["done"])
+
+    def _parts(self) -> list[Any]:
+        return [*self.all, *self.schedules]
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -73,18 +111,18 @@ class Optimiser:
 class Made(IterableDataset[Any]):
     """Batches made one after the other by `make(index)`, in a worker process beside the training."""
 
-    def __init__(self, make: Any, steps: int) -> None:
+    def __init__(self, make: Any, steps: range) -> None:
         self.make, self.steps = make, steps
 
     def __iter__(self) -> Iterator[Any]:
         torch.set_num_threads(1)
-        return (self.make(i) for i in range(self.steps))
+        return (self.make(i) for i in self.steps)
 
 
-def _batches(make: Any, steps: int, name: str) -> Iterator[Any]:
-    """The batches under a progress bar with an estimate of the time left."""
-    loader = DataLoader(Made(make, steps), batch_size=None, num_workers=1, prefetch_factor=8)
-    return iter(track(loader, name, steps))
+def _batches(make: Any, steps: int, name: str, first: int = 0) -> Iterator[Any]:
+    """The batches from the step `first` on, under a progress bar with an estimate of the time left."""
+    loader = DataLoader(Made(make, range(first, steps)), batch_size=None, num_workers=1, prefetch_factor=8)
+    return iter(track(loader, name, steps, first))
 
 
 def _say(title: str, numbers: dict[str, float]) -> None:
@@ -257,8 +295,48 @@ def lm_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, 
     return {"input_ids": ids, "weights": torch.where(answer, 1.0, 0.1) * (ids != tokenizer.pad_token_id)}
 
 
-def train_lm(out: Path, steps: int, seed: int, batch: int = 32, learning_rate: float = 2e-3, held_out: int = 300) -> None:
-    """Trains the language model on documents and writes it with the tokenizer to `out`; scores it on `held_out` scenes at the end."""
+def piece_batch(tokenizer: PreTrainedTokenizerFast, documents: list[list[Piece]]) -> dict[str, Tensor]:
+    """The same of exercises: `weights` are 1 on what follows from the text before it, 1/10 on what does not."""
+    rows = []
+    for pieces in documents:
+        ids = tokenizer([text for text, _ in pieces])["input_ids"]
+        rows.append([(one, 1.0 if follows else 0.1) for own, (_, follows) in zip(ids, pieces, strict=True) for one in own])
+    longest = -(-max(map(len, rows)) // 16) * 16
+    padded = [row + [(tokenizer.pad_token_id, 0.0)] * (longest - len(row)) for row in rows]
+    columns = torch.tensor(padded, dtype=torch.float64)
+    return {"input_ids": columns[..., 0].long(), "weights": columns[..., 1].float()}
+
+
+def lm_documents(tokenizer: PreTrainedTokenizerFast, key: str, count: int, most: int) -> dict[str, Tensor]:
+    """`count` documents of a key in one batch, of half of them exercises: scenes have at most `most` objects in the others."""
+    rng = random.Random(key)
+    drawn = rng.choices(("exercise", "asked", "document"), (55, 35, 10), k=count)
+    kinds = {f"{key}/{j}": kind for j, kind in enumerate(drawn)}
+    plain = [asked(one) if kind == "asked" else document(one, most) for one, kind in kinds.items() if kind != "exercise"]
+    drilled = [exercise(one) for one, kind in kinds.items() if kind == "exercise"]
+    parts = [lm_batch(tokenizer, plain)] if plain else []
+    parts += [piece_batch(tokenizer, drilled)] if drilled else []
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    fill = {"input_ids": tokenizer.pad_token_id, "weights": 0.0}
+    return {
+        name: torch.cat([F.pad(part[name], (0, longest - part[name].shape[1]), value=value) for part in parts])
+        for name, value in fill.items()
+    }
+
+
+def train_lm(
+    out: Path,
+    steps: int,
+    seed: int,
+    batch: int = 32,
+    learning_rate: float = 2e-3,
+    held_out: int = 300,
+    save_steps: int = 250,
+) -> None:
+    """Trains the language model on documents and writes it with the tokenizer to `out`; scores it on `held_out` scenes at the end.
+
+    Begun again with the same arguments it goes on with what `out`/state.pt holds, which is written every `save_steps` steps.
+    """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
@@ -276,29 +354,30 @@ def train_lm(out: Path, steps: int, seed: int, batch: int = 32, learning_rate: f
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM._from_config(config, attn_implementation="eager")
-    optimiser = Optimiser(model, learning_rate, steps)
+    optimiser = Optimiser(model, learning_rate, steps, matrices=True)
+    state = out / "state.pt"
+    first = optimiser.load(state) if state.is_file() else 0
 
     def make(i: int) -> dict[str, Tensor]:
         # Few objects at first: short documents make cheap steps while the grammar is learnt.
-        most = 2 if i < 0.15 * steps else 3 if i < 0.3 * steps else 5
-        # Four batches' documents sorted by length: a fifth less padding.
-        texts = sorted((document(f"lm/{seed}/{i // 4}/{j}", most) for j in range(4 * batch)), key=len)
-        return lm_batch(tokenizer, texts[i % 4 * batch :][:batch])
+        return lm_documents(tokenizer, f"lm/{seed}/{i}", batch, 2 if i < 0.05 * steps else 3 if i < 0.1 * steps else 5)
 
-    for i, data in enumerate(_batches(make, steps, "lm")):
+    for i, data in enumerate(_batches(make, steps, "lm", first), start=first):
         # Padding is on the right, where a causal model does not see it: no mask is needed.
         logits = model(input_ids=data["input_ids"], use_cache=False).logits[:, :-1].float()
         losses = F.cross_entropy(logits.flatten(0, 1), data["input_ids"][:, 1:].flatten(), reduction="none")
         weights = data["weights"][:, 1:].flatten()
         loss = (losses * weights).sum() / weights.sum()
         optimiser.step(loss)
-        if i % 250 == 249 or i == steps - 1:
+        if (i + 1) % save_steps == 0 or i == steps - 1:
             _say(f"step {i + 1} of {steps}, loss {loss.item():.3f}:", score_lm(model, tokenizer, held_out // 8))
+            optimiser.save(state, i + 1)
     model.float()
     optimiser.publish()
     _say("held out:", score_lm(model, tokenizer, held_out))
     model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
+    state.unlink(missing_ok=True)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ _BOX = re.compile(r"\s*".join([r"<loc(0|[1-9]\d*)>"] * 4))
 _QUOTA = ("presence", "presence", "count", "count", "attribute", "attribute", "relation", "relation", "reading", "locating")
 _SPARE = ("attribute", "relation", "count", "locating", "attribute", "count")  # asked where the quota could not be filled
 _COUNT_WEIGHTS = (2, 2, 4, 8, 10, 12)
-_CLEAR = 0.15  # two centres this far apart (of the side) are clearly left/right or above/below of each other
+CLEAR = 0.15  # two centres this far apart (of the side) are clearly left/right or above/below of each other
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,18 @@ def caption(scene: Scene, places: bool = True, rng: random.Random | None = None)
     """Everything in a scene, by rows from the top; with `rng`, in a random order. `places` adds the cell of each centre."""
     named = []
     for thing in scene.things:
-        what = {"number": "the number ", "word": "the word ", "digit": "a handwritten "}.get(thing.kind, f"a {thing.size} {thing.colour} ")
-        named.append((_cell(thing.centre[0]), _cell(thing.centre[1]), what + thing.name))
+        named.append((cell(thing.centre[0]), cell(thing.centre[1]), what(thing)))
     named.sort()
     if rng is not None:
         rng.shuffle(named)
-    return ", ".join(what + (f"<loc{row}><loc{col}>" if places else "") for row, col, what in named)
+    return ", ".join(name + (f"<loc{row}><loc{col}>" if places else "") for row, col, name in named)
+
+
+def what(thing: Thing) -> str:
+    """What a caption calls a thing."""
+    return {"number": "the number ", "word": "the word ", "digit": "a handwritten "}.get(
+        thing.kind, f"a {thing.size} {thing.colour} "
+    ) + thing.name
 
 
 def conversation(scene: Scene, count: int = 10) -> list[Question]:
@@ -57,12 +63,19 @@ def conversation(scene: Scene, count: int = 10) -> list[Question]:
         if family == "presence" and asked and len({(thing.colour, thing.name) for thing in scene.shapes}) == 1:
             continue
         for _ in range(6 if len(asked) < count else 0):
-            found = _presence(scene, rng, yes) if family == "presence" else _MAKERS[family](scene, rng)
+            found = ask(family, scene, rng, yes)
             if found and all(found.question != other.question and not found.ties & other.ties for other in asked):
                 asked.append(found)
                 break
     rng.shuffle(asked)
     return asked
+
+
+def ask(family: str, scene: Scene, rng: random.Random, yes: bool | None = None) -> Question | None:
+    """A question of a family; None where this draw does not carry one. `yes`: the answer of one on presence, drawn unless given."""
+    if family == "presence":
+        return _presence(scene, rng, rng.random() < 0.5 if yes is None else yes)
+    return _MAKERS[family](scene, rng)
 
 
 def box_cells(text: str) -> BoxCells | None:
@@ -89,11 +102,13 @@ def parse_box(answer: str) -> Box | None:
     return top / RULER, left / RULER, bottom / RULER, right / RULER
 
 
-def _cell(position: float) -> int:
+def cell(position: float) -> int:
+    """The cell of the ruler that a unit coordinate falls into."""
     return min(RULER - 1, int(position * RULER))
 
 
-def _box_answer(box: Box) -> str:
+def box_answer(box: Box) -> str:
+    """The first and the last cell of a box in unit coordinates, as answers name them."""
     top, left, bottom, right = (int(edge * RULER + 0.5) for edge in box)
     return f"<loc{top}><loc{left}><loc{bottom - 1}><loc{right - 1}>"
 
@@ -106,7 +121,7 @@ def _properties(thing: Thing) -> dict[str, str]:
     return {"size": str(thing.size), "color": str(thing.colour), "shape": thing.name}
 
 
-def _reference(scene: Scene, thing: Thing, allowed: tuple[str, ...], rng: random.Random) -> tuple[str, list[str]] | None:
+def refer(scene: Scene, thing: Thing, allowed: tuple[str, ...], rng: random.Random) -> tuple[str, list[str]] | None:
     """A phrase that fits only this shape, made of the `allowed` properties, and the properties it names."""
     mine = _properties(thing)
     sets = [chosen for n in range(1, len(allowed) + 1) for chosen in itertools.combinations(allowed, n)]
@@ -148,7 +163,7 @@ def _attribute(scene: Scene, rng: random.Random) -> Question | None:
     thing = rng.choice(scene.shapes)
     about = rng.choice(("color", "shape", "size"))
     allowed = {"color": ("size", "shape"), "shape": ("size", "color"), "size": ("color", "shape")}[about]
-    reference = _reference(scene, thing, allowed, rng)
+    reference = refer(scene, thing, allowed, rng)
     if reference is None:
         return None
     phrase, named = reference
@@ -164,7 +179,7 @@ def _relation(scene: Scene, rng: random.Random) -> Question | None:
     options = []
     for (one, one_name), (other, other_name) in itertools.permutations(names, 2):
         for axis, (before, after) in enumerate((("above", "below"), ("left of", "right of"))):
-            if one is not other and other.centre[axis] - one.centre[axis] >= _CLEAR:
+            if one is not other and other.centre[axis] - one.centre[axis] >= CLEAR:
                 options += [(one_name, before, after, other_name), (other_name, after, before, one_name)]
     if not options:
         return None
@@ -183,11 +198,11 @@ def _reading(scene: Scene, rng: random.Random) -> Question | None:
 def _locating(scene: Scene, rng: random.Random) -> Question | None:
     thing = rng.choice(scene.things)
     if thing.kind != "shape":
-        return Question(f"where is the {thing.kind}?", _box_answer(thing.box), "locating")
-    reference = _reference(scene, thing, ("size", "color", "shape"), rng)
+        return Question(f"where is the {thing.kind}?", box_answer(thing.box), "locating")
+    reference = refer(scene, thing, ("size", "color", "shape"), rng)
     if reference is None:
         return None
-    return Question(f"where is {reference[0]}?", _box_answer(thing.box), "locating", _pairs(*reference[1]))
+    return Question(f"where is {reference[0]}?", box_answer(thing.box), "locating", _pairs(*reference[1]))
 
 
 _MAKERS: dict[str, Callable[[Scene, random.Random], Question | None]] = {
