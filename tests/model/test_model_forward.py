@@ -133,6 +133,22 @@ def test_blank_image_lets_every_part_take_part_and_changes_nothing(assemble: Ass
     assert not tower_ran
 
 
+def test_blank_image_where_several_processes_evaluate_a_model_under_training(assemble: Assemble, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others may be waiting in the tower. With a cache nobody is: each process generates as much as it likes."""
+    model, processor = assemble(COS)
+    monkeypatch.setattr("foveate.model.modeling.several_processes", lambda: True)
+    batch = processor(text="only text", return_tensors="pt")
+    tower_ran: list[bool] = []
+    model.model.vision_tower.register_forward_hook(lambda *_: tower_ran.append(True))
+    plain = model.eval()(**batch).logits
+    assert not tower_ran
+    model.config.always_run_vision = True
+    assert torch.equal(model(**batch).logits, plain)
+    assert tower_ran == [True]
+    model.generate(**batch, max_new_tokens=2)
+    assert tower_ran == [True]
+
+
 def test_gradient_checkpointing_changes_nothing(assemble: Assemble, pictures: Pictures) -> None:
     model, processor = assemble(COS)
     batch = processor(images=pictures, text=PROMPTS, padding=True, return_tensors="pt")

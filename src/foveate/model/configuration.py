@@ -33,7 +33,7 @@ class FoveateConfig(PreTrainedConfig):
     - `grown`: what the tokens that a growth has added keep of those they are copies of, and how much of it is left
       (`foveate.model.grown`); None: they are counted as any others.
     - `always_run_vision`: run tower and bridge on a blank image in training steps without images also on one process. With several
-      processes that happens anyway.
+      processes that happens anyway, and with this also where the model is evaluated while it is trained.
     """
 
     model_type = "foveate"

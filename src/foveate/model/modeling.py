@@ -214,7 +214,8 @@ class FoveateModel(FoveatePreTrainedModel):
         # While decoding, an image token can only be one that the model itself has made.
         if input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
             self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]))
-        if self.training and (self.config.always_run_vision or several_processes()):
+        always, together = self.config.always_run_vision, several_processes()
+        if (always or together) if self.training else (always and together and past_key_values is None):
             inputs_embeds = inputs_embeds + self._blank_image().to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds, None
 
