@@ -47,6 +47,11 @@ def check_machine(recipe: Recipe, config: Any, state: PartialState) -> None:
                 raise ValueError("needs a GPU, which scales its losses; use fp32 or bf16 here")
         except (ValueError, ImportError, RuntimeError) as error:
             raise FoveateError(f"stage {stage.name}: precision {stage.precision} cannot be trained here: {first_line(error)}") from None
+        if arguments.mixed_precision != (stage.precision if stage.precision in ("bf16", "fp16") else "no"):
+            raise FoveateError(
+                f"stage {stage.name}: precision {stage.precision}, but accelerate's configuration has mixed_precision "
+                f"{arguments.mixed_precision}, which would win; set it to no: each stage says its own"
+            )
         check_optimizer(stage, arguments)
     try:
         with torch.device("meta"):
