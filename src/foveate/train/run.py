@@ -46,6 +46,7 @@ from foveate.train.recipe import load_recipe
 from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
 from foveate.train.schedule import NONE, stage_steps
 from foveate.train.settings import Recipe, Stage
+from foveate.train.sharding import check_sharding
 from foveate.train.stages import is_assembled, keep_of, read_config, walk
 from foveate.train.stand_in import StandIn
 from foveate.train.trainer import FoveateTrainer
@@ -65,6 +66,7 @@ def train(recipe: Recipe) -> Path:
     """Run a recipe, or go on with it. Returns `<output>/final`: model, processor and, if the last step had a reducer, foveate.json."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    check_sharding(recipe)
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
     final, plain = recipe.output / "final", json.loads(recipe.model_dump_json())
     new = files.compare(recipe.output, {"recipe": plain})
@@ -135,25 +137,13 @@ def run_stage(
     micro = choose(recipe, index, data.train, opened, features, folder, state)
     trainer = make_trainer(recipe, index, data, opened, features, micro, state)
     if stage.evaluate is not None:
-        if trainer.is_fsdp_enabled:
-            raise FoveateError(f"stage {stage.name}: evaluate needs the whole model in each process, which FSDP divides; leave it out")
         trainer.ask(Examiner(stage.evaluate, tasks, opened.processor, folder, state))
-    if first and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # what is sharded may have no room on one device
+    if first and not trainer.divided:  # what is sharded may have no room on one device
         rehearse(recipe, index, opened, state)
     if stage.kind != "align":
         trainer.rows = try_rows(opened, trainer.model_accepts_loss_kwargs)
     if stage.pack:
         trainer.packing = try_packing(stage, opened, trainer.costs)
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise FoveateError("DeepSpeed's ZeRO stage 3 is not supported, stages 1 and 2 are; to shard the weights as well use FSDP")
-    if stage.micro_batch == "auto" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise FoveateError(f"stage {stage.name}: micro_batch auto is not for sharded training, give a number of samples")
-    if stage.kind == "align" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise FoveateError(f"stage {stage.name}: kind align is not for sharded training; it is small enough for one device")
-    if stage.precision == "bf16-copy" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise FoveateError(f"stage {stage.name}: precision bf16-copy is not for sharded training, use bf16 (autocast)")
-    if stage.losses and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise FoveateError(f"stage {stage.name}: `losses` make several passes in a step, which has not been tried in sharded training")
     if stage.losses and not trainer.model_accepts_loss_kwargs:
         raise FoveateError(
             f"stage {stage.name}: `losses` are divided by a step's tokens, which {type(opened.model).__name__} does not take"
@@ -242,13 +232,12 @@ def trains_any_budget(stage: Stage) -> bool:
 
 def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, trainer: FoveateTrainer, folder: Path) -> None:
     """Save the stage's model, whole and with LoRA merged into its weights."""
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if sharded else None
+    weights = trainer.trained_weights() if trainer.divided else {}
     if not trainer.is_world_process_zero():
         return
-    if sharded:
+    if trainer.divided:
         opened, kept = open_model(recipe, index, previous), getattr(trainer.model.config, "grown", None)
-        opened.model.load_state_dict(state)
+        opened.model.load_state_dict(weights, strict=False)
         if is_assembled(opened.model.config):
             opened.model.config.grown = kept
     # What the model was trained with to the end is what it needs; several that take turns teach it to do with any of them, or none.

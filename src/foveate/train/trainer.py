@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
@@ -38,6 +37,7 @@ from foveate.train.packing import Packing
 from foveate.train.passes import Passes
 from foveate.train.progress import ProgressLine, StageInfo
 from foveate.train.scheduled import ScheduleCallback
+from foveate.train.sharding import ShardedTrainer
 from foveate.train.stages import part_modules
 from foveate.train.stand_in import StandIn
 from foveate.train.supervised import SupervisedRows
@@ -48,7 +48,7 @@ PROGRESS = "progress.json"
 NUMBERS = ("loss", "validation_loss", "tokens_per_image", "images", "images_per_s", "flops", "seconds")  # of the log, also for report_to
 
 
-class FoveateTrainer(Trainer):
+class FoveateTrainer(ShardedTrainer):
     """One stage. `model` is an ordinary transformers model (LoRA injected in place), never a wrapper."""
 
     def __init__(
@@ -264,8 +264,7 @@ class FoveateTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),
         )
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        model: Any = self.model_wrapped if sharded else self.model
+        model: Any = self.model_wrapped if self.divided else self.model
         called = BFloat16Copy(model) if self.stage.bf16_copy else model
         sums = torch.zeros(2, dtype=torch.float64)
         model.eval()
@@ -293,8 +292,10 @@ class FoveateTrainer(Trainer):
         assert self.examiner is not None
         with self.progress.beside("asking", self.examiner.questions) as tell:
             figures, seconds = self.examiner.examine(self.model, self.switch, tell)
+        weights = {} if self.examiner.spec.keep_best is None else self.trained_weights()
         if self.is_world_process_zero():
-            self.examiner.keep(figures, self.stage.name, self.state.global_step, self.switch.current, self._save)
+            save = partial(self.write_weights, weights)
+            self.examiner.keep(figures, self.stage.name, self.state.global_step, self.switch.current, save)
         return {"evaluation": figures, "evaluation_seconds": round(seconds, 3)}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -384,26 +385,25 @@ class FoveateTrainer(Trainer):
 
     # ---- checkpoints
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Of the weights only those that are trained (and buffers): the others are those of the model that the stage began with.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Of the weights only those that are trained (and buffers): the others are those of the model that the stage began with."""
+        weights = self.trained_weights()
+        if self.args.should_save:
+            self.write_weights(weights, output_dir or str(self.args.output_dir))
 
-        Not by `save_pretrained`, which renames the weights of some models to an older spelling."""
-        if not self.args.should_save:
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        wanted |= {name for name, _ in model.named_buffers()}
-        whole = model.state_dict() if state_dict is None else state_dict
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = {name: value.detach().cpu().contiguous() for name, value in whole.items() if name in wanted}
-        bad = next((name for name, _ in model.named_parameters() if name in kept and not kept[name].isfinite().all()), None)
+    def write_weights(self, weights: Mapping[str, Tensor], output_dir: str) -> None:
+        """Not by `save_pretrained`, which renames the weights of some models to an older spelling."""
+        parameters = (name for name, _ in self.model.named_parameters() if name in weights)
+        bad = next((name for name in parameters if not weights[name].isfinite().all()), None)
         if bad is not None:
             raise FoveateError(
                 f"stage {self.stage.name}, step {self.state.global_step}: {bad} holds numbers that are not finite. No checkpoint was made; "
                 "the one before stays; lower learning_rate, or set max_grad_norm"
             )
-        save_file(kept, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = {name: value.cpu().contiguous() for name, value in weights.items()}
+        save_file(whole, folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Weights that are not trained are missing in a checkpoint, and that is right; one that the model does not know is not."""
@@ -416,6 +416,7 @@ class FoveateTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             state = {"totals": asdict(self.totals), "since": asdict(self.since), "logged": self._logged, "seen": self._seen}
+            state["divided"] = self.divided
             (folder / PROGRESS).write_text(json.dumps(state), encoding="utf-8")
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
@@ -430,6 +431,7 @@ class FoveateTrainer(Trainer):
         """Train to the end of the stage, from `checkpoint` if there is one."""
         if checkpoint is not None:
             state = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+            self.check_divided(checkpoint, state.get("divided", ""))
             self.totals, self.since, self._logged = Totals(**state["totals"]), Since(**state["since"]), state["logged"]
             self._seen = state.get("seen") or [int(count) for count in state.get("mean") or (0, 0)]  # its name in earlier versions
         try:
