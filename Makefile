@@ -6,8 +6,9 @@ RUN := $(VENV)/bin
 EXTRAS := $(VENV)/conformance
 INTEROP := .venv-interop
 TRL := .venv-trl
+DEEPSPEED := .venv-deepspeed
 
-.PHONY: demo test conformance interop trl check docs clean
+.PHONY: demo test conformance interop trl deepspeed check docs clean
 
 $(READY): pyproject.toml constraints.txt tests/conformance/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,19 @@ $(TRL)/.ready: pyproject.toml constraints.txt tests/interop/trl.txt
 	$(TRL)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/trl.txt
 	touch $@
 
+# DeepSpeed's ZeRO-2 on two processes of this CPU, in an environment of its own: it is not a dependency. The first run compiles what the
+# processes talk by.
+deepspeed:
+	@if $(MAKE) --silent $(DEEPSPEED)/.ready; then $(DEEPSPEED)/bin/python -m pytest tests/interop/test_deepspeed.py; \
+	else echo "DeepSpeed's tests are skipped: $(DEEPSPEED) could not be built (is there a network?)"; fi
+
+$(DEEPSPEED)/.ready: pyproject.toml constraints.txt tests/interop/deepspeed.txt
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/deepspeed.txt
+	touch $@
+
 check: $(READY)
 	$(RUN)/ruff check src tests benchmarks examples docs
 	$(RUN)/ruff format --check src tests benchmarks examples docs
@@ -64,4 +78,4 @@ $(VENV)/.docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(TRL) site demo/world demo/runs
+	rm -rf $(VENV) $(INTEROP) $(TRL) $(DEEPSPEED) site demo/world demo/runs

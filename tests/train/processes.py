@@ -1,8 +1,9 @@
-"""Training in processes of its own: two that train together, or one that is killed."""
+"""Training in processes of its own: two that train together, by torchrun or by accelerate, or one that is killed."""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import time
@@ -30,6 +31,16 @@ def train_in_two(folder: Path, recipe: Path, overrides: Sequence[str] = (), *bef
     """Trains a recipe in two processes, after the lines `before`."""
     call = f"main(Path({str(recipe)!r}), {list(overrides)!r})"
     return in_two(folder, "from foveate.train.run import main", *before, call)
+
+
+def launched(config: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """What `accelerate launch` with one of the repository's configurations has come to, in two processes on the CPU whose home is
+    `folder`."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / config)]
+    command += ["--num_processes", "2", "--main_process_port", "0", *arguments]
+    where = {"HOME": str(folder), "TORCH_EXTENSIONS_DIR": os.path.join(sys.prefix, "torch_extensions")}
+    environment = {**os.environ, **where, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT, env=environment)
 
 
 def _slow(recipe: Path, overrides: Sequence[str]) -> None:
