@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.situations.runs import Change, checkpoint, prepare, recipe, rows, same, save_llava, stage
+from tests.situations.runs import Change, checkpoint, prepare, recipe, rows, save_llava, stage
 from tests.train.processes import launched
 
 from foveate.inference import load_model
@@ -33,16 +33,23 @@ def cases(root: Path) -> dict[str, list[Change]]:
 
 
 def train_everywhere(root: Path, config: str) -> None:
-    """Trains all `cases` in one process and, divided as `config` says, in two; then the stages once more, killed in the second."""
+    """Trains all `cases` in one process and, divided as `config` says, in two; then the second stage once more, killed."""
     save_llava(prepare(root) / "llava")
     recipes = []
     for name, changes in cases(root).items():
         main(recipe(root, f"{name}-one", *changes))
         recipes.append(recipe(root, f"{name}-two", *changes, stage(0, micro_batch=1)))
-    killed = recipe(root, "killed", *cases(root)["stages"], stage(0, micro_batch=1))
+    killed = recipe(root, "killed", *cases(root)["stages"], from_the_second(root / "stages-two" / "0-one" / "model"))
     done = launched(config, root, "-m", "tests.train.launched", *map(str, recipes), f"{killed}@two:2")
     assert done.returncode != 0, done.stderr[-3000:]
-    assert [path.name for path in (root / "killed" / "1-two").glob("*/complete")] == ["complete"], done.stderr[-3000:]
+    assert [path.name for path in (root / "killed" / "0-two").glob("*/complete")] == ["complete"], done.stderr[-3000:]
+
+
+def from_the_second(folder: Path) -> Change:
+    def change(made: dict[str, Any]) -> None:
+        made["model"], made["stages"] = {"checkpoint": str(folder)}, made["stages"][1:]
+
+    return change
 
 
 def check_the_same(root: Path) -> None:
@@ -63,11 +70,15 @@ def check_the_same(root: Path) -> None:
 
 
 def check_resumed(root: Path, config: str) -> None:
-    """The very command of the documentation goes on with the run that was killed, which is then the one that was left alone."""
+    """The very command of the documentation goes on with the run that was killed, which is then, to the last bit, the one left alone."""
     done = launched(config, root, "-m", "foveate", "train", str(root / "killed.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "going on from step 2" in done.stderr
-    assert same(root / "stages-two", root / "killed")
+    one, two = ([(row["loss"], row["grad_norm"]) for row in rows(root / run)[-3:]] for run in ("stages-two", "killed"))
+    assert one == two
+    a, b = (load_file(root / run / "final" / "model.safetensors") for run in ("stages-two", "killed"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 def how_divided(root: Path, name: str) -> dict[str, Any]:
