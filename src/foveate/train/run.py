@@ -237,6 +237,7 @@ def finish(recipe: Recipe, index: int, previous: Path | None, opened: Opened, tr
         return
     if trainer.divided:
         opened, kept = open_model(recipe, index, previous), getattr(trainer.model.config, "grown", None)
+        assert {name for name, parameter in opened.model.named_parameters() if parameter.requires_grad} <= weights.keys()
         opened.model.load_state_dict(weights, strict=False)
         if is_assembled(opened.model.config):
             opened.model.config.grown = kept

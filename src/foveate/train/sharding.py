@@ -151,7 +151,7 @@ class ShardedTrainer(Trainer):
         wanted |= {name for name, _ in model.named_buffers()}
         if self.is_fsdp_enabled:
             options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-            whole = get_model_state_dict(model, options=options)
+            whole: Any = get_model_state_dict(model, options=options)
         else:
             whole = model.state_dict()
         kept = {name: value.detach() for name, value in whole.items() if name in wanted}
