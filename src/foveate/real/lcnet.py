@@ -36,7 +36,7 @@ class LCNet(MapTower):
 
     def __init__(self, config: LCNetConfig) -> None:
         super().__init__(config)
-        self.backbone = AutoBackbone.from_config(config.backbone_config)
+        self.backbone = AutoBackbone.from_config(config.backbone_config, attn_implementation="eager")  # it has none
         self.post_init()
 
     def maps(self, pixel_values: Tensor) -> list[Level]:

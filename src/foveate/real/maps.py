@@ -34,6 +34,7 @@ class MapTower(PreTrainedModel):
     config_class = MapsConfig
     main_input_name = "pixel_values"
     input_modalities = ("image",)
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True  # any will do: there is no attention
 
     def maps(self, pixel_values: Tensor) -> list[Level]:
         """The levels, fine before coarse."""
