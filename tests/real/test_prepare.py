@@ -81,7 +81,7 @@ def test_a_model_is_converted_once_and_answers_to_its_name(home: Path, monkeypat
     assert done.folders == {"made-up": home / "models" / "made-up-1.0-1"}
     assert resolve("real:made-up") == str(real("made-up")) == str(home / "models" / "made-up-1.0-1")
     shutil.rmtree(home / "packages")  # no longer needed
-    monkeypatch.setitem(convert.CONVERTERS, "made-up", None)  # type: ignore[arg-type]
+    monkeypatch.setitem(convert.CONVERTERS, "made-up", None)
     assert prepare(["made-up"], progress=False) == done
 
     tiny_training.save_backbones(tmp_path, image_token=False)

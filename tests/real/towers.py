@@ -31,9 +31,12 @@ def lively(model: nn.Module, seed: int = 0) -> None:
         if isinstance(module, nn.Conv2d):
             module.weight.data = torch.randn(module.weight.shape, generator=generator) * (2 / module.weight[0].numel()) ** 0.5
         if isinstance(module, nn.BatchNorm2d):
-            for value in (module.bias.data, module.running_mean):
+            mean, variance = module.running_mean, module.running_var
+            assert mean is not None
+            assert variance is not None
+            for value in (module.bias.data, mean):
                 value.copy_(0.3 * torch.randn(value.shape, generator=generator))
-            for value in (module.weight.data, module.running_var):
+            for value in (module.weight.data, variance):
                 value.copy_(0.7 + torch.rand(value.shape, generator=generator))
 
 

@@ -51,7 +51,7 @@ def prepare(what: Sequence[str] = (), cache: Path | None = None, progress: bool 
 def chosen(what: Sequence[str]) -> list[str]:
     """Names of models and packages, each once; the group "models" has models, not their packages. FoveateError for an unknown word."""
     names = [*MODELS, *PACKAGES]
-    by_group = {group: [name for name, package in PACKAGES.items() if package.group == group] for group in GROUPS}
+    by_group: dict[str, list[str]] = {group: [name for name, package in PACKAGES.items() if package.group == group] for group in GROUPS}
     by_group["models"] = list(MODELS)
     found: dict[str, None] = {}
     for word in what or GROUPS:
