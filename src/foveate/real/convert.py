@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, GgufConfig, PreTrainedModel
 
 from foveate.errors import FoveateError, readable
+from foveate.real import require
 from foveate.real.efficientnet import EfficientNetLite, EfficientNetLiteConfig
 from foveate.real.lcnet import LCNet, LCNetConfig
 from foveate.real.packages import made
@@ -26,7 +26,7 @@ def convert_gguf(file: Path, out: Path) -> None:
     """A language model packed as GGUF as a folder of transformers, in bfloat16, with its tokenizer.
 
     FoveateError for what is not packed so, or in a way that transformers does not read."""
-    _require("gguf")
+    require("gguf")
     from gguf import GGUFReader
 
     try:
@@ -84,7 +84,6 @@ def efficientnet_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def convert_ppocr(package: Path, out: Path) -> None:
     """The network below PP-OCRv6's reader of lines as a tower with its image processor."""
-    _require("onnx")
     model = LCNet(LCNetConfig())
     fill_in_order(model.backbone, onnx_convolutions(package / "rapidocr" / "models" / "PP-OCRv6_rec_small.onnx"))
     # It was trained on pictures in the order blue, green, red.
@@ -130,16 +129,9 @@ def save_tower(model: PreTrainedModel, out: Path, mean: float, std: float) -> No
     """A tower and the image processor that goes with it; `mean` and `std` of every colour."""
     model.save_pretrained(out)
     square = {"height": model.config.image_size, "width": model.config.image_size}
-    CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False, image_mean=[mean] * 3, image_std=[std] * 3).save_pretrained(
-        out
-    )
+    colours = {"image_mean": [mean] * 3, "image_std": [std] * 3}
+    CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False, **colours).save_pretrained(out)
 
 
 CONVERTERS = {"smollm2": convert_smollm2, "efficientnet": convert_efficientnet, "ppocr": convert_ppocr}
 """From the folder of a package to an empty folder of a model, by the model's name."""
-
-
-def _require(module: str) -> None:
-    """FoveateError where a library that only the conversion needs is missing."""
-    if importlib.util.find_spec(module) is None:
-        raise FoveateError(f'the package {module} is needed to convert this: pip install "foveate[real]"')

@@ -36,9 +36,9 @@ class EfficientNetLiteConfig(MapsConfig):
 class Convolution(nn.Module):
     """A convolution whose result has ceil(side / stride) cells, a batch norm, and ReLU6 unless it is `linear`."""
 
-    def __init__(self, wide: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, linear: bool = False) -> None:
+    def __init__(self, width: int, out: int, kernel: int = 1, stride: int = 1, groups: int = 1, linear: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(wide, out, kernel, stride, groups=groups, bias=False)
+        self.conv = nn.Conv2d(width, out, kernel, stride, groups=groups, bias=False)
         self.norm = nn.BatchNorm2d(out, eps=1e-3)
         self.linear = linear
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -276,7 +277,9 @@ def made(folder: Path, make: Callable[[Path], None]) -> Path:
 
 def missing(manager: Manager) -> str | None:
     """The program that is not there to fetch packages of a manager; None if all are."""
-    needed = {"pip": (), "npm": ("npm",), "apt": ("apt-get", "dpkg-deb")}[manager]
+    if manager == "pip":
+        return "pip" if importlib.util.find_spec("pip") is None else None
+    needed = {"npm": ("npm",), "apt": ("apt-get", "dpkg-deb")}[manager]
     return next((program for program in needed if shutil.which(program) is None), None)
 
 

