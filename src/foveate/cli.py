@@ -78,7 +78,7 @@ def prepare(
     what: Annotated[
         list[str] | None,
         typer.Argument(
-            help="smollm2, efficientnet, ppocr, a package, or a group: models, pictures, fonts, words. Default: everything.",
+            help="A model (smollm2), a package (font-lato), or a group: models, pictures, fonts, words. Default: everything.",
             metavar="[WHAT]…",
         ),
     ] = None,

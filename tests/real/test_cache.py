@@ -115,7 +115,7 @@ def test_ppocr_is_what_its_runtime_computes(shape: tuple[int, int, int]) -> None
         np.testing.assert_allclose(found.numpy(), right, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "patch", "width"), [("efficientnet", 32, 1280), ("ppocr", 16, 1536)])
+@pytest.mark.parametrize(("name", "patch", "width"), [("efficientnet", 32, 1280), ("efficientnet-16", 16, 1280), ("ppocr", 16, 1536)])
 @pytest.mark.parametrize("size", [224, 384])
 def test_towers_give_four_levels_at_any_size(name: str, patch: int, width: int, size: int) -> None:
     with torch.no_grad():

