@@ -88,6 +88,13 @@ def test_a_wheel_is_fetched_once(wheel_of: Package, tmp_path: Path, monkeypatch:
     assert fetch(wheel_of, cache) == found
 
 
+def test_the_cache_may_be_named_from_here(wheel_of: Package, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert fetch(wheel_of, Path("cache")) == folder(NAME, tmp_path / "cache")
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == ["downloads", "packages"]
+    assert not any((tmp_path / "cache" / "downloads").iterdir())
+
+
 def test_what_is_not_used_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = wheel(tmp_path / "cache" / "downloads", FILES)
     monkeypatch.setattr(subprocess, "run", no_program)  # the file was laid there by hand

@@ -234,7 +234,7 @@ PACKAGES = {package.name: package for package in _TABLE}
 
 def cache_folder(cache: Path | None = None) -> Path:
     """`cache`, or the folder "foveate" in the Hugging Face cache."""
-    return Path(HF_HOME) / "foveate" if cache is None else cache
+    return (Path(HF_HOME) / "foveate" if cache is None else cache).absolute()  # package managers run in a folder of it
 
 
 def package(name: str) -> Package:
