@@ -73,6 +73,26 @@ def scenes(
     write_world(out, train=train, test=test, seed=seed, size=size)
 
 
+@data_app.command("real")
+def real_data(
+    out: Annotated[Path, typer.Argument(help="Folder to write to, new or empty.", metavar="OUT")],
+    train: Annotated[int, typer.Option(min=1, help="Pictures for training.")] = 4000,
+    test: Annotated[int, typer.Option(min=1, help="Pictures for each of the test splits.")] = 300,
+    seed: Annotated[int, typer.Option(help="The data's seed.")] = 0,
+    styles: Annotated[
+        str, typer.Option(help="Of fluent, twemoji, noto (kept for tests), openmoji (share-alike), photograph (GPL).")
+    ] = "fluent,twemoji,noto",
+    processes: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Where `foveate real prepare` has put the packages.", metavar="DIR")] = None,
+) -> None:
+    """Scenes of real pictures, documents and charts, with questions and answers in the LLaVA format, and licences beside them."""
+    from foveate.real.stock import open_stock
+    from foveate.real.write import told, write_real
+
+    stock = open_stock([style.strip() for style in styles.split(",") if style.strip()], cache)
+    print(told(write_real(out, stock, train=train, test=test, seed=seed, processes=processes)))
+
+
 @real_app.command()
 def prepare(
     what: Annotated[

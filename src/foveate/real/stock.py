@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from foveate.errors import FoveateError, nearest
 from foveate.real.packages import PACKAGES, folder
-from foveate.real.things import Name, held_out, names
+from foveate.real.things import Name, held_out, names, pairs
 
 MASTER = 128  # longer side that a picture is kept in; nothing is drawn larger than 88 px
 
@@ -44,12 +44,12 @@ _PAGES = ("emojibase-data", "faker")
 
 _CAPTION = re.compile(r"(?:an?|the|a pair of|some|a bunch of|a head of) ([\w' -]+?)[.!]?", re.IGNORECASE)
 _DRAWN = re.compile(r"/cartoon/|/toys/|^seasonal/|^naturalforces/|/roadsigns/|/0_sun|/t_")
-_AS_CALLED = {"lightbulb": "light bulb", "yellow lemon": "lemon", "yellow pear": "pear", "brown potato": "potato", "kiwifruit": "kiwi"} | {
-    "a t shirt": "shirt", "t shirt": "shirt", "sports car": "sports car", "garden spade": "spade", "trophy cup": "trophy", "chile pepper": "chili pepper",
-    "brown hen": "hen", "avocado fruit": "avocado", "race car": "race car", "american football": "football", "pink flamingo": "flamingo",
-    "colorful rooster": "rooster", "red kangaroo": "kangaroo", "lit candle": "candle", "brown slug": "slug", "large paintbrush": "paintbrush",
-    "garbage can": "trash can", "silver garbage can": "trash can", "electric guitar": "guitar", "classical guitar": "guitar", "electric kettle": "kettle",
-}  # fmt: skip
+_AS_CALLED = """lightbulb = light bulb; yellow lemon = lemon; yellow pear = pear; brown potato = potato; kiwifruit = kiwi; t shirt =
+    shirt; garden spade = spade; trophy cup = trophy; chile pepper = chili pepper; avocado fruit = avocado; american
+    football = football; pink flamingo = flamingo; colorful rooster = rooster; red kangaroo = kangaroo; lit candle = candle;
+    brown slug = slug; large paintbrush = paintbrush; garbage can = trash can; silver garbage can = trash can; electric
+    guitar = guitar; classical guitar = guitar; electric kettle = kettle"""
+"""Names in captions of photographs, and ours."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,10 @@ def open_stock(styles: Iterable[str] = FREE, cache: Path | None = None) -> Stock
         raise FoveateError(
             f"styles {', '.join(wanted) or 'none'} leave nothing to train on: {', '.join(HELD_STYLES)} is for tests; add another"
         )
+    used = [*(STYLES[style] for style in wanted), *FONTS, *_PAGES]
+    if missing := [name for name in used if not _is_there(name, cache)]:
+        where = "" if cache is None else f" --cache {cache}"
+        raise FoveateError(f"{len(missing)} packages have not been fetched; run: foveate real prepare {' '.join(missing)}{where}")
     codes = _codes(folder("emojibase-data", cache))
     pictures: dict[str, list[Picture]] = {}
     for style in wanted:
@@ -186,18 +190,21 @@ def open_stock(styles: Iterable[str] = FREE, cache: Path | None = None) -> Stock
     for package, stems in FONTS.items():
         files = {path.stem: path for path in sorted(folder(package, cache).rglob("*.ttf"))}
         fonts += [Font(package.removeprefix("font-"), str(files[stem]), package in HELD_FONTS) for stem in stems]
-    used = [*(STYLES[style] for style in wanted), *FONTS, *_PAGES]
     sources = tuple(f"{PACKAGES[name]}: {PACKAGES[name].licence}. {PACKAGES[name].holds}." for name in used)
     versions = {name: PACKAGES[name].version for name in used}
     return Stock({name: tuple(pictures[name]) for name in sorted(pictures)}, tuple(fonts), _words(cache), sources, _ocr(cache), versions)
 
 
-def _ocr(cache: Path | None) -> str:
+def _is_there(package: str, cache: Path | None) -> bool:
     try:
-        (found,) = folder("rapidocr", cache).rglob("PP-OCRv*_rec_small.onnx")
-    except (FoveateError, ValueError):
-        return ""
-    return str(found)
+        return folder(package, cache).is_dir()
+    except FoveateError:
+        return False
+
+
+def _ocr(cache: Path | None) -> str:
+    models = folder("rapidocr", cache).rglob("PP-OCRv*_rec_small.onnx") if _is_there("rapidocr", cache) else ()
+    return next((str(path) for path in models), "")
 
 
 def _codes(emojibase: Path) -> dict[str, str]:
@@ -243,7 +250,7 @@ def _photographs(root: Path, codes: Mapping[str, str]) -> Found:
             continue
         caption = _CAPTION.fullmatch(told.read_text(encoding="utf-8").splitlines()[0].strip())
         name = caption[1].lower() if caption else ""
-        name = _AS_CALLED.get(name, name)
+        name = pairs(_AS_CALLED).get(name, name)
         known = name if name in names() else _by_synonym().get(name)
         if known is not None:
             yield known, Picture("photograph", str(path))

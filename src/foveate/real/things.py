@@ -32,7 +32,8 @@ TABLE = {
     "meal": """bread~, croissant, baguette bread>baguette, pretzel, bagel, pancakes+, waffle, cheese wedge>cheese~, bacon~, hamburger,
         french fries>fries+, pizza, hot dog, sandwich, taco, burrito, egg, popcorn~, butter~, poultry leg>chicken leg, green salad>salad,
         rice ball, sushi~, spaghetti~, dumpling, bento box, fried shrimp""",
-    "sweet": """ice cream, doughnut, cookie, birthday cake, cupcake, pie, chocolate bar, candy, lollipop, honey pot>honey~, fortune cookie""",
+    "sweet": """ice cream, doughnut, cookie, birthday cake, cupcake, pie, chocolate bar, candy, lollipop, honey pot>honey~,
+        fortune cookie""",
     "kitchen": """baby bottle, glass of milk>milk~, teapot, wine glass, cocktail glass>cocktail, beer mug, bubble tea~, chopsticks+, spoon,
         kitchen knife>knife, jar, amphora>vase, mug, kettle, nutcracker""",
     "place": """volcano, house, castle, church, mosque, hospital, school, factory, stadium, tent, fountain, ferris wheel, roller coaster,
@@ -77,15 +78,15 @@ SYNONYMS = """airplane = plane; alarm clock = clock; bandage = band-aid, plaster
     target = bullseye, dartboard; telephone = phone; television = tv; tie = necktie; trash can = wastebasket; UFO = flying saucer"""
 """Other names that are as right an answer."""
 
-KIN = """dog, wolf, fox, dingo; cow, bison, yak; mouse, hamster, computer mouse, mouse trap; pig, boar; deer, moose; cat, leopard; goat, ram,
-    sheep; chick, rooster; lemon, lime; car, taxi, police car, race car, sports car; truck, fire truck, pickup truck, garbage truck;
-    ship, speedboat, sailboat; locomotive, tram, metro, bullet train; telephone, mobile phone; football, soccer ball; melon, watermelon;
-    fish, pufferfish, clownfish; balloon, hot air balloon; glasses, sunglasses, goggles; guitar, banjo, violin, cello; cap, graduation
-    cap; watch, stopwatch, alarm clock; knife, dagger, swords; keyboard, piano; star, crescent moon, full moon; squirrel, chipmunk,
-    marmot; dove, seagull, goose, swan, duck; crab, lobster, shrimp, fried shrimp; door, window; gloves, boxing glove; shovel, spade;
-    pen, fountain pen, pencil; bell, drum; birthday cake, cupcake; castle, hut, house, hotel, bank, school, hospital, factory; sun,
-    rainbow; whale, dolphin, orca; bee, hornet, fly; beetle, cricket, cockroach; palm tree, pine tree, Christmas tree; rose, tulip,
-    hibiscus, bouquet; jar, vase; mug, beer mug"""
+KIN = """dog, wolf, fox, dingo; cow, bison, yak; mouse, hamster, computer mouse, mouse trap; pig, boar; deer, moose; cat, leopard;
+    goat, ram, sheep; chick, rooster; lemon, lime; car, taxi, police car, race car, sports car; truck, fire truck, pickup truck,
+    garbage truck; ship, speedboat, sailboat; locomotive, tram, metro, bullet train; telephone, mobile phone; football, soccer
+    ball; melon, watermelon; fish, pufferfish, clownfish; balloon, hot air balloon; glasses, sunglasses, goggles; guitar, banjo,
+    violin, cello; cap, graduation cap; watch, stopwatch, alarm clock; knife, dagger, swords; keyboard, piano; star, crescent
+    moon, full moon; squirrel, chipmunk, marmot; dove, seagull, goose, swan, duck; crab, lobster, shrimp, fried shrimp; door,
+    window; gloves, boxing glove; shovel, spade; pen, fountain pen, pencil; bell, drum; birthday cake, cupcake; castle, hut,
+    house, hotel, bank, school, hospital, factory; sun, rainbow; whale, dolphin, orca; bee, hornet, fly; beetle, cricket,
+    cockroach; palm tree, pine tree, Christmas tree; rose, tulip, hibiscus, bouquet; jar, vase; mug, beer mug"""
 """Sets of names of things that one could be taken for or called by: none is asked for as absent where another is there."""
 
 _MICE = """mouse = mice; computer mouse = computer mice; goose = geese; wolf = wolves; knife = knives; maple leaf = maple leaves; sheep =
@@ -114,7 +115,7 @@ class Name:
     @property
     def many(self) -> str:
         """The plural of what can be counted."""
-        if self.name in (irregular := _pairs(_MICE)):
+        if self.name in (irregular := pairs(_MICE)):
             return irregular[self.name]
         if self.name.endswith("y") and self.name[-2] not in "aeiou":
             return self.name[:-1] + "ies"
@@ -123,7 +124,7 @@ class Name:
     @property
     def said(self) -> tuple[str, ...]:
         """Right answers: the name, and others for the same."""
-        return (self.name, *filter(None, _pairs(SYNONYMS).get(self.name, "").split(", ")))
+        return (self.name, *filter(None, pairs(SYNONYMS).get(self.name, "").split(", ")))
 
 
 @functools.cache
@@ -140,7 +141,8 @@ def names() -> dict[str, Name]:
 
 
 @functools.cache
-def _pairs(text: str) -> dict[str, str]:
+def pairs(text: str) -> dict[str, str]:
+    """Of "a = b; c = d"."""
     return dict(entry.split(" = ") for entry in " ".join(text.split()).split("; "))
 
 

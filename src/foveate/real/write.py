@@ -5,7 +5,7 @@ OUT/masks/<split>/000000.png    of scenes: the number of the thing at each pixel
 OUT/records/<split>.jsonl       what was drawn, a line a picture: from it every answer follows
 OUT/train.json                  about six questions a training picture, one conversation
 OUT/captions.json               what a training picture shows, one turn; `boxes` says where, in shares of the side
-OUT/test/<split>/<family>.json  one question a row: id, image, question, answers, category
+OUT/test/<split>-<family>.json  one question a row: id, image, question, answers, category
 OUT/licences.txt                where the pictures, fonts and words are from
 OUT/real.json                   how it was made, how many questions there are, and what one constant answer would score
 """
@@ -50,6 +50,11 @@ from foveate.real.things import held_out
 
 VERSION = 1  # raised whenever the same seed would give other pictures or texts
 TRIES = 20  # drawings of one picture until all of its text is legible
+
+LICENCES = """Pictures, fonts and words come from these packages. Pictures were scaled, turned and pasted; who passes the scenes on
+keeps to the licences of all they show (CC-BY-4.0: https://creativecommons.org/licenses/by/4.0/).
+
+"""
 
 _PICTURED = ("naming", "presence", "counting", "locating", "boxes")
 
@@ -165,12 +170,12 @@ def _fill(out: Path, stock: Stock, parameters: dict[str, Any], progress: bool, p
             "questions": _balance([question for _, question in asked], number == 0),
         }
         if number:
-            _write_tests(out / "test" / split.name, asked)
+            _write_tests(out / "test", split.name, asked)
         else:
             write_json(out / "train.json", [_talk(row, row["questions"]) for row in mine], indent=0)
             told = [_talk(row, [Question(row["told"][0], (row["told"][1],), "")]) | {"boxes": row["boxes"]} for row in mine]
             write_json(out / "captions.json", told, indent=0)
-    write(out / "licences.txt", "Pictures, fonts and words come from these packages:\n\n" + "\n".join(stock.sources) + "\n")
+    write(out / "licences.txt", LICENCES + "\n".join(stock.sources) + "\n")
     write_json(out / "real.json", {"parameters": parameters, "splits": summary})
 
 
@@ -267,7 +272,7 @@ def _talk(row: dict[str, Any], questions: Iterable[Question]) -> dict[str, Any]:
     return {"id": row["record"]["id"], "image": row["record"]["image"], "conversations": turns}
 
 
-def _write_tests(folder: Path, asked: Sequence[tuple[dict[str, Any], Question]]) -> None:
+def _write_tests(folder: Path, split: str, asked: Sequence[tuple[dict[str, Any], Question]]) -> None:
     for family in FAMILIES:
         rows = [
             {
@@ -281,7 +286,7 @@ def _write_tests(folder: Path, asked: Sequence[tuple[dict[str, Any], Question]])
             if question.family == family
         ]
         if rows:
-            write_json(folder / f"{family}.json", rows, indent=0)
+            write_json(folder / f"{split}-{family}.json", rows, indent=0)
 
 
 def _balance(questions: Sequence[Question], training: bool) -> dict[str, Any]:
