@@ -144,7 +144,7 @@ def _place(rng: random.Random, stock: Stock, counted: str, chosen: list[str], la
         sizes = [cut(picture, turn, side).size for (picture, _, turn), side in zip(looks, sides, strict=True)]
         plates = {i: plate_size(*label) for i, label in under.items()}
         blocks = [
-            (max(width, plates[i][0]), height + 3 + plates[i][1]) if i in plates else (width, height)
+            (max(width, plates[i][0]), height + 3 + plates[i][1] + _GAP) if i in plates else (width, height)
             for i, (width, height) in enumerate(sizes)
         ]
         corners = _corners(rng, blocks)
