@@ -39,7 +39,8 @@ def same(said: str, text: str) -> bool:
     plain, wanted = (re.sub(r"[\s.,:'’]", "", item.lower()).translate(_ALIKE) for item in (said, text))
     if any(character.isdigit() for character in text):
         return plain == wanted
-    return SequenceMatcher(None, plain, wanted, autojunk=False).ratio() >= 6 / 7
+    common = sum(block.size for block in SequenceMatcher(None, plain, wanted, autojunk=False).get_matching_blocks())
+    return max(len(plain), len(wanted)) - common <= len(wanted) // 7
 
 
 def read(model: str, line: Image.Image) -> str:
