@@ -10,7 +10,7 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -243,7 +243,7 @@ def draw_ground(ground: Ground) -> Image.Image:
     rng = np.random.default_rng(ground.seed)
     waves = 2 * np.pi * SIZE / ground.period
     if ground.kind == "plain":
-        mix = np.zeros((SIZE, SIZE))
+        mix: Any = np.zeros((SIZE, SIZE))
     elif ground.kind == "fade":
         angle = rng.uniform(0, 2 * np.pi)
         mix = (np.cos(angle) * (along - 0.5) + np.sin(angle) * (down - 0.5)) / 1.42 + 0.5

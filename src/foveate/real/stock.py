@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +39,6 @@ FONTS = {
     "font-fredoka-one": ("FredokaOne-Regular",),
 }
 HELD_FONTS = ("font-caladea", "font-fredoka-one")
-_PAGES = ("emojibase-data", "faker")
 
 _CAPTION = re.compile(r"(?:an?|the|a pair of|some|a bunch of|a head of) ([\w' -]+?)[.!]?", re.IGNORECASE)
 _DRAWN = re.compile(r"/cartoon/|/toys/|^seasonal/|^naturalforces/|/roadsigns/|/0_sun|/t_")
@@ -177,14 +175,13 @@ def open_stock(styles: Iterable[str] = FREE, cache: Path | None = None) -> Stock
         raise FoveateError(
             f"styles {', '.join(wanted) or 'none'} leave nothing to train on: {', '.join(HELD_STYLES)} is for tests; add another"
         )
-    used = [*(STYLES[style] for style in wanted), *FONTS, *_PAGES]
+    used = [*(STYLES[style] for style in wanted), *FONTS, "faker"]
     if missing := [name for name in used if not _is_there(name, cache)]:
         where = "" if cache is None else f" --cache {cache}"
         raise FoveateError(f"{len(missing)} packages have not been fetched; run: foveate real prepare {' '.join(missing)}{where}")
-    codes = _codes(folder("emojibase-data", cache))
     pictures: dict[str, list[Picture]] = {}
     for style in wanted:
-        for name, picture in _STYLES[style](folder(STYLES[style], cache), codes):
+        for name, picture in _STYLES[style](folder(STYLES[style], cache)):
             pictures.setdefault(name, []).append(picture)
     fonts = []
     for package, stems in FONTS.items():
@@ -207,33 +204,27 @@ def _ocr(cache: Path | None) -> str:
     return next((str(path) for path in models), "")
 
 
-def _codes(emojibase: Path) -> dict[str, str]:
-    """Characters of the emoji by the name of the thing, without the selector that asks for colour."""
-    listed = {row["label"]: row["emoji"] for row in json.loads((emojibase / "en" / "data.json").read_text(encoding="utf-8"))}
-    return {name.name: listed[name.label].replace("\ufe0f", "") for name in names().values() if name.label in listed}
-
-
 Found = Iterable[tuple[str, Picture]]
 
 
-def _files(style: str, under: str, suffix: str) -> Callable[[Path, Mapping[str, str]], Found]:
-    def find(root: Path, codes: Mapping[str, str]) -> Found:
-        for name, text in codes.items():
-            code = "-".join(f"{ord(character):04x}" for character in text)
-            path = next((path for end in ("", "-fe0f") if (path := root / under / f"{code}{end}.{suffix}").is_file()), None)
-            if path is not None:
-                yield name, Picture(style, str(path))
+def _files(style: str, under: str, suffix: str) -> Callable[[Path], Found]:
+    def find(root: Path) -> Found:
+        for name in names().values():
+            ends = ("", "-fe0f") if name.emoji else ()  # the second one asks for colour where older fonts have a black sign
+            for path in (root / under / f"{ord(name.emoji):04x}{end}.{suffix}" for end in ends):
+                if path.is_file():
+                    yield name.name, Picture(style, str(path))
 
     return find
 
 
-def _glyphs(style: str, file: str) -> Callable[[Path, Mapping[str, str]], Found]:
-    def find(root: Path, codes: Mapping[str, str]) -> Found:
+def _glyphs(style: str, file: str) -> Callable[[Path], Found]:
+    def find(root: Path) -> Found:
         path = str(root / file)
         none = _digest(Picture(style, path, "\U0010fffd"))
-        for name, text in codes.items():
-            if _digest(picture := Picture(style, path, text)) != none:
-                yield name, picture
+        for name in names().values():
+            if name.emoji and _digest(picture := Picture(style, path, name.emoji)) != none:
+                yield name.name, picture
 
     return find
 
@@ -242,7 +233,7 @@ def _digest(picture: Picture) -> bytes:
     return hashlib.sha256(_glyph(picture).tobytes()).digest()
 
 
-def _photographs(root: Path, codes: Mapping[str, str]) -> Found:
+def _photographs(root: Path) -> Found:
     stamps = root / "usr" / "share" / "tuxpaint" / "stamps"
     for path in sorted(stamps.rglob("*.png")):
         told = path.with_suffix(".txt")
@@ -258,15 +249,11 @@ def _photographs(root: Path, codes: Mapping[str, str]) -> Found:
 
 @functools.cache
 def _by_synonym() -> dict[str, str]:
-    return {
-        said: name.name
-        for name in names().values()
-        for said in name.said[1:]
-        if said not in ("shoe", "train", "phone", "pepper", "chicken")
-    }
+    unclear = ("shoe", "train", "phone", "pepper", "chicken")
+    return {other: name.name for name in names().values() for other in name.said[1:] if other not in unclear}
 
 
-_STYLES: dict[str, Callable[[Path, Mapping[str, str]], Found]] = {
+_STYLES: dict[str, Callable[[Path], Found]] = {
     "fluent": _files("fluent", "assets", "webp"),
     "twemoji": _files("twemoji", "img/twitter/64", "png"),
     "noto": _glyphs("noto", "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
@@ -295,4 +282,4 @@ def _words(cache: Path | None) -> Words:
 
 def said(name: str) -> Name:
     """The name with its grammar; of a name that is not in the table, as if one of it could be counted."""
-    return names().get(name) or Name(name, name, "thing")
+    return names().get(name) or Name(name, "thing")

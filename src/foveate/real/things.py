@@ -1,8 +1,8 @@
 """Things that scenes show: their names in plain English, how a name is put into a question, and which names do not go together.
 
-The table lists what can be told apart in a picture of 40 pixels. An entry is a name, or `label>name` where the emoji of that name has
-another label in Unicode's list, with a mark at its end: `~` for what is not counted ("bread"), `+` for a plural ("grapes"), neither of
-which is asked for in numbers. Names without an emoji are those of photographs.
+The table lists what can be told apart in a picture of 40 pixels. An entry is a name with its emoji, or without one if there are only
+photographs of it. A mark at its end says that it is not asked for in numbers: `~` that it is not counted ("bread"), `+` that it is a plural
+("grapes").
 """
 
 from __future__ import annotations
@@ -13,58 +13,62 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 TABLE = {
-    "mammal": """monkey, gorilla, orangutan, dog, wolf, fox, raccoon, cat, lion, tiger, leopard, moose, donkey, horse, unicorn, zebra, deer,
-        bison, cow, pig, boar, ram, ewe>sheep, goat, camel, llama, giraffe, elephant, rhinoceros, hippopotamus, mouse, hamster, rabbit,
-        chipmunk, beaver, hedgehog, bat, bear, polar bear, koala, panda, sloth, otter, skunk, kangaroo, badger, squirrel, yak, ferret,
-        wombat, marmot, dingo""",
-    "bird": """turkey, rooster, baby chick>chick, penguin, dove, eagle, duck, swan, owl, dodo, flamingo, peacock, parrot, goose, crow,
-        ostrich, pelican, vulture, seagull, toucan, magpie, quetzal""",
-    "sea animal": """whale, dolphin, orca, seal, tropical fish>fish, blowfish>pufferfish, shark, octopus, spiral shell>shell, jellyfish,
-        crab, lobster, shrimp, squid, oyster, coral~, frog, crocodile, turtle, seahorse, clownfish""",
-    "small animal": """snail, butterfly, ant, honeybee>bee, beetle, lady beetle>ladybug, cricket, cockroach, spider, scorpion, mosquito,
-        fly, worm, lizard, snake, grasshopper, hornet, mantis, slug, iguana""",
-    "plant": """bouquet, cherry blossom, lotus, rose, hibiscus, sunflower, tulip, hyacinth, evergreen tree>pine tree, palm tree, cactus,
-        shamrock, maple leaf, mushroom, potted plant, seedling, daffodil, iris, pinecone""",
-    "fruit": """grapes+, melon, watermelon, tangerine>orange, lemon, lime, banana, pineapple, mango, red apple, green apple, pear, peach,
-        cherries+, strawberry, blueberries+, kiwi fruit>kiwi, tomato, olive, coconut, apricot, raspberry, pomegranate""",
-    "vegetable": """avocado, eggplant, potato, carrot, ear of corn>corn~, hot pepper>chili pepper, bell pepper, cucumber, broccoli~,
-        garlic~, onion, peanuts+, beans+, chestnut, pea pod, almond, pecan, walnut""",
-    "meal": """bread~, croissant, baguette bread>baguette, pretzel, bagel, pancakes+, waffle, cheese wedge>cheese~, bacon~, hamburger,
-        french fries>fries+, pizza, hot dog, sandwich, taco, burrito, egg, popcorn~, butter~, poultry leg>chicken leg, green salad>salad,
-        rice ball, sushi~, spaghetti~, dumpling, bento box, fried shrimp""",
-    "sweet": """ice cream, doughnut, cookie, birthday cake, cupcake, pie, chocolate bar, candy, lollipop, honey pot>honey~,
-        fortune cookie""",
-    "kitchen": """baby bottle, glass of milk>milk~, teapot, wine glass, cocktail glass>cocktail, beer mug, bubble tea~, chopsticks+, spoon,
-        kitchen knife>knife, jar, amphora>vase, mug, kettle, nutcracker""",
-    "place": """volcano, house, castle, church, mosque, hospital, school, factory, stadium, tent, fountain, ferris wheel, roller coaster,
-        carousel horse>carousel, Statue of Liberty, hut, bank, hotel""",
-    "vehicle": """locomotive, tram, bus, ambulance, fire engine>fire truck, police car, taxi, automobile>car, pickup truck,
-        delivery truck>truck, tractor, racing car>race car, motorcycle, motor scooter>scooter, bicycle, skateboard, roller skate, sailboat,
-        canoe, speedboat, ship, airplane, helicopter, parachute, rocket, flying saucer>UFO, satellite, manual wheelchair>wheelchair, metro,
-        bullet train, sled, mountain cableway>cable car, sports car, garbage truck, hot air balloon""",
-    "street": "anchor, fuel pump>gas pump, stop sign, vertical traffic light>traffic light, bus stop, postbox>mailbox, wheel",
-    "sky": """sun, star, cloud, rainbow, umbrella, snowflake, snowman, tornado, fire~, comet, high voltage>lightning bolt, crescent moon,
-        droplet>drop, ringed planet>planet, water wave>wave, full moon""",
-    "sport": """soccer ball, baseball, basketball, volleyball, american football>football, boxing glove, ice skate, fishing pole,
-        flying disc>frisbee, skis+, curling stone, trophy, bullseye>target, yo-yo, kite, water pistol>water gun, crystal ball, magic wand,
-        joystick, game die>die, puzzle piece, teddy bear, chess pawn>pawn, slot machine, balloon, jack-o-lantern, Christmas tree,
-        wrapped gift>gift, ticket, firecracker, tennis ball, cricket ball, tennis racket""",
-    "clothing": """glasses+, sunglasses+, goggles+, necktie>tie, t-shirt>shirt, jeans+, scarf, gloves+, coat, socks+, dress, kimono,
-        shorts+, bikini, handbag, backpack, running shoe>sneaker, hiking boot>boot, high-heeled shoe>high heel, crown, top hat,
-        graduation cap, billed cap>cap, lipstick~, ring, gem stone>diamond, sombrero""",
-    "music": """bell, megaphone, saxophone, trumpet, accordion, guitar, musical keyboard>piano, violin, banjo, drum, maracas+, flute, harp,
-        headphone>headphones+, microphone, radio, cello, bassoon""",
-    "device": """battery, laptop, printer, keyboard, computer mouse, floppy disk, telephone, mobile phone, television, camera, light bulb,
-        candle, flashlight, magnifying glass tilted left>magnifying glass, red paper lantern>lantern, film projector>projector,
-        movie camera, microscope, telescope, watch, alarm clock, stopwatch, hourglass done>hourglass, compass""",
-    "office": """artist palette>palette, framed picture>painting, closed book>book, scroll, newspaper, envelope, package, pencil,
-        fountain pen, pen, paintbrush, crayon, briefcase, calendar, pushpin, paperclip, scissors+, clipboard, wastebasket>trash can, key,
-        locked>padlock, money bag, coin, credit card, treasure chest, luggage>suitcase, straight ruler>ruler""",
-    "tool": """hammer, axe, pick>pickaxe, crossed swords>swords+, dagger, bomb, boomerang, bow and arrow, shield, carpentry saw>saw, wrench,
-        screwdriver, gear, hook, toolbox, magnet, ladder, shovel, chains>chain, balance scale>scale, yarn~, thread~, spade""",
-    "household": """door, bed, chair, toilet, bathtub, razor, broom, basket, bucket, soap~, toothbrush, sponge, fire extinguisher,
-        shopping cart, test tube, syringe, pill, stethoscope, adhesive bandage>bandage, dna>DNA~, coffin, plunger, mirror, window,
-        safety pin, mouse trap, roll of paper>toilet paper~, lotion bottle, button, tooth""",
+    "mammal": """🐒 monkey, 🦍 gorilla, 🦧 orangutan, 🐕 dog, 🐺 wolf, 🦊 fox, 🦝 raccoon, 🐈 cat, 🦁 lion, 🐅 tiger, 🐆 leopard,
+        🫎 moose, 🫏 donkey, 🐎 horse, 🦄 unicorn, 🦓 zebra, 🦌 deer, 🦬 bison, 🐄 cow, 🐖 pig, 🐗 boar, 🐏 ram, 🐑 sheep, 🐐 goat,
+        🐪 camel, 🦙 llama, 🦒 giraffe, 🐘 elephant, 🦏 rhinoceros, 🦛 hippopotamus, 🐁 mouse, 🐹 hamster, 🐇 rabbit, 🐿 chipmunk,
+        🦫 beaver, 🦔 hedgehog, 🦇 bat, 🐻 bear, 🐨 koala, 🐼 panda, 🦥 sloth, 🦦 otter, 🦨 skunk, 🦘 kangaroo,
+        🦡 badger, squirrel, yak, ferret, wombat, marmot, dingo""",
+    "bird": """🦃 turkey, 🐓 rooster, 🐤 chick, 🐧 penguin, 🕊 dove, 🦅 eagle, 🦆 duck, 🦢 swan, 🦉 owl, 🦤 dodo, 🦩 flamingo,
+        🦚 peacock, 🦜 parrot, 🪿 goose, crow, ostrich, pelican, vulture, seagull, toucan, magpie, quetzal""",
+    "sea animal": """🐋 whale, 🐬 dolphin, 🫍 orca, 🦭 seal, 🐠 fish, 🐡 pufferfish, 🦈 shark, 🐙 octopus, 🐚 shell, 🪼 jellyfish,
+        🦀 crab, 🦞 lobster, 🦐 shrimp, 🦑 squid, 🦪 oyster, 🪸 coral~, 🐸 frog, 🐊 crocodile, 🐢 turtle, seahorse, clownfish""",
+    "small animal": """🐌 snail, 🦋 butterfly, 🐜 ant, 🐝 bee, 🪲 beetle, 🐞 ladybug, 🦗 cricket, 🪳 cockroach, 🕷 spider,
+        🦂 scorpion, 🦟 mosquito, 🪰 fly, 🪱 worm, 🦎 lizard, 🐍 snake, grasshopper, hornet, mantis, slug, iguana""",
+    "plant": """💐 bouquet, 🌸 cherry blossom, 🪷 lotus, 🌹 rose, 🌺 hibiscus, 🌻 sunflower, 🌷 tulip, 🪻 hyacinth, 🌲 pine tree,
+        🌴 palm tree, 🌵 cactus, ☘ shamrock, 🍁 maple leaf, 🍄 mushroom, 🪴 potted plant, 🌱 seedling, daffodil, iris, pinecone""",
+    "fruit": """🍇 grapes+, 🍈 melon, 🍉 watermelon, 🍊 orange, 🍋 lemon, 🍌 banana, 🍍 pineapple, 🥭 mango,
+        🍎 red apple, 🍏 green apple, 🍐 pear, 🍑 peach, 🍒 cherries+, 🍓 strawberry, 🫐 blueberries+, 🥝 kiwi, 🍅 tomato, 🫒 olive,
+        🥥 coconut, apricot, raspberry, pomegranate""",
+    "vegetable": """🥑 avocado, 🍆 eggplant, 🥔 potato, 🥕 carrot, 🌽 corn~, 🌶 chili pepper, 🫑 bell pepper, 🥒 cucumber,
+        🥦 broccoli~, 🧄 garlic~, 🧅 onion, 🥜 peanuts+, 🫘 beans+, 🌰 chestnut, 🫛 pea pod, almond, pecan, walnut""",
+    "meal": """🍞 bread~, 🥐 croissant, 🥖 baguette, 🥨 pretzel, 🥯 bagel, 🥞 pancakes+, 🧇 waffle, 🧀 cheese~, 🥓 bacon~,
+        🍔 hamburger, 🍟 fries+, 🍕 pizza, 🌭 hot dog, 🥪 sandwich, 🌮 taco, 🌯 burrito, 🥚 egg, 🍿 popcorn~, 🧈 butter~,
+        🍗 chicken leg, 🥗 salad, 🍙 rice ball, 🍣 sushi~, 🍝 spaghetti~, 🥟 dumpling, 🍱 bento box, 🍤 fried shrimp""",
+    "sweet": """🍨 ice cream, 🍩 doughnut, 🍪 cookie, 🎂 birthday cake, 🧁 cupcake, 🥧 pie, 🍫 chocolate bar, 🍬 candy, 🍭 lollipop,
+        🍯 honey~, 🥠 fortune cookie""",
+    "kitchen": """🍼 baby bottle, 🥛 milk~, 🫖 teapot, 🍷 wine glass, 🍸 cocktail, 🍺 beer mug, 🧋 bubble tea~, 🥢 chopsticks+,
+        🥄 spoon, 🔪 knife, 🫙 jar, 🏺 vase, mug, kettle, nutcracker""",
+    "place": """🌋 volcano, 🏠 house, 🏰 castle, ⛪ church, 🕌 mosque, 🏥 hospital, 🏫 school, 🏭 factory, 🏟 stadium, ⛺ tent,
+        ⛲ fountain, 🎡 ferris wheel, 🎢 roller coaster, 🎠 carousel, 🗽 Statue of Liberty, 🛖 hut, 🏦 bank, 🏨 hotel""",
+    "vehicle": """🚂 locomotive, 🚊 tram, 🚌 bus, 🚑 ambulance, 🚒 fire truck, 🚓 police car, 🚕 taxi, 🚗 car, 🛻 pickup truck,
+        🚚 truck, 🚜 tractor, 🏎 race car, 🏍 motorcycle, 🛵 scooter, 🚲 bicycle, 🛹 skateboard, 🛼 roller skate, ⛵ sailboat,
+        🛶 canoe, 🚤 speedboat, 🚢 ship, ✈ airplane, 🚁 helicopter, 🪂 parachute, 🚀 rocket, 🛸 UFO, 🛰 satellite, 🦽 wheelchair,
+        🚇 metro, 🚅 bullet train, 🛷 sled, 🚠 cable car, sports car, garbage truck, hot air balloon""",
+    "street": """⚓ anchor, ⛽ gas pump, 🛑 stop sign, 🚦 traffic light, 🚏 bus stop, 📮 mailbox, 🛞 wheel""",
+    "sky": """☀ sun, ⭐ star, ☁ cloud, 🌈 rainbow, ☂ umbrella, ❄ snowflake, ☃ snowman, 🌪 tornado, 🔥 fire~, ☄ comet,
+        ⚡ lightning bolt, 🌙 crescent moon, 💧 drop, 🪐 planet, 🌊 wave, 🌕 full moon""",
+    "sport": """⚽ soccer ball, ⚾ baseball, 🏀 basketball, 🏐 volleyball, 🏈 football, 🥊 boxing glove, ⛸ ice skate,
+        🎣 fishing pole, 🥏 frisbee, 🎿 skis+, 🥌 curling stone, 🏆 trophy, 🎯 target, 🪀 yo-yo, 🪁 kite, 🔫 water gun,
+        🔮 crystal ball, 🪄 magic wand, 🕹 joystick, 🎲 die, 🧩 puzzle piece, 🧸 teddy bear, ♟ pawn, 🎰 slot machine, 🎈 balloon,
+        🎃 jack-o-lantern, 🎄 Christmas tree, 🎁 gift, 🎫 ticket, 🧨 firecracker, tennis ball, cricket ball, tennis racket""",
+    "clothing": """👓 glasses+, 🕶 sunglasses+, 🥽 goggles+, 👔 tie, 👕 shirt, 👖 jeans+, 🧣 scarf, 🧤 gloves+, 🧥 coat, 🧦 socks+,
+        👗 dress, 👘 kimono, 🩳 shorts+, 👙 bikini, 👜 handbag, 🎒 backpack, 👟 sneaker, 🥾 boot, 👠 high heel, 👑 crown,
+        🎩 top hat, 🎓 graduation cap, 🧢 cap, 💄 lipstick~, 💍 ring, 💎 diamond, sombrero""",
+    "music": """🔔 bell, 📣 megaphone, 🎷 saxophone, 🎺 trumpet, 🪗 accordion, 🎸 guitar, 🎹 piano, 🎻 violin, 🪕 banjo, 🥁 drum,
+        🪇 maracas+, 🪈 flute, 🪉 harp, 🎧 headphones+, 🎤 microphone, 📻 radio, cello, bassoon""",
+    "device": """🔋 battery, 💻 laptop, 🖨 printer, ⌨ keyboard, 🖱 computer mouse, 💾 floppy disk, ☎ telephone, 📱 mobile phone,
+        📺 television, 📷 camera, 💡 light bulb, 🕯 candle, 🔦 flashlight, 🔍 magnifying glass, 🏮 lantern, 📽 projector,
+        🎥 movie camera, 🔬 microscope, 🔭 telescope, ⌚ watch, ⏰ alarm clock, ⏱ stopwatch, ⌛ hourglass, 🧭 compass""",
+    "office": """🎨 palette, 🖼 painting, 📕 book, 📜 scroll, 📰 newspaper, ✉ envelope, 📦 package, ✏ pencil, 🖋 fountain pen, 🖊 pen,
+        🖌 paintbrush, 🖍 crayon, 💼 briefcase, 📅 calendar, 📌 pushpin, 📎 paperclip, ✂ scissors+, 📋 clipboard, 🗑 trash can, 🔑 key,
+        🔒 padlock, 💰 money bag, 🪙 coin, 💳 credit card, 🪎 treasure chest, 🧳 suitcase, 📏 ruler""",
+    "tool": """🔨 hammer, 🪓 axe, ⛏ pickaxe, ⚔ swords+, 🗡 dagger, 💣 bomb, 🪃 boomerang, 🏹 bow and arrow, 🛡 shield, 🪚 saw,
+        🔧 wrench, 🪛 screwdriver, ⚙ gear, 🪝 hook, 🧰 toolbox, 🧲 magnet, 🪜 ladder, 🪏 shovel, ⛓ chain, ⚖ scale, 🧶 yarn~,
+        🧵 thread~, spade""",
+    "household": """🚪 door, 🛏 bed, 🪑 chair, 🚽 toilet, 🛁 bathtub, 🪒 razor, 🧹 broom, 🧺 basket, 🪣 bucket, 🧼 soap~,
+        🪥 toothbrush, 🧽 sponge, 🧯 fire extinguisher, 🛒 shopping cart, 🧪 test tube, 💉 syringe, 💊 pill, 🩺 stethoscope,
+        🩹 bandage, 🧬 DNA~, ⚰ coffin, 🪠 plunger, 🪞 mirror, 🪟 window, 🧷 safety pin, 🪤 mouse trap, 🧻 toilet paper~,
+        🧴 lotion bottle, button, 🦷 tooth""",
 }
 
 SYNONYMS = """airplane = plane; alarm clock = clock; bandage = band-aid, plaster; bell pepper = pepper, green pepper; bicycle = bike;
@@ -79,7 +83,7 @@ SYNONYMS = """airplane = plane; alarm clock = clock; bandage = band-aid, plaster
 """Other names that are as right an answer."""
 
 KIN = """dog, wolf, fox, dingo; cow, bison, yak; mouse, hamster, computer mouse, mouse trap; pig, boar; deer, moose; cat, leopard;
-    goat, ram, sheep; chick, rooster; lemon, lime; car, taxi, police car, race car, sports car; truck, fire truck, pickup truck,
+    goat, ram, sheep; chick, rooster; car, taxi, police car, race car, sports car; truck, fire truck, pickup truck,
     garbage truck; ship, speedboat, sailboat; locomotive, tram, metro, bullet train; telephone, mobile phone; football, soccer
     ball; melon, watermelon; fish, pufferfish, clownfish; balloon, hot air balloon; glasses, sunglasses, goggles; guitar, banjo,
     violin, cello; cap, graduation cap; watch, stopwatch, alarm clock; knife, dagger, swords; keyboard, piano; star, crescent
@@ -98,11 +102,11 @@ _MICE = """mouse = mice; computer mouse = computer mice; goose = geese; wolf = w
 
 @dataclass(frozen=True)
 class Name:
-    """What a thing is called. `label` is that of its emoji; `group` holds what is like it; `number` is "one", "mass" or "plural"."""
+    """What a thing is called. `group` holds what is like it; `number` is "one", "mass" or "plural"; `emoji` is one character, or ""."""
 
     name: str
-    label: str
     group: str
+    emoji: str = ""
     number: str = "one"
 
     @property
@@ -135,8 +139,8 @@ def names() -> dict[str, Name]:
         for entry in entries.split(","):
             text = " ".join(entry.split())
             number = {"~": "mass", "+": "plural"}.get(text[-1], "one")
-            label, _, name = text.rstrip("~+").partition(">")
-            found[name or label] = Name(name or label, label, group, number)
+            emoji, name = ("", text.rstrip("~+")) if text.isascii() else text.rstrip("~+").split(" ", 1)
+            found[name] = Name(name, group, emoji, number)
     return found
 
 
@@ -173,10 +177,10 @@ def _kin() -> dict[str, set[str]]:
     sets = [set(line.split(", ")) for line in " ".join(KIN.split()).split("; ")]
     shared: dict[str, set[str]] = {}
     for name in names().values():
-        for mark in {*name.name.split(), *(f"={said}" for said in name.said)}:
+        for mark in {*name.name.split(), *(f"={right}" for right in name.said)}:
             shared.setdefault(mark, set()).add(name.name)
     found: dict[str, set[str]] = {}
     for alike in (*sets, *shared.values()):
-        for name in alike:
-            found.setdefault(name, set()).update(alike)
+        for member in alike:
+            found.setdefault(member, set()).update(alike)
     return found

@@ -97,14 +97,14 @@ def splits(stock: Stock) -> list[Split]:
     style = stock.only(lambda name, picture: picture.style in HELD_STYLES and name in learnt.pictures)
     new = stock.only(lambda name, picture: picture.style not in HELD_STYLES and name in apart)
     photographs = drawn.only(lambda name, picture: picture.style == "photograph" and name in both)
-    scenes_only = {"shares": (1.0, 0.0, 0.0), "families": _PICTURED}
+    scenes = (1.0, 0.0, 0.0)
     found = [
         Split("train", learnt, fonts, "seen", (0.75, 0.175, 0.075)),
         Split("compositions", learnt, fonts, "unseen"),
-        Split("style", replace(style, words=learnt.words), fonts, "unseen", **scenes_only),
+        Split("style", replace(style, words=learnt.words), fonts, "unseen", scenes, _PICTURED),
         Split("fonts", learnt, others, "unseen", (0.4, 0.4, 0.2), ("reading", "documents", "charts")),
         Split("names", replace(new, words=stock.words.part(held=True)), fonts, "any"),
-        Split("photographs", replace(photographs, words=learnt.words), fonts, "any", **scenes_only),
+        Split("photographs", replace(photographs, words=learnt.words), fonts, "any", scenes, _PICTURED),
     ]
     return [split for split in found if split.stock.pictures and split.fonts]
 
@@ -291,7 +291,7 @@ def _write_tests(folder: Path, split: str, asked: Sequence[tuple[dict[str, Any],
 
 def _balance(questions: Sequence[Question], training: bool) -> dict[str, Any]:
     """Of each family: questions, and the best constant answer with the share that it gets right (not of boxes in training: too many)."""
-    balance = {}
+    balance: dict[str, Any] = {}
     for family in FAMILIES:
         count = sum(question.family == family for question in questions)
         if count:
