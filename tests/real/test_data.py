@@ -265,7 +265,7 @@ def test_complete_data_are_left_as_they_are(tmp_path: Path, stock: Stock) -> Non
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")}
     assert write_real(tmp_path / "data", stock, 4, 2, progress=False) == first
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "data").rglob("*")} == before
-    with pytest.raises(FoveateError, match=r"holds other data .*'train': 4.*'train': 5.*choose another folder"):
+    with pytest.raises(FoveateError, match=r"holds other data \(train 4, wanted 5\); choose another folder"):
         write_real(tmp_path / "data", stock, 5, 2, progress=False)
 
 
@@ -273,7 +273,10 @@ def test_other_folders_are_refused(tmp_path: Path, stock: Stock) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_text("x")
     (tmp_path / "file").write_text("x")
-    for name in ("mine", "file"):
+    for name, content in (("list", "[]"), ("other", '{"parameters": 1}'), ("torn", '{"param')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "real.json").write_text(content)
+    for name in ("mine", "file", "list", "other", "torn"):
         with pytest.raises(FoveateError, match=f"{name} holds something else"):
             write_real(tmp_path / name, stock, 1, 1, progress=False)
     assert (tmp_path / "mine" / "photo.jpg").read_text() == "x"

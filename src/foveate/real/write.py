@@ -135,16 +135,15 @@ def write_real(
         out.rmdir()
     if not out.exists():
         build(out, partial(_fill, stock=stock, parameters=parameters, progress=progress, processes=processes))
-    mark = out / "real.json"
     try:
-        found = json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        found = json.loads((out / "real.json").read_text(encoding="utf-8"))
+        there = dict(found["parameters"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise FoveateError(f"{out} holds something else than questions about real pictures; choose an empty or new folder") from None
-    if found.get("parameters") != parameters:
-        told = {key: value for key, value in found.get("parameters", {}).items() if parameters.get(key) != value}
-        raise FoveateError(
-            f"{out} holds other data ({told}, wanted { ({key: parameters.get(key) for key in told}) }); choose another folder"
-        )
+    if there != parameters:
+        differs = [key for key in {**there, **parameters} if there.get(key) != parameters.get(key)]
+        told = ", ".join(f"{key} {there.get(key)}, wanted {parameters.get(key)}" for key in differs)
+        raise FoveateError(f"{out} holds other data ({told}); choose another folder")
     return dict(found)
 
 
