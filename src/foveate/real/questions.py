@@ -10,6 +10,7 @@ A place is named only where nothing else could be meant: `_CLEAR` px lie between
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -219,14 +220,16 @@ _SCENE: dict[str, Callable[[Scene, Stock, random.Random], list[Question]]] = {
 def constant(questions: Iterable[Question], family: str) -> tuple[str, float, int]:
     """The one answer that is right most often in a family, its share, and how many questions there are. Boxes are right where they have
     half of what they and the answer cover in common."""
-    answers = [question.answers[0] for question in questions if question.family == family]
-    best = max(dict.fromkeys(answers), key=lambda answer: sum(_right(family, answer, other) for other in answers), default="")
-    return best, sum(_right(family, best, other) for other in answers) / max(1, len(answers)), len(answers)
+    answers = [question.answers[0].lower() for question in questions if question.family == family]
+    if family == "boxes":
+        right = {one: sum(_half_in_common(one, other) for other in answers) for one in dict.fromkeys(answers)}
+    else:
+        right = dict(Counter(answers))
+    best = max(right, key=lambda answer: right[answer], default="")
+    return best, right.get(best, 0) / max(1, len(answers)), len(answers)
 
 
-def _right(family: str, given: str, answer: str) -> bool:
-    if family != "boxes":
-        return given.lower() == answer.lower()
-    (a, b, c, d), (e, f, g, h) = ([int(edge) for edge in text[1:-1].split(",")] for text in (given, answer))
+def _half_in_common(one: str, other: str) -> bool:
+    (a, b, c, d), (e, f, g, h) = ([int(edge) for edge in text[1:-1].split(",")] for text in (one, other))
     common = max(0, min(c, g) - max(a, e)) * max(0, min(d, h) - max(b, f))
     return 2 * common >= (c - a) * (d - b) + (g - e) * (h - f) - common
