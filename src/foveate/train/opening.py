@@ -21,7 +21,6 @@ from foveate.model.weights import load_weights, reading
 from foveate.train.order import seed_of
 from foveate.train.settings import LoraOf, Recipe, Trained
 from foveate.train.stages import advance, first_bridge, growth, is_assembled, model_folder, part_modules, trained_parts
-from foveate.world import resolve
 
 
 @dataclass
@@ -47,8 +46,8 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         assert spec.vision is not None
         assert spec.text is not None
         model, processor = from_backbones(
-            resolve(spec.vision),
-            resolve(spec.text),
+            spec.vision,
+            spec.text,
             first_bridge(spec, stage),
             vision_feature_layer=spec.vision_feature_layer,
             image_size=stage.image_size,

@@ -373,7 +373,8 @@ class Stage(Strict):
 class Model(Strict):
     """Either `vision` + `text` + `bridge` (assembled anew), or `checkpoint` (a Foveate model, or another vision-language model).
 
-    Each name is a hub name, a local folder, or `asset:NAME` for what ships with the package."""
+    Each name is a hub name, a local folder, `asset:NAME` for what ships with the package, or `real:NAME` for what `foveate real prepare`
+    has made."""
 
     vision: str | None = None
     text: str | None = None

@@ -78,10 +78,11 @@ class Setup:
 
     @property
     def used(self) -> Any:
-        """The configuration without the tower's blocks above the deepest feature level: no visual token depends on them."""
-        if not self.assembled:
+        """The configuration without the tower's blocks above the deepest feature level: no visual token depends on them. Of a tower whose
+        configuration does not count its blocks (convolutions) with all of it."""
+        blocks = getattr(self.config.vision_config, "num_hidden_layers", None) if self.assembled else None
+        if blocks is None:
             return self.config
-        blocks = self.config.vision_config.num_hidden_layers
         levels = [level if level >= 0 else blocks + 1 + level for level in self.config.vision_feature_layer]
         config = deepcopy(self.config)
         config.vision_feature_layer, config.vision_config.num_hidden_layers = levels, max(1, *levels)
@@ -220,7 +221,7 @@ def refuse_resizing(stage: Stage, config: Any) -> None:
 
 
 def model_folder(name: str) -> str:
-    """`asset:NAME`, and the output or stage folder of a run, as the folder of the model in it; hub names and others as they are.
+    """`asset:NAME`, `real:NAME`, and the output or stage folder of a run as the folder of the model in it; others as they are.
 
     FoveateError for a run or stage that has not ended, and for a checkpoint, which holds only what was trained."""
     path = Path(found := resolve(name))

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from foveate.errors import FoveateError
+from foveate.real import PREFIX as REAL
+from foveate.real import real
 
 ASSETS = {
     "tower": "CLIPVisionModel and its image processor, trained without a language model",
@@ -25,7 +27,9 @@ def asset(name: str) -> Path:
 
 
 def resolve(name_or_path: str) -> str:
-    """ "asset:<name>" as the folder it stands for; hub names and folders unchanged."""
+    """ "asset:<name>" and "real:<name>" as the folders they stand for; hub names and folders unchanged."""
     if name_or_path.startswith(PREFIX):
         return str(asset(name_or_path.removeprefix(PREFIX)))
+    if name_or_path.startswith(REAL):
+        return str(real(name_or_path.removeprefix(REAL)))
     return name_or_path

@@ -9,7 +9,6 @@ OUT/world.json      the world's parameters, marked complete at the very end
 """
 
 import json
-import multiprocessing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from rich.progress import track
 
 from foveate.errors import FoveateError
 from foveate.files import write_json
+from foveate.jobs import spread
 from foveate.world.pictures import Scene, Split, render, scene
 from foveate.world.questions import DESCRIBE, FAMILIES, Question, caption, conversation, parse_box
 
@@ -65,12 +65,8 @@ def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, pr
     write_json(mark, {**parameters, "complete": False}, indent=None)
     jobs: list[tuple[Path, int, Split, int, int]] = [(out, seed, "train", i, size) for i in range(train)]
     jobs += [(out, seed, "test", i, size) for i in range(test)]
-    rows: list[dict[str, Any]] = []
-    # Starting processes takes as long as some two thousand pictures; forking them instead can hang where threads are about.
-    alone = processes == 1 or (processes is None and len(jobs) < 2000)
-    with _Alone() if alone else multiprocessing.get_context("spawn").Pool(processes) as pool:
-        for row in track(pool.imap(_write_one, jobs, chunksize=32), "scenes", len(jobs), disable=not progress):
-            rows.append(row)
+    # Starting processes takes as long as some two thousand pictures.
+    rows = [*track(spread(_write_one, jobs, processes, few=2000), "scenes", len(jobs), disable=not progress)]
     learn, check = rows[:train], rows[train:]
     write_json(out / "pretrain.json", [_talk(row, [(DESCRIBE, row["caption"])]) for row in learn], indent=0)
     write_json(out / "finetune.json", [_talk(row, [(q["question"], q["answer"]) for q in row["questions"]]) for row in learn], indent=0)
@@ -78,18 +74,6 @@ def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, pr
     write_json(out / "test.json", questions, indent=0)
     write_json(out / "scenes.json", [{key: row[key] for key in ("id", "image", "caption", "things")} for row in check], indent=0)
     write_json(mark, {**parameters, "complete": True}, indent=None)
-
-
-class _Alone:
-    """A pool of this one process."""
-
-    imap = staticmethod(lambda function, jobs, chunksize: map(function, jobs))
-
-    def __enter__(self) -> "_Alone":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
 
 
 def _write_one(job: tuple[Path, int, Split, int, int]) -> dict[str, Any]:
