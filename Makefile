@@ -64,4 +64,4 @@ $(VENV)/.docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(TRL) site demo/world demo/runs
+	rm -rf $(VENV) $(INTEROP) $(TRL) site demo/world demo/data demo/bench demo/runs
