@@ -84,4 +84,4 @@ $(VENV)/.docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(TRL) $(DEEPSPEED) site demo/world demo/runs
+	rm -rf $(VENV) $(INTEROP) $(TRL) $(DEEPSPEED) site demo/world demo/data demo/bench demo/runs

@@ -2,7 +2,7 @@
 
     python examples/train_with_a_recipe.py [FOLDER]
 
-A few steps only, to show the parts; recipes/demo/llavolta.yaml is the whole of it.
+A few steps only, to show the parts; recipes/pretraining/llavolta.yaml is the whole of it.
 """
 
 import sys

@@ -36,7 +36,7 @@ from foveate.report.runs import Arm
 from foveate.train.plan import count_steps
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
-from foveate.world.scenes import write_world
+from foveate.world.scenes import in_turns, write_world
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parent.parent / "recipes" / "pretraining"
@@ -55,22 +55,12 @@ def write_data(folder: Path, scenes: int, test: int) -> None:
     write_world(folder, train=scenes + tuning, test=test, seed=0)
     captions = json.loads((folder / "pretrain.json").read_text(encoding="utf-8"))
     talks = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
-    cut = [list(samples(talk)) for talk in talks]
+    cut = [list(in_turns(talk, TURNS)) for talk in talks]
     # Half of the scenes have their caption and half of their questions, in turns: many scenes, each seen about three times.
     questions = [part for i, parts in enumerate(cut[:scenes]) for j, part in enumerate(parts) if (i + j) % 2]
     write_json(folder / "captions.json", captions[:scenes:2], indent=0)
     write_json(folder / "questions.json", questions, indent=0)
     write_json(folder / "tuning.json", [part for parts in cut[scenes:] for part in parts], indent=0)
-
-
-def samples(talk: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The conversation about a picture as several short ones."""
-    said = talk["conversations"]
-    for number, start in enumerate(range(0, len(said), 2 * TURNS)):
-        turns = [dict(turn) for turn in said[start : start + 2 * TURNS]]
-        if start:
-            turns[0]["value"] = "<image>\n" + turns[0]["value"]
-        yield {**talk, "id": f"{talk['id']}-{number}", "conversations": turns}
 
 
 def recipe_of(name: str, work: Path) -> Path:

@@ -218,6 +218,16 @@ def test_numbers_of_the_cells_are_in_the_tables(page: Page) -> None:
     assert found["0.25", EVIL][4] == "48.0"
 
 
+def test_seconds_of_a_busy_machine_are_left_out(made: Made) -> None:
+    """Two seeds of random are equal work, one of which took twice the time of the other."""
+    cells = [replace(one, seconds=150.0) if (one.method, one.keep, one.seed) == ("random", 0.5, 1) else one for one in made.cells]
+    made.write(cells)
+    page = Page(made.report())
+    assert "equal work took unequal time (random at keep 0.5, 2 seeds: 75.0 to 150.0 s)" in page.text
+    assert page.results()["", "bare model"][-1] == "5.5"  # KV is last now
+    assert "1 min 40 s" not in page.text
+
+
 def test_families_have_wilson_intervals_and_the_unlearnt_one_is_named(page: Page) -> None:
     half, quarter = page.tables["families"]
     assert half[0] == ["keep 0.5", "fruit n = 12", f"coin{BREAK} * n = 12"]

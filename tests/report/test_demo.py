@@ -13,11 +13,14 @@ import pytest
 from rich.console import Console
 
 from foveate.errors import FoveateError
+from foveate.evaluation.bench import bench
 from foveate.evaluation.metrics.scenes import FAMILY_RULES
 from foveate.inspect.words import answer_text, duration, si
-from foveate.report.demo import findings, learned_families, print_summary, scene_svg, write_report
+from foveate.report.arms import Difference, differences, findings, learned_families
+from foveate.report.demo import print_summary, write_report
 from foveate.report.plots import accuracy_curves, smooth, source_losses
 from foveate.report.runs import Arm, marks, read_bridges, read_log, split_stages
+from foveate.report.scenes import scene_svg
 
 MakeArms = Callable[[Path], list[Arm]]
 
@@ -63,9 +66,10 @@ def test_every_section_is_there_and_the_page_is_well_formed(html: str) -> None:
     assert page.open == []
     assert {"summary", "accuracy", "loss", "layers", "windows", "examples", "conventions"} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    # Seven plots, six window pictures (one grid; two scales, then three), three scenes.
-    assert page.seen["svg"] == 7 + 6 + 3
-    assert page.seen["image"] == 9
+    # Seven plots, six window pictures (one grid; two scales, then three), two scenes.
+    assert page.seen["svg"] == 7 + 6 + 2
+    assert page.seen["image"] == 8
+    assert "finished" not in page.ids
 
 
 def test_nothing_is_loaded_from_elsewhere(html: str) -> None:
@@ -109,12 +113,117 @@ def test_numbers_of_the_arms_are_in_it(html: str, arms: list[Arm]) -> None:
 def test_findings(arms: list[Arm]) -> None:
     sentences = findings(arms, [read_log(arm.run) for arm in arms])
     assert sentences[0].startswith(
-        "Chain-of-Sight: pre-training took 0.30 of the wall clock and 0.25 of the FLOPs of All tokens, fine-tuning 1.11 and 1.25"
+        "Chain-of-Sight: pre-training took 0.25 of the FLOPs and 0.30 of the wall clock of All tokens, "
+        "fine-tuning 1.25 of the FLOPs and 1.11 of"
     )
     learned = learned_families(arms)
     assert {"presence", "count", "attribute", "reading"} <= set(learned)
     points = [100 * sum(arm.result.families[family].accuracy for family in learned) / len(learned) for arm in arms]
-    assert f"{points[1] - points[0]:+.1f} points".replace("-", "−") in sentences[0]
+    assert f"{points[1] - points[0]:+.1f} points".replace("-", "−") in sentences[1]
+    assert sentences[-2].startswith("Seconds are compared")
+    assert sentences[-1].startswith("One seed:")
+
+
+def seconds_of(run: Path, factors: Callable[[str, int], float]) -> None:
+    """Makes the steps of a run take `factors`(stage, step) times their seconds."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    before = now = 0.0
+    for row in rows:
+        took, before = row["seconds"] - before, row["seconds"]
+        now += took * factors(row["stage"], row["step"])
+        row["seconds"] = now
+    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_seconds_of_a_busy_machine_are_not_compared(arms: list[Arm], world: Path, tmp_path: Path) -> None:
+    shutil.copytree(arms[1].run, tmp_path / "run")
+    seconds_of(tmp_path / "run", lambda stage, step: 2.0 if stage == "finetune" and step > 100 else 1.0)
+    own = [arms[0], replace(arms[1], run=tmp_path / "run")]
+    text = write_report(tmp_path / "report.html", own, world).read_text()
+    assert "Seconds are not compared" in text
+    assert "Chain-of-Sight, finetune: 1.50 times the seconds" in text
+    assert "0.25 of the FLOPs of All tokens" in text
+    assert "of the wall clock of" not in text
+    assert "ratio 0.25" in text  # of the FLOPs
+    assert "ratio 0.30" not in text  # of the seconds
+    assert "seconds of training in this stage" not in text  # the axis
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(own, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "×0.25" in printed
+    assert "×0.30" not in printed
+
+
+# ---- differences ---------------------------------------------------------------------------------------------------------------------
+
+
+def changed(arm: Arm, right: Callable[[str, int], bool]) -> Arm:
+    """The arm, right on the questions of which `right`(family, number within it) says so."""
+    counts: dict[str, int] = {}
+    rows = []
+    for row in arm.result.rows:
+        number = counts[row.family] = counts.get(row.family, -1) + 1
+        rows.append(replace(row, correct=right(row.family, number)))
+    return replace(arm, result=replace(arm.result, rows=rows))
+
+
+def test_which_differences_mean_something(arms: list[Arm]) -> None:
+    """Everything right against nothing in reading; in presence, one question apart; nothing apart in the others."""
+    first = changed(arms[0], lambda family, number: family != "reading" and not (family == "presence" and number == 0))
+    second = changed(arms[1], lambda family, number: True)
+    found = {one.family: one for one in differences(first.result, second.result, ["presence", "count", "reading"])}
+    n = first.result.families["presence"].n
+    assert (found["reading"].points, found["reading"].low, found["reading"].high) == (100, 100, 100)
+    assert found["presence"].points == pytest.approx(100 / n)
+    assert found["presence"].low == 0  # the picture is not in every resample
+    assert (found["count"].points, found["count"].means_something) == (0, False)
+    assert found[""].points == pytest.approx((100 + 100 / n) / 3)
+    assert {name for name, one in found.items() if one.means_something} == {"reading", ""}
+    back = {one.family: one for one in differences(second.result, first.result, ["reading"])}
+    assert (back["reading"].signed, back[""].high, back["reading"].means_something) == ("−100.0", -100, True)
+
+
+def test_without_a_learned_family_there_is_no_mean(arms: list[Arm]) -> None:
+    assert "" not in {one.family for one in differences(arms[0].result, arms[1].result, [])}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "means"), [(-1.0, 1.0, False), (0.0, 3.0, False), (-2.0, 0.0, False), (0.1, 3.0, True), (-3.0, -0.1, True)]
+)
+def test_an_interval_that_reaches_zero_means_nothing(low: float, high: float, means: bool) -> None:
+    assert Difference("count", (low + high) / 2, low, high).means_something == means
+
+
+def test_the_page_says_which_differences_mean_something(arms: list[Arm], world: Path, tmp_path: Path) -> None:
+    same = write_report(tmp_path / "same.html", [arms[0], replace(arms[0], name="Other")], world).read_text()
+    assert "Other less All tokens: +0.0 points" in same
+    assert "no difference that these questions can show. Nor is there one in any single family." in same
+    families = {name: replace(score, accuracy=0.0, correct=0) for name, score in arms[0].result.families.items()}
+    rows = [replace(row, correct=False) for row in arms[0].result.rows]
+    mute = replace(arms[0], name="Mute", result=replace(arms[0].result, rows=rows, families=families))
+    apart = write_report(tmp_path / "apart.html", [arms[0], mute], world).read_text()
+    assert re.search(r"Mute less All tokens: −\d+\.\d points .*: worse\. By family the interval leaves out 0 in presence \(−", apart)
+    assert re.search(r'<td class="apart"><b>−\d+\.\d</b>', apart)
+
+
+# ---- the first part ------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_begins_with_the_finished_model(arms: list[Arm], world: Path, tmp_path: Path) -> None:
+    task = f"{world}:families=presence/count/attribute"
+    options = {"baselines": False, "seeds": 2, "limit": 40, "progress": False}
+    bench("asset:vlm", [task], ["random", "uniform", "divprune"], [0.5, 0.11], tmp_path / "bench", **options)  # type: ignore[arg-type]
+    text = write_report(tmp_path / "report.html", arms[:2], world, bench=tmp_path / "bench", scenes=1, progress=False).read_text()
+    page = Balance()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids))
+    assert text.index('id="finished"') < text.index('id="training"') < text.index('id="cost"')
+    for part in ("asset:vlm", "random at the same budget", "divprune", "keep 0.11", "What was kept", "all tokens"):
+        assert part in text
+    assert text.count('<img src="data:image/png;base64,') == 1
+    test_nothing_is_loaded_from_elsewhere(text)
+    test_references_inside_plots_have_their_targets(text)
 
 
 def test_nothing_learned_is_said(arms: list[Arm], world: Path, tmp_path: Path) -> None:

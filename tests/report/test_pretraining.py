@@ -40,6 +40,10 @@ def run(arm: str, seed: int, seconds: float, presence: float, count: float, lear
         "majority": {"presence": 0.5, "count": 0.25},
         "n": {"presence": 100, "count": 80},
         "learned": list(learned),
+        "pace": [
+            {"stage": "pretrain", "reducer": "none", "layers": [64.0], "flops": 10 * seconds, "seconds": seconds / 50, "stretch": 1.05},
+            {"stage": "finetune", "reducer": "none", "layers": [64.0], "flops": 1000.0, "seconds": 2.0, "stretch": 1.05},
+        ],
     }
 
 
@@ -102,8 +106,27 @@ def test_table_has_an_arm_a_row(records: list[dict[str, Any]]) -> None:
     assert "| few | 64 → 64 | 0.250 ± 0.050 | 0.250 ± 0.050 |" in text
     assert "| 90.0 ± 1.0 | 28.0 ± 7.5 | 90.0 ± 1.0 | +0.0 ± 2.6 |" in text
     assert "count: in no arm clearly above the majority answer" in text
-    assert "they are no comparison" in text
+    assert "equal work took equal time" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+@pytest.mark.parametrize("how", ["unknown", "uneven", "unequal"])
+def test_seconds_of_a_busy_machine_are_no_comparison(how: str, records: list[dict[str, Any]]) -> None:
+    """No log was looked at; one stage went unevenly; one run took longer for the same fine-tuning."""
+    last = records[-1]["pace"][1]
+    if how == "unknown":
+        del records[-1]["pace"]
+    else:
+        last["stretch" if how == "uneven" else "seconds"] *= 1.5
+    found = aggregate(records, QUESTIONS)
+    assert not found.compares_seconds
+    text = markdown(found)
+    assert "| few | 64 → 64 | 0.250 ± 0.050 | – |" in text
+    assert "Seconds are not compared" in text
+    assert "few, seed 2" in text
+    assert plot(found).axes[0].get_xlabel() == "pre-training FLOPs, ratio to all"
+    measured = aggregate(records, QUESTIONS, {"all": (200.0, 100.0), "few": (20.0, 100.0)})
+    assert "0.100 ± 0.000" in markdown(measured)
 
 
 def test_seconds_measured_by_themselves_take_the_place_of_the_runs(records: list[dict[str, Any]]) -> None:
@@ -183,11 +206,14 @@ def test_record_of_a_run(make_arms: Callable[[Path], list[Arm]], world: Path) ->
 
 
 def test_curves_of_runs_that_were_asked(records: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert plot_curves(records) is None
+    assert plot_curves(records, seconds=True) is None
     for number, one in enumerate(records[:4]):
         points = [{"seconds": 10.0 * step, "flops": 100.0 * step, "figures": {"t": {"accuracy": 20.0 * step + number}}} for step in (1, 2)]
         one["curve"] = [{"stage": "a", "step": step, **point} for step, point in enumerate(points)]
-    figure = plot_curves(records)
+    without = plot_curves(records, seconds=False)
+    assert without is not None
+    assert [axes.get_xlabel() for axes in without.axes] == ["training, FLOPs"]
+    figure = plot_curves(records, seconds=True)
     assert figure is not None
     left, right = figure.axes
     assert [line.get_ydata().tolist() for line in left.get_lines()] == [[20.0 + n, 40.0 + n] for n in range(4)]  # type: ignore[union-attr]

@@ -1,4 +1,5 @@
-"""Two real training runs of a few steps each, evaluated from their folders and put into a report: what one part writes, the other reads."""
+"""Real training runs of a few steps each, evaluated from their folders and put into a report: what one part writes, the other reads. So
+does the demo, from beginning to end, on a stand-in for its half-way model."""
 
 from pathlib import Path
 from typing import Any
@@ -7,16 +8,21 @@ import pytest
 import torch
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
+from foveate import demo
+from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import evaluate
+from foveate.model.assembly import from_backbones
 from foveate.reducers import VCC, parse
 from foveate.report.demo import write_report
 from foveate.report.pretraining import Question, aggregate, record
 from foveate.report.runs import Arm, read_bridges, read_log
+from foveate.train.recipe import load_recipe
 from foveate.train.run import train
 from foveate.train.settings import Recipe
 from foveate.world.scenes import write_world
 from foveate.world.text import build_tokenizer
 
+RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 FEW, MANY = [[8, 4], [4, 1]], [[8, 4], [4, 4], [2, 1]]
 
 
@@ -81,3 +87,64 @@ def test_report_on_real_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chained = aggregate([record(arm, 0) for arm in arms], questions).arms[1]
     assert chained.numbers["pretrain_tokens"].mean == 8
     assert chained.ratio["pretrain_flops"].mean < 1
+
+
+# ---- the demo
+
+
+def test_the_arms_differ_in_their_tokens_alone() -> None:
+    """The same half-way model, samples, order and fine-tuning."""
+    many, few = (load_recipe(RECIPES / f"{recipe}.yaml").model_dump() for recipe, _ in demo.ARMS.values())
+    scales = [[stage.pop("bridge") for stage in recipe["stages"]] for recipe in (many, few)]
+    grown = ((8, 4), (4, 4), (1, 1))
+    assert [one and tuple(one["scales"]) for own in scales for one in own] == [grown, None, ((8, 4), (2, 1)), grown]
+    assert many["model"]["checkpoint"] == "asset:begun"
+    for recipe in (many, few):
+        assert recipe.pop("output").name == recipe.pop("name")
+    assert many == few
+
+
+@pytest.fixture
+def begun(root: Path) -> Path:
+    """As asset:begun is: a Chain-of-Sight model of 20 tokens at 64 px."""
+    folder = root / "begun"
+    if not folder.is_dir():
+        bridge = {"kind": "chain_of_sight", "scales": [[8, 4], [2, 1]], "width": 32, "head_dim": 16}
+        for part in from_backbones(root / "tower", root / "lm", bridge, vision_feature_layer=[-2, -1], image_size=64, dtype="float32"):
+            part.save_pretrained(folder)
+    return folder
+
+
+def files(folder: Path) -> dict[str, int]:
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix in (".json", ".jsonl", ".safetensors")]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in found}
+
+
+def test_the_demo_from_beginning_to_end_and_again(
+    root: Path, begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: root)
+    for name, value in {"METHODS": ("random", "divprune"), "KEEP": (0.25,), "QUESTIONS": 16}.items():
+        monkeypatch.setattr(demo, name, value)
+    out = root / "demo"
+    words = [str(out), "--recipes", str(RECIPES), "--train", "8", "--test", "3", "--checkpoint", str(begun)]
+    demo.main(words)
+    printed = capsys.readouterr().out
+    assert printed.index("1. A finished model") < printed.index("asset:vlm on world") < printed.index("2. Trained on few tokens")
+    assert "few to many: pre-training took 0." in printed
+    text = (out / "report.html").read_text()
+    assert text.index('id="finished"') < text.index('id="training"')
+    assert "Seconds are not compared" in text  # of two steps
+    few, many = read_log(out / "runs" / "few-to-many"), read_log(out / "runs" / "all-tokens")
+    assert [[stage.tokens for stage in log] for log in (few, many)] == [[20, 84], [84, 84]]
+    assert [stage.images for stage in few] == [stage.images for stage in many]
+    assert few[1].flops == many[1].flops  # the fine-tuning is common
+
+    before = files(out)
+    demo.main(words)
+    again = files(out)
+    changed = {name for name in before if before[name] != again[name]}
+    assert before.keys() == again.keys()
+    assert not [name for name in changed if name.startswith("runs/") or "cells/" in name or name.startswith("world/")]
+    with pytest.raises(FoveateError, match="another world"):
+        demo.main([*words, "--seed", "1"])

@@ -1,10 +1,11 @@
-"""Golden losses: a short run of each arm of the demo, written down, so that a change that moves training is seen.
+"""Golden losses: a short run of each of three recipes, written down, so that a change that moves training is seen.
 
     python -m tests.train.golden
 
-makes `golden/ARM.json` anew from the code as it is. Do that only for a change that means to move training, and say so in its commit.
-A run is the arm's own recipe on a small world: 10 steps of pre-training and 20 of fine-tuning, two samples each, float32 on one thread. The
-learning rate is a fifteenth of the demo's: at that one rounding grows to percents in 30 steps, and no tolerance tells it from a change.
+makes `golden/ARM.json` of `golden/ARM.yaml` anew from the code as it is. Do that only for a change that means to move training, and say so
+in its commit.
+A run is the recipe on a small world: 10 steps of pre-training and 20 of fine-tuning, two samples each, float32 on one thread. The
+learning rate is a fifteenth of the recipe's: at that one rounding grows to percents in 30 steps, and no tolerance tells it from a change.
 """
 
 import json
@@ -19,7 +20,6 @@ from foveate.train.run import train
 from foveate.world.scenes import write_world
 
 ARMS = ("all-tokens", "chain-of-sight", "llavolta")
-RECIPES = Path(__file__).parents[2] / "recipes" / "demo"
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = (10, 20)
 COUNTED = ("stage", "step", "images", "supervised_tokens", "tokens_per_image", "visual_tokens_per_layer", "flops", "reducer")
@@ -36,7 +36,7 @@ def trajectory(arm: str, world: Path, output: Path) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        train(load_recipe(RECIPES / f"{arm}.yaml", overrides(world, output)))
+        train(load_recipe(GOLDEN / f"{arm}.yaml", overrides(world, output)))
     finally:
         torch.set_num_threads(threads)
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]

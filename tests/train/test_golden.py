@@ -1,4 +1,4 @@
-"""Training as it was: the losses of each arm of the demo are those that are written down (`golden.py` says how they were made).
+"""Training as it was: the losses of three recipes are those that are written down (`golden.py` says how they were made).
 
 Counts are exact. Losses agree to 1e-4: processors round a sum in different orders, which 30 steps blow up to 3e-5 (seen with another
 attention kernel and without oneDNN), while another order of the data, mask or learning rate moves a loss by far more.

@@ -17,7 +17,7 @@ from foveate.world import asset, backbones, resolve
 from foveate.world.exercises import EXERCISES, exercise
 from foveate.world.pictures import render, scene
 from foveate.world.questions import parse_box
-from foveate.world.scenes import write_world
+from foveate.world.scenes import in_turns, write_world
 
 SHIPPED = ("tower", "lm", "vlm")
 
@@ -154,3 +154,21 @@ def test_answer_weights() -> None:
     assert tokenizer.decode(heavy) == "1</s>red</s>"
     assert batch["weights"][1].tolist()[:3] == pytest.approx([0.1] * 3)
     assert not batch["weights"][1][3:].any()
+
+
+@pytest.mark.parametrize(("questions", "turns", "sizes"), [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (3, 5, [3]), (3, 1, [1, 1, 1])])
+def test_a_conversation_is_cut_into_short_ones(questions: int, turns: int, sizes: list[int]) -> None:
+    said = []
+    for number in range(questions):
+        said.append({"from": "human", "value": ("" if number else "<image>\n") + f"question {number}"})
+        said.append({"from": "gpt", "value": f"answer {number}"})
+    talk = {"id": "train-000007", "image": "a.png", "conversations": said}
+    found = list(in_turns(talk, turns))
+    assert [len(part["conversations"]) // 2 for part in found] == sizes
+    assert [part["id"] for part in found] == [f"train-000007-{number}" for number in range(len(sizes))]
+    assert {part["image"] for part in found} == {"a.png"}
+    assert all(part["conversations"][0]["value"].startswith("<image>\n") for part in found)
+    assert sum(turn["value"].count("<image>") for part in found for turn in part["conversations"]) == len(sizes)
+    texts = [turn["value"].removeprefix("<image>\n") for part in found for turn in part["conversations"]]
+    assert texts == [turn["value"].removeprefix("<image>\n") for turn in said]
+    assert sum("<image>" in turn["value"] for turn in said) == 1  # what was given stays as it was

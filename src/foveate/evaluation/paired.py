@@ -7,6 +7,7 @@ drawing whole pictures anew (cluster bootstrap, Davison and Hinkley 1997, 3.8). 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,6 +93,18 @@ def bootstrap(difference: Scores, images: Sequence[str]) -> tuple[float, float, 
     low, high = (float(bound) for bound in np.quantile(means, (tail, 1 - tail)))
     beyond = min(int((means <= 0).sum()), int((means >= 0).sum()))
     return min(low, mean), max(high, mean), min(1.0, 2 * (1 + beyond) / (1 + RESAMPLES))
+
+
+def bootstrap_families(
+    difference: Scores, images: Sequence[str], families: Sequence[str], counted: Sequence[str]
+) -> tuple[float, float, float, float]:
+    """(mean, low, high, p) of the mean over the families in `counted`, each counting the same, of `difference`, (n,) one a question, whose
+    images and families run in parallel; as `bootstrap`, questions weighing what their family leaves to each."""
+    asked = [i for i, family in enumerate(families) if family in counted]
+    sizes = Counter(families[i] for i in asked)
+    weight = np.array([len(asked) / (len(sizes) * sizes[families[i]]) for i in asked])
+    weighed = difference[asked] * weight
+    return float(weighed.mean()), *bootstrap(weighed, [images[i] for i in asked])
 
 
 def _scores(cell: Cell) -> Scores:

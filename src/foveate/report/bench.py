@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.metadata import version
-from math import floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,15 @@ from foveate.accounting import CONVENTION, PARTS
 from foveate.errors import FoveateError
 from foveate.evaluation.bench import BARE
 from foveate.evaluation.cells import Bench, load_bench
-from foveate.inspect.words import answer_text, duration, si
-from foveate.report.compared import Family, Line, budgets, findings, interval, signed
+from foveate.inspect.words import answer_text, si
+from foveate.report.compared import Family, Line, budgets, findings, interval, signed, unrest
 from foveate.report.examples import about_failures, failures_of, pictures_of
-from foveate.report.frontier import Mark, Panel, looks, page_svg, save_plots
+from foveate.report.frontier import looks, page_svg, save_plots
 from foveate.report.page import write_page
 from foveate.report.parts import BASELINE_NAMES, Part, Source, answered, at_budget, kind, part_of, shortened, source_of
 from foveate.report.predicted import Prediction, asked, predictions
+from foveate.report.results import DASH, headline, measure, panels, results
 
-_DASH = "–"
 _META = ("model", "model_hash", "tasks", "order", "command", "environment")
 
 
@@ -67,7 +66,7 @@ def write_bench_report(folder: str | Path, *, model: Any = None, processor: Any 
         "conventions": _CONVENTIONS,
         "made": _made(bench),
     }
-    rows = [(f"{name}, {part.name}", panels) for part in parts if (panels := _panels(part))]
+    rows = [(f"{name}, {part.name}", own) for part in parts if (own := panels(part))]
     if rows:
         save_plots(bench.folder, rows, methods)
     return write_page("bench.html", bench.folder / "report.html", context)
@@ -98,10 +97,9 @@ def _warnings(bench: Bench, parts: Sequence[Part]) -> list[str]:
 
 def _task(part: Part, source: Source, number: int, methods: dict[str, Any], progress: bool) -> dict[str, Any]:
     described = part.described
-    panels = _panels(part)
     predicted, no_prediction = _predicted(part, source, progress)
     left_out = [family for family in part.families if not family.learnt]
-    headline = _headline(part)
+    figure, busy = headline(part), unrest(part.lines)
     about = (
         f"{described['samples']:,} questions about {len({answer.image for answer in part.bare.cells[0].answers}):,} pictures, "
         f"metric {described['metric']}, answers of at most {described['max_new_tokens']} tokens."
@@ -111,24 +109,19 @@ def _task(part: Part, source: Source, number: int, methods: dict[str, Any], prog
     return {
         "name": part.name,
         "about": about,
-        "plots": [page_svg(panel, methods, f"plot{number}-{place}") for place, panel in enumerate(panels)],
+        "plots": [page_svg(panel, methods, f"plot{number}-{place}") for place, panel in enumerate(panels(part))],
         "no_flops": "" if part.bare.flops is not None else "The FLOPs of this model cannot be told, so there is no plot over them.",
-        "measure": _measure(part),
-        "figures": [headline] if headline else [],
-        "results": _results(part, headline),
+        "measure": measure(part),
+        "figures": [figure] if figure else [],
+        "results": results(part),
+        "unrest": busy,
         "families": _family_tables(part) if len(part.families) > 1 else [],
-        "columns": [{"name": family.name or _DASH, "n": f"{family.n:,}", "counts": family.learnt} for family in part.families],
+        "columns": [{"name": family.name or DASH, "n": f"{family.n:,}", "counts": family.learnt} for family in part.families],
         "left_out": _left_out(left_out) if left_out and len(left_out) < len(part.families) else "",
         "cost": _costs(part, predicted),
         "no_prediction": no_prediction,
         "parts": _priced(part),
     }
-
-
-def _measure(part: Part) -> str:
-    few = len(part.counted) < len(part.families)
-    name = "mean score of a question, %" if _headline(part) else "accuracy, %"
-    return f"{name}, {len(part.counted)} of {len(part.families)} families" if few else name
 
 
 def _left_out(unlearnt: Sequence[Family]) -> str:
@@ -139,78 +132,13 @@ def _left_out(unlearnt: Sequence[Family]) -> str:
     )
 
 
-def _panels(part: Part) -> list[Panel]:
-    """Over tokens and, where it is known, over FLOPs."""
-    found = []
-    if part.bare.tokens > 0:
-        marks = [_mark(line, line.tokens) for line in part.lines if line.tokens > 0]
-        found.append(Panel(_mark(part.bare, part.bare.tokens), marks, "visual tokens of a sample, mean over layers", _measure(part)))
-    if part.bare.flops:
-        power = 3 * floor(log10(part.bare.flops) / 3)
-        unit = si(10.0**power).removeprefix("1 ")
-        marks = [_mark(line, line.flops / 10**power) for line in part.lines if line.flops]
-        found.append(Panel(_mark(part.bare, part.bare.flops / 10**power), marks, f"{unit} of a whole request", _measure(part)))
-    return found
-
-
-def _mark(line: Line, cost: float) -> Mark:
-    name = "bare model" if line.method == BARE else f"{line.method}, keep {line.keep:g}"
-    flops = "" if line.flops is None else f", {si(line.flops)}"
-    told = f"{name}: {line.value:.1f} % ({line.low:.1f} to {line.high:.1f}), {line.tokens:.4g} tokens{flops}"
-    return Mark(line.method, cost, line.value, line.low, line.high, told)
-
-
-def _headline(part: Part) -> str:
-    """The metric's own first figure, where it is another than the mean score of all questions."""
-    cell = part.bare.cells[0]
-    plain = 100 * sum(answer.score for answer in cell.answers) / len(cell.answers)
-    return "" if abs(plain - cell.accuracy) < 1e-6 else next(iter(cell.summary))
-
-
-def _results(part: Part, headline: str) -> list[tuple[str, list[dict[str, Any]]]]:
-    groups = [("", [_result(part.bare, part.bare, headline)])]
-    for keep in budgets(part.lines):
-        groups.append((f"{keep:g}", [_result(line, part.bare, headline) for line in at_budget(part.lines, keep)]))
-    return groups
-
-
-def _result(line: Line, bare: Line, headline: str) -> dict[str, Any]:
-    paired = line.paired
-    return {
-        "method": "" if line.method == BARE else line.method,
-        "kind": kind(line),
-        "seeds": len(line.cells),
-        "value": f"{line.value:.1f}",
-        "interval": f"{line.low:.1f}–{line.high:.1f}",
-        "figures": [f"{line.mean(lambda cell: cell.summary[headline]):.1f}"] if headline else [],
-        "difference": signed(100 * paired.difference) if paired else "",
-        "difference_interval": f"{signed(100 * paired.low)} to {signed(100 * paired.high)}" if paired else "",
-        "p": _probability(paired.p) if paired else "",
-        "loyalty": f"{100 * paired.loyalty:.1f}" if paired else "",
-        "tokens": f"{line.tokens:.1f}",
-        "flops": _DASH if line.flops is None else si(line.flops),
-        "of_whole": _share(line.flops, bare.flops),
-        "of_lm": _share(line.lm_flops, bare.lm_flops),
-        "kv": _DASH if line.flops is None else f"{line.mean(lambda cell: cell.kv_bytes) / 2**20:.3g}",
-        "seconds": duration(line.mean(lambda cell: cell.seconds)),
-    }
-
-
-def _share(value: float | None, whole: float | None) -> str:
-    return f"{100 * value / whole:.0f} %" if value is not None and whole else _DASH
-
-
-def _probability(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def _family_tables(part: Part) -> list[tuple[str, list[dict[str, Any]]]]:
     """Of each budget: the best constant answer, the bare model, and the methods."""
     constant = {
         "method": "",
         "kind": "",
         "label": "best constant answer",
-        "cells": [(_DASH if family.majority is None else f"{100 * family.majority:.1f}", "") for family in part.families],
+        "cells": [(DASH if family.majority is None else f"{100 * family.majority:.1f}", "") for family in part.families],
     }
     bare = _family_row(part, part.bare)
     return [
@@ -254,11 +182,11 @@ def _costs(part: Part, predicted: dict[str, Prediction]) -> list[dict[str, Any]]
     for line in (part.bare, *(line for keep in budgets(part.lines) for line in at_budget(part.lines, keep))):
         one = predicted.get(line.cells[0].reducer)
         cells = [
-            f"{one.tokens:.1f}" if one else _DASH,
+            f"{one.tokens:.1f}" if one else DASH,
             f"{line.tokens:.1f}",
             _number(one.flops if one else None),
             _number(line.flops),
-            f"{signed(100 * (line.flops / one.flops - 1), 2)} %" if one and line.flops is not None else _DASH,
+            f"{signed(100 * (line.flops / one.flops - 1), 2)} %" if one and line.flops is not None else DASH,
             *(_number(None if line.flops is None else spent(line, name)) for name in names),
         ]
         rows.append({"method": "" if line.method == BARE else line.method, "kind": kind(line), "keep": f"{line.keep:g}", "cells": cells})
@@ -267,7 +195,7 @@ def _costs(part: Part, predicted: dict[str, Prediction]) -> list[dict[str, Any]]
 
 def _number(flops: float | None) -> str:
     """Without the unit, which stands above."""
-    return _DASH if flops is None else si(flops).removesuffix("FLOP").strip()
+    return DASH if flops is None else si(flops).removesuffix("FLOP").strip()
 
 
 def _priced(part: Part) -> list[str]:
@@ -308,7 +236,11 @@ _CONVENTIONS = [
     ),
     ("FLOPs", f"Of a request's prompt: {CONVENTION}. “Of LM” leaves out tower and bridge."),
     ("KV", "Keys and values of the prompt in all layers, as they stay in the cache, in MiB."),
-    ("Seconds", "Wall clock of answering all questions, processor and tower included, on the machine below; other load counts."),
+    (
+        "Seconds",
+        "Wall clock of answering all questions, processor and tower included, on the machine below; other load counts. They are left out "
+        "where the seeds of one method, which are equal work, took unequal time; without such a method that cannot be seen.",
+    ),
     (
         "Families",
         "Small print: Wilson's 95 % interval, which takes questions for independent and is somewhat too narrow where they share a picture. "

@@ -15,6 +15,7 @@ from foveate.evaluation.metrics.common import wilson
 from foveate.evaluation.metrics.scenes import FAMILY_RULES, Scenes, majority
 from foveate.evaluation.paired import Paired, bootstrap, compare
 from foveate.evaluation.samples import Sample, Task
+from foveate.report.pace import LIMIT
 
 RANDOM = "random"
 CONSTANTS = 100  # of the references, so many of the most frequent are tried as constant answers
@@ -182,25 +183,65 @@ def findings(bare: Line, found: Sequence[Line], counted: set[str]) -> list[str]:
         )
     if all(line.method != RANDOM for line in found):
         sentences.append("Without the random baseline the run cannot say what choosing tokens is worth over keeping any of them.")
+    return [*sentences, cheapest(bare, found)]
+
+
+def cheapest(bare: Line, found: Sequence[Line]) -> str:
+    """The setting that costs least of those that lose nothing for sure, in a sentence."""
     level = [(line, line.paired) for line in found if line.paired is not None and line.paired.high >= 0]
     if not level:
-        sentences.append("Every method loses accuracy against the bare model at every budget, with its whole interval.")
-        return sentences
+        return "Every method loses accuracy against the bare model at every budget, with its whole interval."
     cheap, paired = min(level, key=lambda pair: (pair[0].tokens if pair[0].flops is None else pair[0].flops, -pair[0].value))
     cost = f"{cheap.tokens:.3g} of {bare.tokens:.3g} visual tokens per layer"
     if cheap.flops is not None and bare.flops:
         cost = f"{100 * cheap.flops / bare.flops:.0f} % of the FLOPs, {cost}"
-    sentences.append(
+    return (
         f"The cheapest setting whose interval still reaches the bare model is {cheap.method} at keep {cheap.keep:g}: "
         f"{signed(100 * paired.difference)} points ({signed(100 * paired.low)} to {signed(100 * paired.high)}) for {cost}."
     )
-    return sentences
+
+
+def told_from_random(found: Sequence[Line], counted: set[str]) -> str:
+    """Which methods differ from random at the same budget with their whole interval, to the better or the worse, in a sentence."""
+    entries = [entry for at_keep in against_random(found, counted).values() for entry in at_keep]
+    if not entries:
+        return "Nothing can be compared with random at the same budget."
+    told = []
+    for word, own in (("better", [e for e in entries if e[2].low > 0]), ("worse", [e for e in entries if e[2].high < 0])):
+        names = ", ".join(
+            f"{line.method} at keep {line.keep:g}{_more(line, base)} ({signed(100 * paired.difference)} points, "
+            f"{signed(100 * paired.low)} to {signed(100 * paired.high)})"
+            for line, base, paired in own
+        )
+        told.append(f"{word}: {names or 'none'}")
+    rest = sum(paired.low <= 0 <= paired.high for *_, paired in entries)
+    end = f" In the other {rest} these questions show no difference." if rest else ""
+    return (
+        f"Of {len(entries)} comparisons with random at the same budget, question by question, the 95 % interval leaves out 0 in "
+        f"{len(entries) - rest}. {told[0].capitalize()}; {told[1]}.{end}"
+    )
+
+
+def unrest(found: Sequence[Line]) -> str:
+    """Why the seconds of a run are no comparison: seeds of one method at one budget are equal work. "" where no such thing was seen."""
+    seconds = [(line, [cell.seconds for cell in line.cells]) for line in found if len(line.cells) > 1]
+    uneven = [(max(own) / min(own), line, own) for line, own in seconds if min(own) > 0 and max(own) / min(own) > LIMIT]
+    if not uneven:
+        return ""
+    _, line, own = max(uneven, key=lambda entry: entry[0])
+    return (
+        f"Seconds are left out, because the machine was busy: equal work took unequal time ({line.method} at keep {line.keep:g}, "
+        f"{len(own)} seeds: {min(own):.1f} to {max(own):.1f} s)."
+    )
 
 
 def _gain(line: Line, base: Line, paired: Paired) -> str:
     """A method that is better than random, with its tokens where it has clearly more of them."""
-    more = f" with {line.tokens:.3g} tokens to {base.tokens:.3g}" if line.tokens > 1.05 * base.tokens else ""
-    return f"{line.method} ({signed(100 * paired.difference)}{more})"
+    return f"{line.method} ({signed(100 * paired.difference)}{_more(line, base)})"
+
+
+def _more(line: Line, base: Line) -> str:
+    return f" with {line.tokens:.3g} tokens to {base.tokens:.3g}" if line.tokens > 1.05 * base.tokens else ""
 
 
 def signed(points: float, digits: int = 1) -> str:

@@ -15,7 +15,7 @@ from foveate.evaluation.cells import Answer, Cell
 from foveate.evaluation.samples import Sample
 from foveate.inspect.look import look
 from foveate.inspect.words import answer_text
-from foveate.report.compared import RANDOM, Line, middle
+from foveate.report.compared import RANDOM, Line, budgets, middle
 from foveate.report.page import data_uri
 from foveate.report.parts import Part, Source, at_budget, kind, shortened
 
@@ -25,8 +25,9 @@ _THUMB = 240  # px
 _DASH = "–"
 
 
-def pictures_of(parts: Sequence[Part], source: Source, scenes: int) -> tuple[list[dict[str, str]], str]:
-    """Drawings of what the best methods keep, layer by layer, and what is said above them."""
+def pictures_of(parts: Sequence[Part], source: Source, scenes: int, by_budget: bool = False) -> tuple[list[dict[str, str]], str]:
+    """Drawings of what the best methods keep, and what is said above them: at the middle budget layer by layer, or at every budget what is
+    left at the end, of questions that divide the methods at the smallest."""
     if scenes < 1:
         return [], "Not asked for."
     if source.model is None:
@@ -34,31 +35,36 @@ def pictures_of(parts: Sequence[Part], source: Source, scenes: int) -> tuple[lis
     out: list[dict[str, str]] = []
     reasons: dict[str, None] = {}
     for part in parts:
-        own, keep = part.lines, middle(part.lines)
+        own = part.lines
+        keep = min(budgets(own), default=None) if by_budget else middle(own)
         if part.task is None or keep is None:
             reasons[f"{part.name}: {part.reason or 'no method has finished'}"] = None
             continue
         chosen = _drawn(at_budget(own, keep))
         for sample in _telling(part, chosen)[: scenes - len(out)]:
             question = sample.question.replace(MARKER, "").strip()
+            spelled = [line.method if by_budget else line.cells[0].reducer for line in chosen]
             try:
                 figure = look(
                     source.model,
                     [open_image(ref) for ref in sample.images],
                     sample.question,
-                    [line.cells[0].reducer for line in chosen],
+                    spelled,
                     processor=source.processor,
-                    per_layer=True,
+                    keep=budgets(own) if by_budget else (),
+                    per_layer=not by_budget,
                     max_new_tokens=part.task.max_new_tokens,
                 )
             except FoveateError as error:
                 reasons[str(error)] = None
                 continue
             src = _drawing(figure)
-            out.append({"src": src, "alt": f"kept tokens: {shortened(question)}", "caption": f"{part.name}, {sample.id}, keep {keep:g}"})
+            caption = f"{part.name}, {sample.id}" + ("" if by_budget else f", keep {keep:g}")
+            out.append({"src": src, "alt": f"kept tokens: {shortened(question)}", "caption": caption})
+    where = "what they leave at each budget" if by_budget else "in front of every layer at which the set changes"
     about = (
-        f"Questions that the bare model answers rightly and the methods do not all alike, at the middle budget: the {METHODS} best methods "
-        "and random, in front of every layer at which the set changes. Grey: dropped; outlined: merged."
+        f"Questions that the bare model answers rightly and the methods do not all alike, at the {'smallest' if by_budget else 'middle'} "
+        f"budget: the {METHODS} best methods and random, {where}. Grey: dropped; outlined: merged."
     )
     if reasons:
         about += f" Not drawn: {'; '.join(reasons)}."

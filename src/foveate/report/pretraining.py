@@ -3,7 +3,8 @@
 A record is one run, as `record` makes it: {"arm", "seed", "pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops",
 "pretrain_tokens", "finetune_tokens" (visual tokens per image and layer), "accuracy", "majority", "n" (by family), "learned" (families whose
 95 % interval lies above the majority answer), "right" (a 0 or 1 for each question, in their order)}. Where the run was asked questions on
-its way it also has "curve": [{"stage", "step", "seconds", "flops", "figures": {task: {figure: value}}}], from its beginning.
+its way it also has "curve": [{"stage", "step", "seconds", "flops", "figures": {task: {figure: value}}}], from its beginning. "pace", what
+its log says of the machine (`report.pace`), may be missing: its seconds are then no comparison, as nothing says that the machine was quiet.
 
 An arm is compared with the first over the seeds that both have, seed by seed. Spread is the sample standard deviation over seeds (n - 1).
 The interval of a difference is paired: question by question, the mean over the seeds, whole pictures drawn anew (`evaluation.paired`). It
@@ -23,9 +24,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from foveate.errors import FoveateError
-from foveate.evaluation.paired import bootstrap
+from foveate.evaluation.paired import bootstrap_families
 from foveate.inspect.figures import COLOURS
 from foveate.inspect.words import si
+from foveate.report.pace import Clock, clock, paces, read_pace
 from foveate.report.runs import Arm, Mark, StageLog, marks, read_log, split_stages
 
 NUMBERS = ("pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops", "pretrain_tokens", "finetune_tokens")
@@ -81,13 +83,19 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms, the first one being what the others are compared with. `timed`: whether the seconds were measured by themselves."""
+    """All arms, the first one being what the others are compared with. `timed`: whether the seconds were measured by themselves; `clock`:
+    what the runs' logs say of their own."""
 
     arms: list[ArmSummary]
     learned: list[str]  # families that count in the mean: at least one arm is above the majority answer in every one of its seeds
     majority: dict[str, float]
     n: dict[str, int]
     timed: bool
+    clock: Clock
+
+    @property
+    def compares_seconds(self) -> bool:
+        return self.timed or self.clock.quiet
 
 
 def record(arm: Arm, seed: int) -> dict[str, Any]:
@@ -114,6 +122,7 @@ def record(arm: Arm, seed: int) -> dict[str, Any]:
         "n": {family: score.n for family, score in families.items()},
         "learned": [family for family, score in families.items() if score.low > score.majority_accuracy],
         "right": "".join(str(int(row.correct)) for row in arm.result.rows),
+        "pace": [asdict(pace) for pace in paces(log)],
         **({"curve": [asdict(mark) for mark in found]} if (found := marks(log)) else {}),
     }
 
@@ -148,11 +157,12 @@ def aggregate(records: Sequence[dict[str, Any]], questions: Sequence[Question], 
             if list(run["accuracy"]) != families or run["n"] != one["n"]:
                 raise FoveateError(f"arm {arm!r}, seed {seed}: other families or numbers of questions than the first record's")
     learned = [family for family in families if any(all(family in run["learned"] for run in own.values()) for own in table.values())]
-    arms = []
+    arms, runs = [], []
     for arm, own in table.items():
         if seeds := sorted(set(own) & set(first)):
             arms.append(_summary(arm, [own[seed] for seed in seeds], [first[seed] for seed in seeds], families, learned, questions))
-    return Comparison(arms, learned, dict(one["majority"]), dict(one["n"]), seconds is not None)
+            runs += [(f"{arm}, seed {seed}", [read_pace(pace) for pace in own[seed].get("pace", [])]) for seed in seeds]
+    return Comparison(arms, learned, dict(one["majority"]), dict(one["n"]), seconds is not None, clock(runs))
 
 
 def _summary(
@@ -192,12 +202,10 @@ def _summary(
 def _interval(
     pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]], counted: Sequence[str], questions: Sequence[Question]
 ) -> tuple[float, float]:
-    """Of the difference of the mean over the families, each counting the same: questions weigh what their family leaves to each."""
-    n = {family: sum(question.family == family for question in questions) for family in counted}
-    asked = [i for i, question in enumerate(questions) if question.family in n]
-    difference = np.mean([_right(run) - _right(other) for run, other in pairs], axis=0)[asked]
-    weight = np.array([len(asked) / (len(counted) * n[questions[i].family]) for i in asked])
-    low, high, _ = bootstrap(difference * weight, [questions[i].image for i in asked])
+    """Of the difference of the mean over the families."""
+    difference = np.mean([_right(run) - _right(other) for run, other in pairs], axis=0)
+    images, families = [question.image for question in questions], [question.family for question in questions]
+    _, low, high, _ = bootstrap_families(difference, images, families, counted)
     return low, high
 
 
@@ -219,7 +227,7 @@ def markdown(comparison: Comparison) -> str:
             arm.arm,
             " → ".join(f"{arm.numbers[f'{stage}_tokens'].mean:.4g}" for stage in ("pretrain", "finetune")),
             si(arm.numbers["pretrain_flops"].mean) if first else arm.ratio["pretrain_flops"].text(".3f"),
-            f"{arm.numbers['pretrain_seconds'].mean:.0f} s" if first else arm.ratio["pretrain_seconds"].text(".3f"),
+            _seconds(arm, first, comparison.compares_seconds),
             si(arm.numbers["pretrain_flops"].mean + arm.numbers["finetune_flops"].mean) if first else arm.ratio["flops"].text(".3f"),
             *(arm.accuracy[family].text(".1f", 100) for family in (*families, "mean")),
             "" if first else arm.difference["mean"].text("+.1f", 100),
@@ -228,9 +236,7 @@ def markdown(comparison: Comparison) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seconds = (
-        "Seconds were measured in a run of their own, arms in turns on an idle machine."
-        if comparison.timed
-        else "Seconds are the runs' own, which shared the machine: they are no comparison."
+        "Seconds were measured in a run of their own, arms in turns on an idle machine." if comparison.timed else comparison.clock.told
     )
     counts = ", ".join(f"{family} {count}" for family, count in comparison.n.items())
     notes = [
@@ -247,24 +253,32 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines) + "\n\n" + "\n\n".join(notes) + "\n"
 
 
+def _seconds(arm: ArmSummary, first: bool, compared: bool) -> str:
+    if not compared:
+        return "–"
+    return f"{arm.numbers['pretrain_seconds'].mean:.0f} s" if first else arm.ratio["pretrain_seconds"].text(".3f")
+
+
 def plot(comparison: Comparison) -> Figure:
     """Left: cost of pre-training against the difference of mean accuracy, with its interval; right: the difference by family."""
     base, families, others = comparison.arms[0].arm, list(comparison.majority), comparison.arms[1:]
     figure = Figure(figsize=(11, 3.4 + 0.16 * len(others)), layout="constrained")
     left, right = figure.subplots(1, 2)
-    cost = "pretrain_seconds" if comparison.timed else "pretrain_flops"
+    cost = "seconds" if comparison.compares_seconds else "flops"
     for number, arm in enumerate(others):
         colour = COLOURS[number % len(COLOURS)]
         marker = "os^D"[number // len(COLOURS) % 4]
         difference = 100 * arm.difference["mean"].mean
         assert arm.interval is not None
         reach = [[max(0.0, difference - 100 * arm.interval[0])], [max(0.0, 100 * arm.interval[1] - difference)]]
-        left.errorbar([arm.ratio[cost].mean], [difference], yerr=reach, fmt=marker, markersize=5, capsize=2, color=colour, label=arm.arm)
+        left.errorbar(
+            [arm.ratio[f"pretrain_{cost}"].mean], [difference], yerr=reach, fmt=marker, markersize=5, capsize=2, color=colour, label=arm.arm
+        )
         places = [i + (number - (len(others) - 1) / 2) * 0.7 / max(1, len(others)) for i in range(len(families))]
         means = [100 * arm.difference[family].mean for family in families]
         spread = [100 * (arm.difference[family].deviation or 0.0) for family in families]
         right.errorbar(places, means, yerr=spread, fmt=marker, markersize=4, capsize=1.5, linewidth=1, color=colour)
-    left.set_xlabel(f"pre-training {'seconds' if comparison.timed else 'FLOPs'}, ratio to {base}")
+    left.set_xlabel(f"pre-training {'seconds' if comparison.compares_seconds else 'FLOPs'}, ratio to {base}")
     left.set_ylabel(f"mean accuracy − {base}, points")
     left.set_xlim(left=0)
     right.set_xticks(range(len(families)), [family if family in comparison.learned else f"{family} *" for family in families], rotation=20)
@@ -277,18 +291,19 @@ def plot(comparison: Comparison) -> Figure:
     return figure
 
 
-def plot_curves(records: Sequence[dict[str, Any]]) -> Figure | None:
-    """Headlines on the way against seconds of training (left) and FLOPs (right): a row for each task, a line for each run, a colour for
-    each arm. None where no run was asked."""
+def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | None:
+    """Headlines on the way against FLOPs of training and, with `seconds`, against those too (left): a row for each task, a line for each
+    run, a colour for each arm. None where no run was asked."""
     runs = [(one["arm"], [Mark(**mark) for mark in one["curve"]]) for one in records if one.get("curve")]
     tasks = list(dict.fromkeys(task for _, found in runs for mark in found for task in mark.figures))
     if not tasks:
         return None
     arms = list(dict.fromkeys(one["arm"] for one in records))
-    figure = Figure(figsize=(9, 3.2 * len(tasks) + 0.1 * len(arms)), layout="constrained")
+    costs = ("seconds", "flops") if seconds else ("flops",)
+    figure = Figure(figsize=(4.5 * len(costs), 3.2 * len(tasks) + 0.1 * len(arms)), layout="constrained")
     told: set[str] = set()
-    for task, pair in zip(tasks, figure.subplots(len(tasks), 2, squeeze=False), strict=True):
-        for axes, against in zip(pair, ("seconds", "flops"), strict=True):
+    for task, pair in zip(tasks, figure.subplots(len(tasks), len(costs), squeeze=False), strict=True):
+        for axes, against in zip(pair, costs, strict=True):
             for arm, found in runs:
                 own = [mark for mark in found if task in mark.figures]
                 values = [next(iter(mark.figures[task].values())) for mark in own]
@@ -332,7 +347,7 @@ def write_comparison(results: str | Path, out: str | Path) -> Comparison:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(markdown(comparison), encoding="utf-8")
-    figures = {"plot": plot(comparison), "curves": plot_curves(records)}
+    figures = {"plot": plot(comparison), "curves": plot_curves(records, comparison.clock.quiet)}
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -10,8 +10,9 @@ ASSETS = {
     "tower": "CLIPVisionModel and its image processor, trained without a language model",
     "lm": "LlamaForCausalLM and its tokenizer, trained on text alone",
     "vlm": "a finished FoveateForConditionalGeneration and its processor",
+    "begun": "one half-way through its training, with a Chain-of-Sight bridge of 20 tokens at 64 px, and its processor",
 }
-"""Name and contents of every asset. The arms of the demo start from "tower" and "lm", never from parts of "vlm"."""
+"""Name and contents of every asset. The arms of the demo start from "begun"."""
 
 PREFIX = "asset:"
 

@@ -9,6 +9,7 @@ OUT/world.json      the world's parameters, marked complete at the very end
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,19 @@ from foveate.jobs import spread
 from foveate.world.pictures import Scene, Split, render, scene
 from foveate.world.questions import DESCRIBE, FAMILIES, Question, caption, conversation, parse_box
 
-__all__ = ["FAMILIES", "Question", "Scene", "caption", "conversation", "parse_box", "render", "scene", "world_scene", "write_world"]
+__all__ = [
+    "FAMILIES",
+    "Question",
+    "Scene",
+    "caption",
+    "conversation",
+    "in_turns",
+    "parse_box",
+    "render",
+    "scene",
+    "world_scene",
+    "write_world",
+]
 
 VERSION = 1  # of the world: raised whenever the same seed would give other scenes or texts
 
@@ -74,6 +87,16 @@ def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, pr
     write_json(out / "test.json", questions, indent=0)
     write_json(out / "scenes.json", [{key: row[key] for key in ("id", "image", "caption", "things")} for row in check], indent=0)
     write_json(mark, {**parameters, "complete": True}, indent=None)
+
+
+def in_turns(talk: dict[str, Any], turns: int) -> Iterator[dict[str, Any]]:
+    """A conversation about a picture, as `write_world` writes it, as several of at most `turns` questions each."""
+    said = talk["conversations"]
+    for number, start in enumerate(range(0, len(said), 2 * turns)):
+        own = [dict(turn) for turn in said[start : start + 2 * turns]]
+        if start:
+            own[0]["value"] = "<image>\n" + own[0]["value"]
+        yield {**talk, "id": f"{talk['id']}-{number}", "conversations": own}
 
 
 def _write_one(job: tuple[Path, int, Split, int, int]) -> dict[str, Any]:
