@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ from ruamel.yaml import YAML
 
 from foveate.errors import FoveateError
 from foveate.reproduce.tables import Column
-
-TASKS = "foveate-tasks"  # where changed tasks are written
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ class Job:
 @dataclass(frozen=True)
 class Measured:
     """What lmms-eval found. metrics: all numbers of the task; tokens: visual tokens of a request with pictures, mean over the layers;
-    seconds: of answering, loading left out."""
+    seconds: of answering, loading left out. command: what it was asked by; harness: which release answered."""
 
     metrics: dict[str, float]
     questions: int
     tokens: float | None = None
     seconds: float | None = None
     command: str = ""
-    made: dict[str, str] = field(default_factory=dict)
+    harness: str = ""
 
 
 Harness = Callable[[Job, Path], Measured]
@@ -62,35 +61,37 @@ def require() -> None:
 
 
 def lmms_eval(job: Job, log: Path, *, show: bool = True) -> Measured:
-    """The job by lmms-eval, in a process of its own; its output goes to `log`, and with `show` to this process' errors as well.
+    """The job by lmms-eval, in a process of its own; its output goes to `log`, and with `show` to this process' errors as well. A task that
+    the table changes is written beside the log.
 
     FoveateError where it is not installed, and, with the reason, where it leaves no result.
     """
     require()
     with tempfile.TemporaryDirectory(prefix=".running-", dir=log.parent) as scratch:
-        words = command(job, Path(scratch))
-        _follow(words, log, show)
+        words = command(job, log.with_suffix(".tasks"))
+        _follow([sys.executable, "-m", *words, "--output_path", scratch], log, show)
         found = sorted(Path(scratch).rglob("*_results.json"))
         if not found:
             raise FoveateError(_reason(log, job))
-        return read_results(json.loads(found[-1].read_text(encoding="utf-8")), job.column.task, shlex.join(words))
+        measured = read_results(json.loads(found[-1].read_text(encoding="utf-8")), job.column.task)
+        return replace(measured, command=shlex.join(words), harness=f"lmms-eval {version('lmms-eval')}")
 
 
-def command(job: Job, out: Path) -> list[str]:
-    """The words of lmms-eval's command, which writes into `out`. A changed task is written there too."""
+def command(job: Job, tasks: Path) -> list[str]:
+    """The words of lmms-eval's command. A task that the table changes is written into the folder `tasks`."""
     if set(job.model) & set(',"'):
         raise FoveateError(
             f"the model's path {job.model} has a comma or a quotation mark, which lmms-eval cannot be given: rename the folder"
         )
     model = f"pretrained={job.model},dtype={job.dtype},reduce={job.reduce.replace(',', ':')}"
-    words = [sys.executable, "-m", "lmms_eval", "--model", "foveate", "--model_args", model, "--tasks", job.column.task]
+    words = ["lmms_eval", "--model", "foveate", "--model_args", model, "--tasks", job.column.task]
     include = job.include
     if job.column.base is not None:
-        include = str(_changed(job.column, include, out / TASKS))
+        include = str(_changed(job.column, include, tasks))
     words += ["--include_path", include] if include else []
     words += ["--device", job.device] if job.device else []
     words += ["--limit", str(job.limit)] if job.limit else []
-    return [*words, "--batch_size", str(job.batch_size), "--output_path", str(out)]
+    return [*words, "--batch_size", str(job.batch_size)]
 
 
 def _changed(column: Column, include: str | None, folder: Path) -> Path:
@@ -101,7 +102,7 @@ def _changed(column: Column, include: str | None, folder: Path) -> Path:
     base = next((place / str(column.base) for place in places if (place / str(column.base)).is_file()), None)
     if base is None:
         raise FoveateError(f"task {column.task}: there is no {column.base} in {' or in '.join(map(str, places)) or 'any folder of tasks'}")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{column.task}.yaml").open("w", encoding="utf-8") as file:
         YAML(typ="safe").dump({"include": str(base.resolve()), "task": column.task, **column.changes}, file)
     return folder
@@ -123,7 +124,7 @@ def _follow(words: list[str], log: Path, show: bool) -> None:
             raise
 
 
-def read_results(found: Mapping[str, Any], task: str, command: str = "") -> Measured:
+def read_results(found: Mapping[str, Any], task: str) -> Measured:
     """What an lmms-eval results file says of `task`. FoveateError where it says nothing."""
     results = found.get("results", {}).get(task)
     if results is None:
@@ -131,18 +132,15 @@ def read_results(found: Mapping[str, Any], task: str, command: str = "") -> Meas
     metrics: dict[str, float] = {}
     for key, value in results.items():
         name = key.partition(",")[0]
-        if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_stderr"):
+        if isinstance(value, int | float) and not isinstance(value, bool) and "_stderr" not in name:
             metrics.setdefault(name, float(value))
     metrics.pop("samples", None)
     counts, throughput = found.get("n-samples", {}).get(task, {}), found.get("throughput", {})
-    made = {"lmms-eval": found.get("lmms_eval_version"), "transformers": found.get("transformers_version")}
     return Measured(
         metrics,
         int(counts.get("effective", counts.get("original", 0))),
         throughput.get("avg_visual_tokens_all_layers"),
         throughput.get("total_elapsed_time"),
-        command,
-        {name: str(version) for name, version in made.items() if version},
     )
 
 

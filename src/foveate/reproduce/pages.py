@@ -156,5 +156,5 @@ def _row(table: Table, name: str, numbers: Mapping[str, Number], found: Found) -
 
 
 def _versions(found: Found) -> list[str]:
-    made = {f"{name} {number}" for cells in found.values() for cell in cells.values() for name, number in cell.made.items()}
+    made = {cell.harness for cells in found.values() for cell in cells.values() if cell.harness}
     return [f"foveate {version('foveate')}", *sorted(made), environment()]
