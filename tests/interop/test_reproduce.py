@@ -15,8 +15,8 @@ from tests.interop.test_lmms_eval import SCENES, UTILS
 
 from foveate.cli import main
 from foveate.evaluation.evaluate import evaluate
-from foveate.reproduce.harness import Job, lmms_eval
-from foveate.reproduce.tables import Column
+from foveate.reproduce.harness import Job, command, lmms_eval
+from foveate.reproduce.tables import Column, load_table, names
 from foveate.world.scenes import write_world
 
 pytestmark = pytest.mark.skipif(
@@ -115,3 +115,32 @@ def test_the_harness_reason_is_told(world: Path, capfd: pytest.CaptureFixture[st
         lmms_eval(Job("asset:vlm", "none", column, include=str(world / "tasks")), world / "log", show=False)
     assert capfd.readouterr().err == ""
     assert "no_such_task" in (world / "log").read_text()
+
+
+def test_every_task_of_the_shipped_tables_is_one_with_its_metrics_and_its_data(tmp_path: Path) -> None:
+    from lmms_eval.tasks import TaskManager
+    from lmms_eval.utils import load_yaml_config
+
+    index = TaskManager("ERROR").task_index
+    columns = {column.task: column for name in names() for column in load_table(name).columns.values()}
+    assert len(columns) > 8
+    for task, column in columns.items():
+        if column.base is None:
+            path = index[task]["yaml_path"]
+        else:
+            words = command(Job("asset:vlm", "none", column), tmp_path / task)
+            path = str(Path(words[words.index("--include_path") + 1]) / f"{task}.yaml")
+        told = load_yaml_config(path, mode="simple")
+        assert told["task"] == task
+        assert {metric["metric"] for metric in told["metric_list"]} >= set(column.metric), task
+        assert told["dataset_path"] == column.data, task
+        assert told["output_type"] == "generate_until", task
+    assert told_ocr(tmp_path) is True
+
+
+def told_ocr(folder: Path) -> Any:
+    """Whether the changed TextVQA, as lmms-eval reads it, asks with OCR tokens."""
+    from lmms_eval.utils import load_yaml_config
+
+    (path,) = folder.glob("foveate_textvqa_val_ocr/*.yaml")
+    return load_yaml_config(str(path), mode="simple")["lmms_eval_specific_kwargs"]["default"]["ocr"]

@@ -79,7 +79,7 @@ def test_numbers_are_those_of_the_sources(name: str, row: str, numbers: dict[str
 
 def test_positions_are_those_of_the_papers() -> None:
     def positions(name: str) -> set[str]:
-        return {reducer.positions for row in TABLES[name].rows.values() for reducer in parse(row.reduce)}  # type: ignore[attr-defined]
+        return {reducer.positions for row in TABLES[name].rows.values() for reducer in parse(row.reduce)}
 
     for name in ("visionzip", "divprune", "fastervlm", "cdpruner", "sparsevlm"):
         assert positions(name) == {"renumber"}, name

@@ -26,7 +26,7 @@ from foveate.inference import model_hash
 from foveate.model.weights import reading
 from foveate.world import resolve
 
-_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt")
+_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 _BYTES = 2  # of a parameter, as checkpoints of this size are saved
 
 

@@ -90,7 +90,7 @@ class Reproduction:
     def path(self, row: str, column: str) -> Path:
         """A cell's file: its name says what it is, and a hash of all that the numbers depend on tells it from others."""
         asked = self.table.columns[column]
-        what = [self.checkpoint.name, self.checkpoint.version, self.table.dtype, self.table.rows[row].reduce]
+        what: list[Any] = [self.checkpoint.name, self.checkpoint.version, self.table.dtype, self.table.rows[row].reduce]
         what += [asked.task, asked.base, asked.changes, self.choice.limit, self.choice.include or self.table.tasks]
         plain = "".join(letter if letter.isalnum() else "-" for letter in f"{row}-{column}")
         return self.out / "cells" / f"{plain[:80]}-{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]}.json"
@@ -150,7 +150,7 @@ def chosen(table: Table, choice: Choice) -> Table:
             name, equals, task = word.partition("=")
             column = _known("benchmark", name, table.columns, table.name)
             told = f"asked as lmms-eval's task {task} in place of {column.task}"
-            other = {"task": task, "base": None, "changes": {}, "note": f"{column.note}; {told}" if column.note else told}
+            other: dict[str, Any] = {"task": task, "base": None, "changes": {}, "note": f"{column.note}; {told}" if column.note else told}
             columns[name] = column.model_copy(update=other) if equals else column
     if choice.limit is not None and choice.limit < 1:
         raise FoveateError(f"limit={choice.limit} is not possible; give a number of questions of at least 1")

@@ -121,8 +121,8 @@ class Table(_Strict):
                 raise ValueError(f"rows.{name}.reduce: {error}") from None
         if self.average is not None and self.average.full not in self.rows:
             raise ValueError(f"average.full: there is no row {self.average.full!r}{nearest(self.average.full, self.rows)}")
-        for name, column in self.columns.items():
-            if column.changes and column.base is None:
+        for name, asked in self.columns.items():
+            if asked.changes and asked.base is None:
                 raise ValueError(f"columns.{name}.changes: name the task that is changed by base, the YAML file of it")
         return self
 
