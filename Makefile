@@ -36,7 +36,7 @@ conformance: $(READY)
 
 # lmms-eval itself runs this package, in an environment of its own: it is heavy and pins what others need newer.
 interop: $(INTEROP)/.ready
-	$(INTEROP)/bin/python -m pytest tests/interop/test_lmms_eval.py
+	$(INTEROP)/bin/python -m pytest tests/interop/test_lmms_eval.py tests/interop/test_reproduce.py
 
 $(INTEROP)/.ready: pyproject.toml constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv $(INTEROP)

@@ -217,6 +217,35 @@ def search(
 
 
 @app.command()
+def reproduce(
+    table: Annotated[str | None, typer.Argument(help="A published table, or a YAML file; none lists them.", metavar="[TABLE]")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only this row; may be given more than once.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this benchmark; GQA=gqa_lite asks another task of lmms-eval. May be given more than once."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Another checkpoint: a hub name, a model folder or asset:vlm.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; the same command goes on. Default: runs/reproduce/TABLE.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each benchmark; nothing is judged then.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say what it takes, and stop.")] = False,
+    tflops: Annotated[float | None, typer.Option(help="This machine's rate, for the time that is shown.")] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Measure that rate on a few questions first.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before downloading and running.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one, else the CPU.")] = None,
+    include_path: Annotated[str | None, typer.Option(help="A folder of lmms-eval tasks of your own.", metavar="DIR")] = None,
+) -> None:
+    """Run a published table on your weights, by lmms-eval. Exit code 1: a judged number lies outside its tolerance; 0: none does."""
+    from foveate.reproduce.run import Choice, How
+    from foveate.reproduce.run import main as run
+
+    choice = Choice(tuple(only or ()), tuple(task or ()), model, limit, batch_size, device, include_path)
+    raise typer.Exit(run(table, out, choice, How(plan, yes, probe, tflops)))
+
+
+@app.command()
 def profile(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name or asset:vlm.", metavar="MODEL")],
     reduce: Annotated[list[str] | None, typer.Option(help='For example "fastv:keep=0.25"; may be given more than once.')] = None,
@@ -254,7 +283,7 @@ def list_methods() -> None:
 
 
 def main(argv: list[str] | None = None) -> Any:
-    """Exit code 0, or 2 with one message for bad input."""
+    """Exit code 0, or 2 with one message for bad input; 1 of `reproduce` where a number lies outside its tolerance."""
     try:
         return app(args=argv, standalone_mode=True)
     except FoveateError as error:
