@@ -9,15 +9,25 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer, CLIPVisionModel, LlamaForCausalLM
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlamaForCausalLM,
+)
 
 from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import evaluate
-from foveate.world import asset, backbones, resolve
-from foveate.world.exercises import EXERCISES, exercise
+from foveate.world import asset, language, resolve
+from foveate.world.exercises import EXERCISES, asked, crossed, exercise, plain
+from foveate.world.language import score_lm, train_lm
 from foveate.world.pictures import render, scene
-from foveate.world.questions import parse_box
+from foveate.world.questions import at, parse_box
 from foveate.world.scenes import in_turns, write_world
+from foveate.world.text import document
+from foveate.world.tower import tower_batch, train_tower
 
 SHIPPED = ("tower", "lm", "vlm")
 
@@ -47,7 +57,7 @@ def test_tower_loads_and_serves_two_resolutions() -> None:
     picture = Image.fromarray(render(scene(0, "test"), 128))
     small = processor(picture, return_tensors="pt")["pixel_values"]
     assert small.shape == (1, 3, 64, 64)
-    assert torch.allclose(small, backbones.tower_batch([scene(0, "test")], 64)["pixels"], atol=1e-5)  # what it was trained on
+    assert torch.allclose(small, tower_batch([scene(0, "test")], 64)["pixels"], atol=1e-5)  # what it was trained on
     large = processor(picture, size={"height": 128, "width": 128}, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         assert tower(small).last_hidden_state.shape == (1, 65, 128)
@@ -58,7 +68,7 @@ def test_language_model_answers_from_a_description() -> None:
     """It has learnt to look things up in a text: well above guessing (half, a sixth); training left it at 0.75 and 0.72."""
     model = LlamaForCausalLM.from_pretrained(asset("lm"), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
-    score = backbones.score_lm(model, tokenizer, 40)
+    score = score_lm(model, tokenizer, 40)
     assert score["reading"] > 0.9
     assert score["presence"] > 0.6
     assert score["attribute"] > 0.6
@@ -80,8 +90,8 @@ def test_finished_model_answers(tmp_path: Path) -> None:
 
 def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
-        backbones.train_tower(tmp_path / "tower" / name, steps=3, seed=1, batch=4, held_out=4)
-        backbones.train_lm(tmp_path / "lm" / name, steps=2, seed=1, batch=2, held_out=1)
+        train_tower(tmp_path / "tower" / name, steps=3, seed=1, batch=4, held_out=4)
+        train_lm(tmp_path / "lm" / name, steps=2, seed=1, batch=2, held_out=1)
     for kind in ("tower", "lm"):
         first, second = ((tmp_path / kind / name / "model.safetensors").read_bytes() for name in ("a", "b"))
         assert first == second
@@ -89,7 +99,7 @@ def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: 
 
 
 def test_language_model_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    backbones.train_lm(tmp_path / "whole", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+    train_lm(tmp_path / "whole", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
 
     def stopped(*_: Any) -> dict[str, float]:
         if (tmp_path / "parts" / "state.pt").is_file():
@@ -97,26 +107,75 @@ def test_language_model_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch
         return {}
 
     with monkeypatch.context() as patch:
-        patch.setattr(backbones, "score_lm", stopped)
+        patch.setattr(language, "score_lm", stopped)
         with pytest.raises(KeyboardInterrupt):
-            backbones.train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
-    backbones.train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+            train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+    train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     assert not (tmp_path / "parts" / "state.pt").exists()
 
 
-def test_exercise_weights() -> None:
+def test_weights_of_talks() -> None:
     """What is taught follows from the description; what is drawn at will hardly counts, nor does what pads."""
     tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
-    pieces = [exercise(0), exercise(1)]
-    batch = backbones.piece_batch(tokenizer, pieces)
-    for row, own in enumerate(pieces):
-        taught = "".join(text for text, follows in own if follows)
-        assert tokenizer.decode(batch["input_ids"][row][batch["weights"][row] == 1]) == taught
-        assert tokenizer.decode(batch["input_ids"][row][batch["weights"][row] > 0]) == "".join(text for text, _ in own)
-    assert not batch["weights"][batch["input_ids"] == tokenizer.pad_token_id].any()
-    assert batch["input_ids"].shape[1] % 16 == 0
+    talks = [exercise(0), asked(1), crossed(2)]
+    made = language.padded([language.tokens(tokenizer, talk) for talk in talks])
+    assert torch.equal(made["words"][..., 0], made["input_ids"])
+    assert not made["words"][..., 1:].any()
+    for row, talk in enumerate(talks):
+        ids, weights = made["input_ids"][row], made["weights"][row]
+        assert tokenizer.decode(ids[weights == 1]) == "".join(text for text, follows in talk.pieces if follows)
+        assert tokenizer.decode(ids[weights > 0]) == "".join(text for text, _ in talk.words())
+    assert not made["weights"][made["input_ids"] == tokenizer.pad_token_id].any()
+    assert made["input_ids"].shape[1] % 16 == 0
+
+
+def test_things_that_are_one_token() -> None:
+    """A bound description has a token for each shape, and for each token of writing, of all that its words say; the talk is the same."""
+    tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
+    model = AutoModelForCausalLM.from_pretrained(asset("lm"), dtype="float32")
+    table = model.get_input_embeddings().weight
+    for talk in (exercise(0), exercise(3), asked(1), crossed(2)):
+        rows, words = language.tokens(tokenizer, talk, bound=True), language.tokens(tokenizer, talk)
+        own = [row for row in rows if row[2] == 0]
+        assert [row for row in rows if row[2]][2:] == words[-len(rows) + 2 + len(own) :]
+        shapes = [thing for thing in talk.things if thing.kind == "shape"]
+        read = [tokenizer.decode(ids) for ids, _, _ in own]
+        assert [text for text in read if text.split()[0] in ("small", "large")] == [
+            f" {thing.size} {thing.colour} {thing.name}{at(thing)}" for thing in shapes
+        ]
+        ids = own[0][0]
+        expected = (table[ids[:-1]].sum(0) + table[ids[-1]].roll(96)) / len(ids) ** 0.5
+        found = language.embed(model, language.padded([rows])["words"])[0]
+        assert torch.allclose(found[2], expected, atol=1e-6)
+        assert torch.equal(found[1], table[tokenizer.convert_tokens_to_ids("<user>")])
+
+
+def test_crossed_properties() -> None:
+    """Answers against the description; of the pairs of its colours and shapes some are there and some are not."""
+    for seed in range(60):
+        talk = crossed(seed)
+        there = {(str(thing.colour), thing.name) for thing in talk.things}
+        sizes = {(str(thing.size), str(thing.colour), thing.name) for thing in talk.things}
+        order = ""
+        for (given, _), (follows, _) in zip(talk.pieces[::2], talk.pieces[1::2], strict=True):
+            if given.endswith("<assistant>") or "<assistant>" in given:
+                order, given = re.split("<assistant>", given)
+            given, follows = given.removeprefix(", "), follows.removesuffix("</s>").strip()
+            if "count." in order:
+                word = given.split()[0]
+                assert int(follows) == sum(word in ("objects", t.colour, f"{t.name}s", f"{t.name}es") for t in talk.things)
+            elif "exactly?" in order:
+                assert follows == ("yes" if tuple(given.split()) in sizes else "no")
+            elif "tell." in order:
+                assert tuple(follows.split()) in sizes
+            elif "find." in order:
+                places = [at(thing) for thing in talk.things if f"{thing.colour} {thing.name}" == given]
+                assert follows == (places[0] if places else "no")
+            else:
+                pair = tuple(given.split()) if "which" in order else tuple(order.split("is there a ")[1].removesuffix("?").split())
+                assert follows == ("yes" if pair in there else "no")
 
 
 def test_every_exercise_follows_from_the_scene() -> None:
@@ -142,18 +201,23 @@ def test_every_exercise_follows_from_the_scene() -> None:
                     word = given.split()[0]
                     counted = [t for t in item.shapes if word in (str(t.colour), f"{t.name}s", f"{t.name}es", "objects")]
                     assert follows == f" {len(counted)}"
+                elif order == "find.":
+                    places = [place for place, t in shapes.items() if f"{t.colour} {t.name}" == given]
+                    assert follows == (places[0] if places else " no")
+                elif order == "exactly?":
+                    assert follows == (" yes" if given in {f"{t.size} {t.colour} {t.name}" for t in item.shapes} else " no")
                 elif order == "which are there?":
                     assert follows == (" yes" if given in {f"{t.colour} {t.name}" for t in item.shapes} else " no")
 
 
-def test_answer_weights() -> None:
+def test_weights_of_plain_documents() -> None:
     tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
-    texts = ["<s><user>a red ring\nhow many objects are there?<assistant>1</s><user>what color is the ring?<assistant>red</s>", "<s>a</s>"]
-    batch = backbones.lm_batch(tokenizer, texts)
-    heavy = batch["input_ids"][0][batch["weights"][0] == 1]
-    assert tokenizer.decode(heavy) == "1</s>red</s>"
-    assert batch["weights"][1].tolist()[:3] == pytest.approx([0.1] * 3)
-    assert not batch["weights"][1][3:].any()
+    for seed in range(8):
+        rows = language.tokens(tokenizer, plain(seed))
+        text = document(seed)
+        assert tokenizer.decode([one for _, one, _ in rows]) == text
+        answers = "".join(part.split("</s>")[0] + "</s>" for part in text.split("<assistant>")[1:])
+        assert tokenizer.decode([one for _, one, weight in rows if weight == 1]) == answers
 
 
 @pytest.mark.parametrize(("questions", "turns", "sizes"), [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (3, 5, [3]), (3, 1, [1, 1, 1])])

@@ -37,13 +37,20 @@ class Question:
 
 def caption(scene: Scene, places: bool = True, rng: random.Random | None = None) -> str:
     """Everything in a scene, by rows from the top; with `rng`, in a random order. `places` adds the cell of each centre."""
-    named = []
-    for thing in scene.things:
-        named.append((cell(thing.centre[0]), cell(thing.centre[1]), what(thing)))
-    named.sort()
+    return ", ".join(what(thing) + (at(thing) if places else "") for thing in ordered(scene, rng))
+
+
+def ordered(scene: Scene, rng: random.Random | None = None) -> list[Thing]:
+    """The things of a scene as a caption has them: by the rows of the ruler from the top, or with `rng` in a random order."""
+    things = sorted(scene.things, key=lambda thing: (*map(cell, thing.centre), what(thing)))
     if rng is not None:
-        rng.shuffle(named)
-    return ", ".join(name + (f"<loc{row}><loc{col}>" if places else "") for row, col, name in named)
+        rng.shuffle(things)
+    return things
+
+
+def at(thing: Thing) -> str:
+    """The cell of a thing's centre."""
+    return "".join(f"<loc{cell(middle)}>" for middle in thing.centre)
 
 
 def what(thing: Thing) -> str:
@@ -151,12 +158,16 @@ def _count(scene: Scene, rng: random.Random) -> Question | None:
     if rng.random() < 0.3:
         return Question("how many objects are there?", str(len(scene.shapes)), "count")
     counts = {f"{colour} objects": sum(thing.colour == colour for thing in scene.shapes) for colour in COLOURS}
-    counts |= {f"{shape}{'es' if shape == 'cross' else 's'}": sum(thing.name == shape for thing in scene.shapes) for shape in SHAPES}
+    counts |= {plural(shape): sum(thing.name == shape for thing in scene.shapes) for shape in SHAPES}
     # By answer first: asked at random, nearly all would be 0 or 1.
     answers = sorted(set(counts.values()))
     answer = rng.choices(answers, [_COUNT_WEIGHTS[n] for n in answers])[0]
     what = rng.choice([what for what, n in counts.items() if n == answer])
     return Question(f"how many {what} are there?", str(answer), "count")
+
+
+def plural(shape: str) -> str:
+    return f"{shape}{'es' if shape == 'cross' else 's'}"
 
 
 def _attribute(scene: Scene, rng: random.Random) -> Question | None:
