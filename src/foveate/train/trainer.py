@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NoReturn
@@ -78,6 +78,7 @@ class FoveateTrainer(ShardedTrainer):
         )
         self.add_callback(self.switch)
         self.rates, self.validation, self.stand_in = rates, validation, stand_in
+        self.called: Callable[[Any], Any] = cache(BFloat16Copy) if stage.bf16_copy else lambda model: model
         self.visual = part_modules(self.model)
         seen = {parameter for module in self.visual for parameter in module.parameters()}
         self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())
@@ -206,7 +207,7 @@ class FoveateTrainer(ShardedTrainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        called = BFloat16Copy(model) if self.stage.bf16_copy else model
+        called = self.called(model)
         if self.stage.align is not None:
             return self.stage.align(called, inputs)[0] * self.args.world_size / self.order.batch_size
         if self.passes is not None:
@@ -265,7 +266,7 @@ class FoveateTrainer(ShardedTrainer):
             generator=torch.Generator(),
         )
         model: Any = self.model_wrapped if self.divided else self.model
-        called = BFloat16Copy(model) if self.stage.bf16_copy else model
+        called = self.called(model)
         sums = torch.zeros(2, dtype=torch.float64)
         model.eval()
         with torch.no_grad():
