@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +24,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from foveate.accounting import Trained
+from foveate.anatomy import read
 from foveate.data.packing import Price, cheapest, even, lay, packed
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.reducers import parse
 from foveate.tokens import ImagePlan
 from foveate.train.account import Costs
-from foveate.train.packing import Packing, refuse
+from foveate.train.by_sample import attend, sample_by_sample
+from foveate.train.packing import Packing, goes_by_sample, refuse
 from foveate.train.run import main
 from foveate.train.supervised import tried
 
@@ -46,6 +50,7 @@ REDUCERS = (
 LAYOUTS = ([range(5)], [range(2), range(2, 5)], [range(1), range(1, 4), range(4, 5)])
 MODELS: dict[str, Callable[[], Any]] = {"foveate": assembled, "llava": llava}
 TOLERANCE = 2e-5
+Attention = Callable[[], AbstractContextManager[None]]
 
 
 def batch_of(rows: list[list[int]] = PROMPTS) -> dict[str, Tensor]:
@@ -53,13 +58,13 @@ def batch_of(rows: list[list[int]] = PROMPTS) -> dict[str, Tensor]:
     return batch.inputs | {"labels": batch.labels()}
 
 
-def same(model: Any, batch: dict[str, Tensor], rows: list[range], items: int = 7) -> None:
+def same(model: Any, batch: dict[str, Tensor], rows: list[range], items: int = 7, attention: Attention = nullcontext) -> None:
     """Loss and gradients of a step on the batch as it is, and laid out in rows; both with the head at supervised rows."""
     head, scaled = tried(model, batch, True), {"num_items_in_batch": torch.tensor(items)}
     with head.alone(batch) as given:
         loss, gradients = step(model, model, {**given, **scaled})
     together = packed(batch, rows, 0)
-    with head.alone(together) as given:
+    with head.alone(together) as given, attention():
         found, others = step(model, model, {**given, **scaled})
     torch.testing.assert_close(found, loss, rtol=TOLERANCE, atol=0)
     assert others.keys() == gradients.keys()
@@ -86,6 +91,47 @@ def test_with_other_attention(attention: str, reducer: str) -> None:
         text_backend(model, attention)
     with attach(model, parse(reducer)):
         same(model, batch_of(), LAYOUTS[0])
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("name", ["eager", "sdpa", "llava"])
+def test_attention_that_goes_sample_by_sample(name: str, reducer: str) -> None:
+    model, batch = (llava() if name == "llava" else assembled(name)).train(), batch_of()
+    anatomy = read(model)
+    before = anatomy.text_config._attn_implementation
+    with attach(model, parse(reducer)):
+        same(model, batch, LAYOUTS[0], attention=partial(sample_by_sample, anatomy))
+    assert anatomy.text_config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("maker", "reducers", "goes"),
+    [
+        (assembled, ["none", "vcc:layer=1,stride=4"], True),
+        (llava, ["fastv:layer=2,keep=0.5"], True),
+        (partial(over, "gemma2"), [], False),  # every second layer has a window
+        (lambda: text_backend(llava(), "flash_stand_in"), [], False),  # which takes samples as they are
+        (assembled, ["no-such-method"], False),
+    ],
+    ids=["foveate", "llava", "windows", "flash", "reducer"],
+)
+def test_who_goes_sample_by_sample(maker: Callable[[], Any], reducers: list[str], goes: bool) -> None:
+    model = maker().train()
+    assert goes_by_sample(model, batch_of(), 0, reducers) is goes
+    assert model.training
+    packing = Packing(None, model, Costs(model.config, Trained()), pad=0, by_sample=goes)
+    plans = [[ImagePlan.whole(PATCHES, (4, 4))] * (row.count(IMAGE) // PATCHES) for row in PROMPTS]
+    made = packing(batch_of(), plans, "none")
+    assert len(made["input_ids"]) == 1 or not goes
+
+
+@pytest.mark.parametrize("given", ["a mask", "no positions", "a past"])
+def test_one_row_with_its_positions_is_wanted(given: str) -> None:
+    module, states, positions = read(assembled("sdpa")).layers[0].self_attn, torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    mask = torch.ones(1, 6) if given == "a mask" else None
+    keys = torch.cat([states, states], 2) if given == "a past" else states
+    with pytest.raises(FoveateError, match="sample by sample"):
+        attend("sdpa", module, states, keys, keys, mask, position_ids=None if given == "no positions" else positions)
 
 
 def test_windows_count_from_the_beginning_of_a_sample() -> None:

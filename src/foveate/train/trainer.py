@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -183,7 +184,8 @@ class FoveateTrainer(ShardedTrainer):
         self._flops += self._cost(inputs, plans)
         if self.packing is not None:
             inputs = self.packing(inputs, plans, self.switch.current)
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with nullcontext() if self.packing is None else self.packing.attention():
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.stand_in is not None and self.trains_text and self.accelerator.sync_gradients:
             seen = self.accelerator.reduce(torch.tensor(self._step_images, device=self.args.device), reduction="sum")
             if not int(seen):  # one process would have no gradients of these parts in this step, and leave them as they are

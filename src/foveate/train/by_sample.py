@@ -1,0 +1,75 @@
+"""Attention of packed samples on a backend that takes a padded batch: sample by sample, with no mask of pairs.
+
+Flash attention's kernels take samples end to end and are told where each begins. Other backends take a mask of pairs, T² of them for a row
+of T tokens, of which most belong to two samples. Here such a backend is given the samples of the row as a batch (samples, heads, longest,
+width), causal, and what it makes of that is laid end to end again: linear maps, norms and the head see no padding, attention sees what it
+would without packing. To transformers and to the engine this is a flash attention, as its name says: what they hand it are positions that
+begin anew with each sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from foveate.anatomy import Anatomy
+from foveate.errors import FoveateError
+from foveate.probes.layer import eager
+
+BACKENDS = ("eager", "sdpa")
+PREFIX = "foveate_flash_over_"  # before the name of the backend
+
+
+@contextmanager
+def sample_by_sample(anatomy: Anatomy) -> Iterator[None]:
+    """The decoder's attention goes sample by sample while it is given one packed row, until the `with` block is left."""
+    config = anatomy.text_config
+    backend = config._attn_implementation
+    name = PREFIX + backend
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, partial(attend, backend))
+        AttentionMaskInterface.register(name, flash_attention_mask)
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = backend
+
+
+def attend(
+    backend: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """(1, heads, T, width) each, and the positions (1, T) -> (1, T, heads, width). FoveateError where samples cannot be told by these."""
+    if attention_mask is not None or position_ids is None or position_ids.shape != (1, query.shape[2]) or key.shape[2] != query.shape[2]:
+        raise FoveateError("attention goes sample by sample where one row of them comes with its positions, and no mask")
+    starts = (position_ids[0] == 0).nonzero()[:, 0]
+    lengths = torch.diff(starts, append=starts.new_tensor([query.shape[2]]))
+    longest = int(lengths.max())
+    places = (torch.arange(longest, device=lengths.device) < lengths[:, None]).flatten().nonzero()[:, 0]
+
+    def laid(states: Tensor) -> Tensor:
+        flat = states[0].transpose(0, 1)
+        rows = flat.new_zeros(len(lengths) * longest, *flat.shape[1:]).index_copy(0, places, flat)
+        return rows.unflatten(0, (len(lengths), longest)).transpose(1, 2)
+
+    mask = None
+    if backend == "eager":  # padding comes after all that is real, and no real token sees what comes after it
+        mask = torch.full((longest, longest), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device).triu(1)[None, None]
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager(type(module)))
+    made, *_ = function(module, laid(query), laid(key), laid(value), mask, **kwargs)
+    return made.flatten(0, 1).index_select(0, places)[None], None
