@@ -21,6 +21,7 @@ from tests.train import tiny_training
 from tests.train.test_supervised_rows import over, step
 from tests.train.tiny_training import RECIPE
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from foveate.accounting import Trained
@@ -31,7 +32,7 @@ from foveate.errors import FoveateError
 from foveate.reducers import parse
 from foveate.tokens import ImagePlan
 from foveate.train.account import Costs
-from foveate.train.by_sample import attend, sample_by_sample
+from foveate.train.by_sample import BLOCK, attend, causal, sample_by_sample
 from foveate.train.packing import Packing, goes_by_sample, refuse
 from foveate.train.run import main
 from foveate.train.supervised import tried
@@ -123,6 +124,23 @@ def test_who_goes_sample_by_sample(maker: Callable[[], Any], reducers: list[str]
     plans = [[ImagePlan.whole(PATCHES, (4, 4))] * (row.count(IMAGE) // PATCHES) for row in PROMPTS]
     made = packing(batch_of(), plans, "none")
     assert len(made["input_ids"]) == 1 or not goes
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+def test_plain_products_in_blocks_are_causal_attention(length: int, groups: int) -> None:
+    shapes = [(2, heads, length, 8) for heads in (2 * groups, 2, 2)]
+    generator = torch.Generator().manual_seed(length)
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    alike = [states.detach().requires_grad_() for states in given]
+    found = causal(*given, scaling=0.3)
+    expected = scaled_dot_product_attention(*alike, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for made in (found, expected):
+        made.backward(upstream)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(given, alike, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 @pytest.mark.parametrize("given", ["a mask", "no positions", "a past"])

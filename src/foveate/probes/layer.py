@@ -93,7 +93,7 @@ class LayerProbe:
         if live.armed:
             rows = _rows(name, query, key, attention_mask, kwargs)
             live.seen.append(replace(rows, group=tensor_parallel_group(module)))
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager(type(module)))
+        function = ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager(type(module)))
         live.inside = True  # the backend may ask for its own name
         try:
             return function(module, query, key, value, attention_mask, **kwargs)
@@ -172,7 +172,7 @@ def _samples(query: Tensor, key: Tensor, mask: Any, given: dict[str, Any]) -> Te
     return (positions == positions.min()).cumsum(1)
 
 
-def eager(kind: type[nn.Module]) -> Callable[..., Any] | None:
+def _eager(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """The function that an attention layer calls in eager mode: not in the library's table, but named in the layer's own code."""
     forward: Any = inspect.unwrap(kind.forward)
     name = next((name for name in forward.__code__.co_names if name.endswith("eager_attention_forward")), None)
