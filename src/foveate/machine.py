@@ -53,6 +53,7 @@ def kept_memory(device: str) -> Iterator[None]:
     if device != "cpu":
         yield
         return
+    _habit()  # of versions of glibc that refuse more
     _allocator(M_MMAP_THRESHOLD, MOST)
     _allocator(M_TRIM_THRESHOLD, MOST)
     try:
