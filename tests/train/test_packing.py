@@ -143,6 +143,14 @@ def test_plain_products_in_blocks_are_causal_attention(length: int, groups: int)
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize(("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4))])
+def test_what_eager_attention_does_beside_products_is_refused(name: str, value: Any) -> None:
+    module, states, positions = read(assembled("eager")).layers[0].self_attn, torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    attend("eager", module, states, states, states, None, position_ids=positions, **{name: None})
+    with pytest.raises(FoveateError, match="sample by sample"):
+        attend("eager", module, states, states, states, None, position_ids=positions, **{name: value})
+
+
 @pytest.mark.parametrize("given", ["a mask", "no positions", "a past"])
 def test_one_row_with_its_positions_is_wanted(given: str) -> None:
     module, states, positions = read(assembled("sdpa")).layers[0].self_attn, torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])

@@ -60,6 +60,8 @@ def attend(
     """(1, heads, T, width) each, and the positions (1, T) -> (1, T, heads, width). FoveateError where samples cannot be told by these."""
     if attention_mask is not None or position_ids is None or position_ids.shape != (1, query.shape[2]) or key.shape[2] != query.shape[2]:
         raise FoveateError("attention goes sample by sample where one row of them comes with its positions, and no mask")
+    if backend == "eager" and any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):
+        raise FoveateError("attention goes sample by sample where scores are not capped and there are no sinks")
     starts = (position_ids[0] == 0).nonzero()[:, 0]
     lengths = torch.diff(starts, append=starts.new_tensor([query.shape[2]]))
     longest = int(lengths.max())
