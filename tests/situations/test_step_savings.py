@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ from torch.func import functional_call
 from foveate.bridges.cross_attention import attention
 from foveate.machine import exact_peaks, kept_memory
 from foveate.train.bf16_copy import BFloat16Copy
+from foveate.train.run import main
+from foveate.train.trainer import FoveateTrainer
+from tests.situations.runs import prepare, recipe, rows, same, stage
 
 # ---- the copy in bfloat16
 
@@ -40,7 +44,7 @@ X = torch.linspace(-1, 1, 8).view(2, 4).to(torch.bfloat16)
 
 def test_what_is_frozen_is_copied_once() -> None:
     model = Noting()
-    call = BFloat16Copy(model)
+    call = BFloat16Copy().of(model)
     for _ in range(3):
         call(x=X).sum().backward()
     first, *later = model.seen
@@ -74,13 +78,41 @@ def thaw(model: Noting, values: Tensor) -> None:
 @pytest.mark.parametrize("change", [load, write, thaw])
 def test_values_that_were_changed_are_copied_again(change: Any) -> None:
     model = Noting()
-    call, values = BFloat16Copy(model), torch.full((4, 4), 0.25)
+    call, values = BFloat16Copy().of(model), torch.full((4, 4), 0.25)
     before = call(x=X)
     change(model, values)
     after = call(x=X)
     fresh = functional_call(model, {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in model.named_parameters()}, X)
     assert torch.equal(after, fresh)
     assert not torch.equal(after, before)
+
+
+@pytest.mark.usefixtures("home")
+def test_runs_on_kept_copies_are_those_on_fresh_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adapters that are merged into what was frozen, a growth, validation and packing; in one go, and stopped and gone on with."""
+    prepare(tmp_path)
+    held = {"conversations": str(tmp_path / "data.json"), "images": str(tmp_path / "images"), "limit": 5, "every": 2}
+    common = {"precision": "bf16-copy", "pack": True, "save_steps": 1, "validation": held}
+    changes = stage(0, **common, train={"bridge": True, "lm": {"lora": {"rank": 2}}}), stage(1, **common)
+    kept = main(recipe(tmp_path, "kept", *changes)).parent
+    assert all("validation_loss" in row for row in rows(kept) if row["step"] in (2, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(BFloat16Copy, "_copy", lambda self, value: value.to(torch.bfloat16) if value.is_floating_point() else value)
+        fresh = main(recipe(tmp_path, "fresh", *changes)).parent
+    assert same(kept, fresh)
+
+    stopped, step = recipe(tmp_path, "stopped", *changes), FoveateTrainer.training_step
+
+    def stopping(self: FoveateTrainer, *args: Any, **options: Any) -> Tensor:
+        if self.stage.index == 1 and self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FoveateTrainer, "training_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            main(stopped)
+    assert same(main(stopped).parent, kept)
 
 
 # ---- freed memory
@@ -111,7 +143,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
 
 def test_memory_is_kept_inside_of_the_block(library: Library) -> None:
     with kept_memory("cpu"):
-        assert library.told == [(-3, 2**31 - 1), (-1, 2**31 - 1)]
+        assert library.told == [*HABIT, (-3, 2**31 - 1), (-1, 2**31 - 1)]
         library.told.clear()
     assert library.told == [*HABIT, ("trim", 0)]
 
@@ -119,7 +151,7 @@ def test_memory_is_kept_inside_of_the_block(library: Library) -> None:
 def test_the_habit_comes_back_after_an_error(library: Library) -> None:
     with pytest.raises(KeyError), kept_memory("cpu"):
         raise KeyError
-    assert library.told[2:] == [*HABIT, ("trim", 0)]
+    assert library.told[-3:] == [*HABIT, ("trim", 0)]
 
 
 def test_on_a_gpu_the_allocator_is_left_alone(library: Library) -> None:

@@ -37,10 +37,6 @@ class Packing:
         self.one_row = by_sample or "flash" in str(self.anatomy.text_config._attn_implementation)
         self.price = price(costs.config)
 
-    def attention(self) -> AbstractContextManager[None]:
-        """Around forward and backward pass of what is laid out: how the decoder attends to it."""
-        return sample_by_sample(self.anatomy) if self.by_sample else nullcontext()
-
     def __call__(self, inputs: Mapping[str, Tensor], plans: Sequence[Sequence[ImagePlan]], reducer: str) -> dict[str, Any]:
         """The batch whose samples have images that become `plans`, laid out; the batch itself where every sample has its own row."""
         whole = inputs["attention_mask"].sum(1).tolist()
@@ -56,6 +52,11 @@ class Packing:
         """Tokens of a sample in each decoder layer, where they can be told; else its `whole` length."""
         ledger = self.costs.ledger(reducer, images, whole - sum(plan.tokens for plan in images))
         return [whole] * len(self.price.token) if ledger is None else ledger.total_tokens
+
+
+def attention_of(packing: Packing | None) -> AbstractContextManager[None]:
+    """Around forward and backward pass of what was laid out: how the decoder attends to it."""
+    return sample_by_sample(packing.anatomy) if packing is not None and packing.by_sample else nullcontext()
 
 
 def price(config: Any) -> Price:
