@@ -20,7 +20,7 @@ from tests.tiny import IMAGE, PATCHES, Batch, assembled, llava, prompt
 from tests.train import tiny_training
 from tests.train.test_supervised_rows import over, step
 from tests.train.tiny_training import RECIPE
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -133,8 +133,9 @@ def test_plain_products_in_blocks_are_causal_attention(length: int, groups: int)
     generator = torch.Generator().manual_seed(length)
     given = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
     alike = [states.detach().requires_grad_() for states in given]
-    found = causal(*given, scaling=0.3)
-    expected = scaled_dot_product_attention(*alike, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    (query, key, value), (q, k, v) = given, alike
+    found = causal(query, key, value, 0.3)
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
     upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
     for made in (found, expected):
         made.backward(upstream)
@@ -145,19 +146,20 @@ def test_plain_products_in_blocks_are_causal_attention(length: int, groups: int)
 
 @pytest.mark.parametrize(("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4))])
 def test_what_eager_attention_does_beside_products_is_refused(name: str, value: Any) -> None:
-    module, states, positions = read(assembled("eager")).layers[0].self_attn, torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
-    attend("eager", module, states, states, states, None, position_ids=positions, **{name: None})
+    states, positions = torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    attending: Any = partial(attend, "eager", nn.Identity(), states, states, states, None, position_ids=positions)
+    attending(**{name: None})
     with pytest.raises(FoveateError, match="sample by sample"):
-        attend("eager", module, states, states, states, None, position_ids=positions, **{name: value})
+        attending(**{name: value})
 
 
 @pytest.mark.parametrize("given", ["a mask", "no positions", "a past"])
 def test_one_row_with_its_positions_is_wanted(given: str) -> None:
-    module, states, positions = read(assembled("sdpa")).layers[0].self_attn, torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    states, positions = torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
     mask = torch.ones(1, 6) if given == "a mask" else None
     keys = torch.cat([states, states], 2) if given == "a past" else states
     with pytest.raises(FoveateError, match="sample by sample"):
-        attend("sdpa", module, states, keys, keys, mask, position_ids=None if given == "no positions" else positions)
+        attend("sdpa", nn.Identity(), states, keys, keys, mask, position_ids=None if given == "no positions" else positions)
 
 
 def test_windows_count_from_the_beginning_of_a_sample() -> None:
