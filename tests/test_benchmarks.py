@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,25 @@ from benchmarks.common import Usage, busy, command, earlier, measured
 from benchmarks.overhead.run import table as overhead
 from benchmarks.prefill.show import table as prefill
 from benchmarks.serving.show import table as serving
-from benchmarks.training_step.run import table as training_step
+from benchmarks.training_step.report import table as steps
+from benchmarks.training_step.report import unequal
+from benchmarks.training_step.run import ARMS, VARIANTS, peaks, recipe_of
+from benchmarks.training_step.run import main as measure_steps
+from benchmarks.training_step.sizes import table as training_step
 from rich.console import Console
+
+from foveate.train.recipe import load_recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TABLES = {"overhead": overhead, "prefill": prefill, "serving": serving, "training_step": training_step}
+STEPS = FOLDER / "training_step" / "results.json"
 RESULTS = [path for name in TABLES for path in sorted((FOLDER / name).glob("*.json"))]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_tables_are_made_of_committed_numbers(path: Path) -> None:
-    made = TABLES[path.parent.name](json.loads(path.read_text(encoding="utf-8")))
-    assert made == path.with_suffix(".md").read_text(encoding="utf-8")
+    table, written = (steps, path.with_name("table.md")) if path == STEPS else (TABLES[path.parent.name], path.with_suffix(".md"))
+    assert table(json.loads(path.read_text(encoding="utf-8"))) == written.read_text(encoding="utf-8")
 
 
 def test_there_are_results() -> None:
@@ -89,3 +97,61 @@ def test_the_command_names_what_was_given() -> None:
     given = argparse.Namespace(shape="tiny", layers=None, rounds=2)
     found = command("benchmarks/x/run.py", given, ("shape", "layers", "rounds"), keep=[0.5, 0.25], reducers=None)
     assert found == "python benchmarks/x/run.py --shape tiny --rounds 2 --keep 0.5 0.25"
+
+
+# ---- a training step, before and after
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_recipes_of_a_step_are_recipes(arm: str, variant: str, tmp_path: Path) -> None:
+    chosen = VARIANTS[variant]
+    path = tmp_path / "recipe.json"
+    path.write_text(json.dumps(recipe_of(ARMS[arm], chosen, tmp_path, "run", 7, {"batch_size": 4})))
+    (stage,) = load_recipe(path).stages
+    assert (stage.steps, stage.epochs, stage.batch_size, stage.precision) == (7, None, 4, "bf16-copy")
+    assert (stage.features is not None) is ("features" in chosen.changes)
+    assert stage.pack is chosen.changes.get("pack", False)
+    assert stage.optimizer == chosen.changes.get("optimizer", "adamw_torch")
+
+
+def test_losses_that_differ_are_named() -> None:
+    variants = {
+        "before": {"losses": [2.0, 1.0]},
+        "rounded": {"losses": [2.001, 1.005]},
+        "another first": {"losses": [2.1, 0.9]},
+        "another mean": {"losses": [2.0, 1.2]},
+    }
+    assert unequal(variants) == ["another first", "another mean"]
+
+
+def test_a_step_is_measured_and_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--trial", "--rounds", "2", "--steps", "1", "--threads", "1", "--arms", "few", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments, "--variants", "none of the savings", "all of them"])
+    measure_steps()
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert steps(report) == (tmp_path / "table.md").read_text()
+    plain, whole = report["arms"]["few"].values()
+    assert len(plain["seconds"]) == len(plain["cpu"]) == 2
+    assert len(plain["losses"]) == len(whole["losses"]) == 4
+    assert unequal(report["arms"]["few"]) == []
+    assert plain["flops"] > whole["flops"] > 0  # no tower, and logits for answers alone
+    assert "tower" in plain["parts"]
+    assert "tower" not in whole["parts"]
+    for of in (plain, whole):
+        assert all(wall >= 0 and cpu >= 0 for wall, cpu in of["parts"].values())
+        assert {"language model, forward", "language model, backward", "optimiser", "waiting for data"} <= of["parts"].keys()
+        assert of["peak_bytes"] > 2**27
+    assert "Losses differ" not in capsys.readouterr().out
+
+
+def test_what_is_no_checkout_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--before", str(tmp_path)])
+    with pytest.raises(SystemExit, match="no checkout"):
+        measure_steps()
+
+
+def test_the_processors_peak_is_told_for_both_types_and_each_number_of_threads() -> None:
+    found = peaks(threads=2, sizes=(32, 64))
+    assert {name: list(counts) for name, counts in found.items()} == {"bfloat16": ["1", "2"], "float32": ["1", "2"]}
+    assert all(flops > 0 for counts in found.values() for flops in counts.values())

@@ -1,4 +1,4 @@
-"""What a measurement reads off the machine: when the device is done, and how much memory is in use."""
+"""What a measurement reads off the machine: when the device is done, and how much memory is in use; and whether freed memory is kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reset_peak(device: str) -> float:
         return torch.cuda.memory_allocated()
     try:
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed must not be there to be used again unseen
+        _trim()  # what was freed must not be there to be used again unseen
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return 0.0
@@ -37,15 +37,50 @@ def reset_peak(device: str) -> float:
 def exact_peaks() -> Iterator[None]:
     """On the CPU: large blocks go back to the system at once, so that resident memory is what is in use. Afterwards the allocator has its
     habit again: it keeps blocks as large as it has seen, up to 32 MiB."""
-    mmap_threshold, trim_threshold = -3, -1
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 1 << 16)
+    _allocator(M_MMAP_THRESHOLD, 1 << 16)
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").mallopt(mmap_threshold, 32 << 20)
-            ctypes.CDLL("libc.so.6").mallopt(trim_threshold, 64 << 20)
+        _habit()
+
+
+@contextlib.contextmanager
+def kept_memory(device: str) -> Iterator[None]:
+    """On the CPU: blocks that are freed stay with the process, however large, until the `with` block is left.
+
+    A training step asks for blocks as large as those of the step before. By its habit the allocator gives those above 32 MiB back to the
+    system, which hands them out again page by page, filled with zeros."""
+    if device != "cpu":
+        yield
+        return
+    _habit()  # of versions of glibc that refuse more
+    _allocator(M_MMAP_THRESHOLD, MOST)
+    _allocator(M_TRIM_THRESHOLD, MOST)
+    try:
+        yield
+    finally:
+        _habit()
+        _trim()
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc: how much unused memory at its end, and how large a block, goes back to the system
+MOST = 2**31 - 1  # bytes, the most that can be told
+
+
+def _habit() -> None:
+    _allocator(M_MMAP_THRESHOLD, 32 << 20)
+    _allocator(M_TRIM_THRESHOLD, 64 << 20)
+
+
+def _allocator(option: int, value: int) -> None:
+    """Other C libraries have no such options."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(option, value)
+
+
+def _trim() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def peak(device: str) -> float:

@@ -19,7 +19,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
@@ -444,6 +445,29 @@ def test_an_outline_has_the_size_of_the_picture_as_it_is_shown(tmp_path: Path, k
     held, lying = outline(Held(content, "held")), outline(tmp_path / "file")
     assert held == lying
     assert (held.height, held.width) == shown_size(content) == ((24, 16) if 5 <= turn <= 8 else (16, 24))
+
+
+RAW_EXIF = "\nexif\n      38\n" + (b"Exif\0\0" + b"II*\0\x08\0\0\0" + b"\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\0" * 4).hex() + "\n"
+XMP = '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize(("name", "text"), [("Raw profile type exif", RAW_EXIF), ("XML:com.adobe.xmp", XMP)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_orientation_noted_in_a_pngs_texts_is_seen(name: str, text: str, packed: bool) -> None:
+    notes, content = PngInfo(), io.BytesIO()
+    (notes.add_itxt if name.startswith("XML") else notes.add_text)(name, text, zip=packed)
+    Image.new("RGB", (24, 16)).save(content, "PNG", pnginfo=notes)
+    found = outline(Held(content.getvalue(), "held"))
+    assert (found.height, found.width) == shown_size(content.getvalue()) == (24, 16)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_an_outline_decodes_no_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (24, 16)).save(content, kind)
+    for of in (ImageFile.ImageFile, PngImageFile):
+        monkeypatch.setattr(of, "load", lambda self: pytest.fail("was decoded"))
+    assert outline(Held(content.getvalue(), "held"))[1:] == (16, 24)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "I;16"])

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from foveate.data.chat import Renderer
@@ -48,6 +52,53 @@ def test_a_question_is_put_as_training_writes_it(name: str) -> None:
     for turns in (TURNS[:2], TURNS):
         text, spans = renderer.render(turns)
         assert renderer.ask(turns[:-1]) == text[: spans[-1][0]]
+
+
+ODD = ["b", " c ", "\nd", "<think>\nhm\n</think>\n\ne", "a <image> b", "[final] f", "<|end|>", "\n", "é" * 9]
+
+
+@given(contents=st.lists(st.sampled_from(ODD), min_size=2, max_size=6), system=st.booleans(), name=st.sampled_from(list(ENDS)))
+@settings(max_examples=60, deadline=None)
+def test_what_is_known_of_other_conversations_changes_nothing(contents: list[str], system: bool, name: str) -> None:
+    """Of a conversation of the same roles as one before the template writes the text alone; where that does not fit it writes all."""
+    turns = [(("user", "assistant")[number % 2], content) for number, content in enumerate(contents)]
+    turns = [("system", "Be brief."), *turns] if system else turns
+    fresh, used = (known(name, whole) for whole in (False, True))
+    with contextlib.suppress(FoveateError):
+        used.render([(role, f"other {number}") for number, (role, _) in enumerate(turns)])
+    assert outcome(used, turns) == outcome(fresh, turns)
+
+
+@cache
+def known(name: str, whole: bool) -> Renderer:
+    renderer = Renderer(processor(ENDS[name][0]))
+    if not whole:
+        renderer._fitted = lambda *args: None  # type: ignore[method-assign]
+    return renderer
+
+
+def outcome(renderer: Renderer, turns: list[tuple[str, str]]) -> Any:
+    try:
+        return renderer.render(turns)
+    except FoveateError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("turns", [2, 6, 20])
+def test_the_template_writes_a_conversation_once(turns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer, written = Renderer(processor(templates.CHATML)), list[int]()
+    render = Renderer._render
+
+    def counting(self: Renderer, messages: list[dict[str, Any]], *args: Any, **options: Any) -> str:
+        written.append(len(messages))
+        return render(self, messages, *args, **options)
+
+    monkeypatch.setattr(Renderer, "_render", counting)
+    for sample in range(3):
+        written.clear()
+        renderer.render([(("user", "assistant")[number % 2], f"{sample} {number}") for number in range(turns)])
+        assert len(written) == 1 or sample == 0
+    assert written == [turns]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "thinker", "last"])

@@ -3,6 +3,8 @@
 import json
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,20 @@ from tests.tiny import IMAGE, PATCHES, Batch, assembled, llava, prompt
 from tests.train import tiny_training
 from tests.train.test_supervised_rows import over, step
 from tests.train.tiny_training import RECIPE
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from foveate.accounting import Trained
+from foveate.anatomy import read
 from foveate.data.packing import Price, cheapest, even, lay, packed
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.reducers import parse
 from foveate.tokens import ImagePlan
 from foveate.train.account import Costs
-from foveate.train.packing import Packing, refuse
+from foveate.train.by_sample import BLOCK, attend, causal, sample_by_sample
+from foveate.train.packing import Packing, goes_by_sample, refuse
 from foveate.train.run import main
 from foveate.train.supervised import tried
 
@@ -46,6 +51,7 @@ REDUCERS = (
 LAYOUTS = ([range(5)], [range(2), range(2, 5)], [range(1), range(1, 4), range(4, 5)])
 MODELS: dict[str, Callable[[], Any]] = {"foveate": assembled, "llava": llava}
 TOLERANCE = 2e-5
+Attention = Callable[[], AbstractContextManager[None]]
 
 
 def batch_of(rows: list[list[int]] = PROMPTS) -> dict[str, Tensor]:
@@ -53,13 +59,13 @@ def batch_of(rows: list[list[int]] = PROMPTS) -> dict[str, Tensor]:
     return batch.inputs | {"labels": batch.labels()}
 
 
-def same(model: Any, batch: dict[str, Tensor], rows: list[range], items: int = 7) -> None:
+def same(model: Any, batch: dict[str, Tensor], rows: list[range], items: int = 7, attention: Attention = nullcontext) -> None:
     """Loss and gradients of a step on the batch as it is, and laid out in rows; both with the head at supervised rows."""
     head, scaled = tried(model, batch, True), {"num_items_in_batch": torch.tensor(items)}
     with head.alone(batch) as given:
         loss, gradients = step(model, model, {**given, **scaled})
     together = packed(batch, rows, 0)
-    with head.alone(together) as given:
+    with head.alone(together) as given, attention():
         found, others = step(model, model, {**given, **scaled})
     torch.testing.assert_close(found, loss, rtol=TOLERANCE, atol=0)
     assert others.keys() == gradients.keys()
@@ -86,6 +92,74 @@ def test_with_other_attention(attention: str, reducer: str) -> None:
         text_backend(model, attention)
     with attach(model, parse(reducer)):
         same(model, batch_of(), LAYOUTS[0])
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+@pytest.mark.parametrize("name", ["eager", "sdpa", "llava"])
+def test_attention_that_goes_sample_by_sample(name: str, reducer: str) -> None:
+    model, batch = (llava() if name == "llava" else assembled(name)).train(), batch_of()
+    anatomy = read(model)
+    before = anatomy.text_config._attn_implementation
+    with attach(model, parse(reducer)):
+        same(model, batch, LAYOUTS[0], attention=partial(sample_by_sample, anatomy))
+    assert anatomy.text_config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    ("maker", "reducers", "goes"),
+    [
+        (assembled, ["none", "vcc:layer=1,stride=4"], True),
+        (llava, ["fastv:layer=2,keep=0.5"], True),
+        (partial(over, "gemma2"), [], False),  # every second layer has a window
+        (lambda: text_backend(llava(), "flash_stand_in"), [], False),  # which takes samples as they are
+        (assembled, ["no-such-method"], False),
+    ],
+    ids=["foveate", "llava", "windows", "flash", "reducer"],
+)
+def test_who_goes_sample_by_sample(maker: Callable[[], Any], reducers: list[str], goes: bool) -> None:
+    model = maker().train()
+    assert goes_by_sample(model, batch_of(), 0, reducers) is goes
+    assert model.training
+    packing = Packing(None, model, Costs(model.config, Trained()), pad=0, by_sample=goes)
+    plans = [[ImagePlan.whole(PATCHES, (4, 4))] * (row.count(IMAGE) // PATCHES) for row in PROMPTS]
+    made = packing(batch_of(), plans, "none")
+    assert len(made["input_ids"]) == 1 or not goes
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("length", [1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 5])
+def test_plain_products_in_blocks_are_causal_attention(length: int, groups: int) -> None:
+    shapes = [(2, heads, length, 8) for heads in (2 * groups, 2, 2)]
+    generator = torch.Generator().manual_seed(length)
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    alike = [states.detach().requires_grad_() for states in given]
+    (query, key, value), (q, k, v) = given, alike
+    found = causal(query, key, value, 0.3)
+    expected = scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for made in (found, expected):
+        made.backward(upstream)
+    torch.testing.assert_close(found, expected)
+    for ours, theirs in zip(given, alike, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize(("name", "value"), [("softcap", 30.0), ("s_aux", torch.zeros(4))])
+def test_what_eager_attention_does_beside_products_is_refused(name: str, value: Any) -> None:
+    states, positions = torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    attending: Any = partial(attend, "eager", nn.Identity(), states, states, states, None, position_ids=positions)
+    attending(**{name: None})
+    with pytest.raises(FoveateError, match="sample by sample"):
+        attending(**{name: value})
+
+
+@pytest.mark.parametrize("given", ["a mask", "no positions", "a past"])
+def test_one_row_with_its_positions_is_wanted(given: str) -> None:
+    states, positions = torch.randn(1, 4, 6, 8), torch.tensor([[0, 1, 2, 0, 1, 0]])
+    mask = torch.ones(1, 6) if given == "a mask" else None
+    keys = torch.cat([states, states], 2) if given == "a past" else states
+    with pytest.raises(FoveateError, match="sample by sample"):
+        attend("sdpa", nn.Identity(), states, keys, keys, mask, position_ids=None if given == "no positions" else positions)
 
 
 def test_windows_count_from_the_beginning_of_a_sample() -> None:

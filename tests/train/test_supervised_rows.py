@@ -96,7 +96,7 @@ def test_on_a_copy_in_bfloat16_and_with_checkpoints() -> None:
     model = assembled().train()
     inputs = inputs_of(model)
     rows = tried(model, inputs, True)
-    compare(model, rows, inputs, BFloat16Copy(model), rtol=2e-2)
+    compare(model, rows, inputs, BFloat16Copy().of(model), rtol=2e-2)
     model.gradient_checkpointing_enable()
     compare(model, rows, inputs)
     with torch.autocast("cpu", torch.bfloat16):

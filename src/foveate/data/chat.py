@@ -58,6 +58,7 @@ class Renderer:
         self.parts = "probe" in listed and "'text'" not in listed and listed != bare and listed.split() != written.split()
         self.end, self._appended_to = "", "every"
         self._mark = ""
+        self._around: dict[tuple[str, ...], tuple[list[str], list[list[str]]] | None] = {}  # by the roles of a conversation's turns
         self.end_id: int | None = None
         self._find_end()
 
@@ -134,26 +135,61 @@ class Renderer:
         FoveateError for a conversation that the template refuses, where it drops or changes an answer, and if no token ends one."""
         messages = self.messages(turns)
         text = self._render(messages)
-        answers = [content for role, content in turns if role == "assistant"]
-        pieces = self._pieces(turns)
-        # What a template puts around answers does not depend on them, with few exceptions; whether that is so is seen by comparing.
-        for contents in (answers, [content.strip() for content in answers]):
-            if _fill(pieces, contents) == text:
-                places = _places(pieces, contents)
-                break
-        else:
-            places = self._search(turns, text)
+        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
+        found = self._fitted(turns, numbers, text)
+        if found is None:
+            prompts = [self._render(messages[:number], prompt=True, tolerant=True) for number in numbers]
+            found = self._around_answers(turns, text), prompts
         if self.end_id is None:
             raise FoveateError("the chat template writes no token behind an answer and the tokenizer has no eos_token: set one of them")
-        numbers = [number for number, (role, _) in enumerate(turns) if role == "assistant"]
         spans = []
-        for number, (start, end) in zip(numbers, places, strict=True):
-            before = self._render(messages[:number], prompt=True, tolerant=True)
+        for (start, end), before in zip(*found, strict=True):
             asked = before and text.startswith(before) and not text[len(before) : start].strip()
             first = len(before) if asked else len(text[:start].rstrip(" "))
             behind = text.startswith(self._mark, end)
             spans.append((first, end + len(self._mark) if behind else start + len(text[start:end].rstrip())))
         return text, spans
+
+    def _fitted(self, turns: Turns, numbers: Sequence[int], text: str) -> tuple[Spans, list[str]] | None:
+        """Where the answers, turns of these `numbers`, are in a text, and the prompts in front of them, by what the template writes around
+        any turns of these roles. None where it does not fit this text, or the template takes lists of parts."""
+        if self.parts:
+            return None
+        roles = tuple(role for role, _ in turns)
+        if roles not in self._around:
+            self._around[roles] = self._around_turns(roles, numbers)
+        known = self._around[roles]
+        if known is None:
+            return None
+        whole, before = known
+        given = [content.replace(MARKER, self.image_token) for _, content in turns]
+        for contents in (given, [content.strip() for content in given]):
+            if _fill(whole, contents) == text:
+                places = _places(whole, contents)
+                prompts = [_fill(pieces, contents[:number]) for number, pieces in zip(numbers, before, strict=True)]
+                return [places[number] for number in numbers], prompts
+        return None
+
+    def _around_turns(self, roles: Sequence[str], numbers: Sequence[int]) -> tuple[list[str], list[list[str]]] | None:
+        """What the template writes around turns of these roles, in the whole text and in the prompt in front of each answer; None where it
+        does not write each of them once and in order."""
+        messages = self.messages([(role, _sign(number)) for number, role in enumerate(roles)])
+        texts = [
+            self._render(messages, tolerant=True),
+            *(self._render(messages[:number], prompt=True, tolerant=True) for number in numbers),
+        ]
+        pieces = [_cut(text, count) for text, count in zip(texts, (len(roles), *numbers), strict=True)]
+        found = [piece for piece in pieces if piece is not None]
+        return (found[0], found[1:]) if len(found) == len(pieces) else None
+
+    def _around_answers(self, turns: Turns, text: str) -> Spans:
+        """Where each answer is in a text. What a template puts around answers does not depend on them, with few exceptions; whether that is
+        so is seen by comparing."""
+        answers, pieces = [content for role, content in turns if role == "assistant"], self._pieces(turns)
+        for contents in (answers, [content.strip() for content in answers]):
+            if _fill(pieces, contents) == text:
+                return _places(pieces, contents)
+        return self._search(turns, text)
 
     def tokenise(self, turns: Turns) -> Tokenised:
         """`render`'s text as tokens."""
@@ -223,6 +259,17 @@ class Renderer:
 def _sign(number: int) -> str:
     """A word of private characters, which no text holds."""
     return f"\ue000{number}\ue001"
+
+
+def _cut(text: str, count: int) -> list[str] | None:
+    """What is around the signs 0 to `count` - 1 in a text; None where they do not stand there in order, each once."""
+    pieces, rest = [], text
+    for number in range(count):
+        piece, found, rest = rest.partition(_sign(number))
+        if not found or _sign(number) in rest:
+            return None
+        pieces.append(piece)
+    return [*pieces, rest]
 
 
 def _fill(pieces: Sequence[str], contents: Sequence[str]) -> str:

@@ -49,6 +49,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_PNG_NOTES = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")  # of an orientation: names of chunks, and of texts
 _SIDEWAYS = (Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)
 
 
@@ -120,7 +121,8 @@ def outline(picture: Picture) -> Outline:
         content = _regular(picture).read_bytes() if isinstance(picture, Path) else picture.content
         with Image.open(io.BytesIO(content)) as opened:
             width, height = opened.size
-            if opened.format != "TIFF" and _turns(opened) in _SIDEWAYS:  # whose header already says the size after the turn
+            noted = opened.format != "PNG" or any(note in content for note in _PNG_NOTES)  # behind its pixels, which would be decoded
+            if noted and opened.format != "TIFF" and _turns(opened) in _SIDEWAYS:  # a TIFF's header already says the size after the turn
                 width, height = height, width
         return Outline(hashlib.blake2b(content, digest_size=16).digest(), height, width)
     raise AssertionError

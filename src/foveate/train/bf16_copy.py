@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 
 class BFloat16Copy:
-    """Calls a module on a bfloat16 copy of its floating-point parameters; gradients arrive at the parameters themselves in their own
-    precision. Where autocast casts operation by operation and keeps activations in float32, this casts once a step."""
+    """Calls modules on a bfloat16 copy of their floating-point parameters; gradients arrive at the parameters themselves in their own
+    precision. Where autocast casts operation by operation and keeps activations in float32, this casts once a step, and what is not
+    trained once for all steps. Lives as long as a stage, within which nothing changes frozen values past torch's count (`.data`)."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self) -> None:
+        self._frozen: dict[Tensor, tuple[int, Tensor]] = {}  # of a parameter the version of its values, and their copy
 
-    def __call__(self, **inputs: Any) -> Any:
-        copies = {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in self.module.named_parameters()}
-        return functional_call(self.module, copies, (), inputs)
+    def of(self, module: nn.Module) -> Callable[..., Any]:
+        return partial(self._call, module)
+
+    def _call(self, module: nn.Module, **inputs: Any) -> Any:
+        return functional_call(module, {name: self._copy(parameter) for name, parameter in module.named_parameters()}, (), inputs)
+
+    def _copy(self, parameter: Tensor) -> Tensor:
+        if not parameter.is_floating_point():
+            return parameter
+        if parameter.requires_grad:
+            return parameter.to(torch.bfloat16)
+        version, copy = self._frozen.get(parameter, (-1, parameter))
+        if version != parameter._version:  # values that were written since are copied again
+            version, copy = self._frozen[parameter] = parameter._version, parameter.to(torch.bfloat16)
+        return copy

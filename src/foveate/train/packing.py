@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,9 +14,12 @@ from torch import Tensor, nn
 from foveate.accounting import decoder
 from foveate.anatomy import read
 from foveate.data.packing import Price, cheapest, even, lay, packed
+from foveate.engine.attach import attach
 from foveate.errors import FoveateError
+from foveate.reducers import parse
 from foveate.tokens import ImagePlan
 from foveate.train.account import Costs
+from foveate.train.by_sample import BACKENDS, sample_by_sample
 
 CLOSE = {torch.float32: 1e-4, torch.float64: 1e-4}  # of the largest logit, otherwise 5e-2: what another row may round otherwise
 
@@ -23,13 +28,13 @@ class Packing:
     """Lays the samples of a micro-batch end to end. `most`: tokens of a row; None takes the rows that cost least by the model's own FLOPs.
 
     Lengths are those after the reducer, a mean over the decoder layers. Flash attention takes one row, whose samples cost no more there
-    than apart.
+    than apart, and so does attention that goes `by_sample`.
     """
 
-    def __init__(self, most: int | None, model: nn.Module, costs: Costs, pad: int) -> None:
+    def __init__(self, most: int | None, model: nn.Module, costs: Costs, pad: int, by_sample: bool = False) -> None:
         self.most, self.costs, self.pad = most, costs, pad
-        config: Any = read(model).text_config
-        self.one_row = "flash" in str(config._attn_implementation)
+        self.anatomy, self.by_sample = read(model), by_sample
+        self.one_row = by_sample or "flash" in str(self.anatomy.text_config._attn_implementation)
         self.price = price(costs.config)
 
     def __call__(self, inputs: Mapping[str, Tensor], plans: Sequence[Sequence[ImagePlan]], reducer: str) -> dict[str, Any]:
@@ -49,6 +54,11 @@ class Packing:
         return [whole] * len(self.price.token) if ledger is None else ledger.total_tokens
 
 
+def attention_of(packing: Packing | None) -> AbstractContextManager[None]:
+    """Around forward and backward pass of what was laid out: how the decoder attends to it."""
+    return sample_by_sample(packing.anatomy) if packing is not None and packing.by_sample else nullcontext()
+
+
 def price(config: Any) -> Price:
     """FLOPs of a row of the language model; where they cannot be told, its slots."""
     try:
@@ -59,8 +69,29 @@ def price(config: Any) -> Price:
     return Price(2.0 * np.array(stack.linear), 4.0 * np.array(stack.attention_width))
 
 
-def refuse(model: Any, batch: Mapping[str, Tensor], pad: int) -> None:
-    """Tries whether packed samples come to the same as padded ones in this model. FoveateError that says why they do not."""
+def goes_by_sample(model: Any, batch: Mapping[str, Tensor], pad: int, reducers: Sequence[str]) -> bool:
+    """Tries whether the model's attention can go sample by sample, also under these reducers."""
+    anatomy, training = read(model), model.training
+    windows = any(anatomy.window(layer) is not None for layer in range(len(anatomy.layers)))
+    if anatomy.text_config._attn_implementation not in BACKENDS or windows:
+        return False
+    together = packed(batch, [range(len(batch["input_ids"]))], pad)
+    try:
+        refuse(model, batch, pad, partial(sample_by_sample, anatomy))
+        with sample_by_sample(anatomy), torch.random.fork_rng(), torch.no_grad():
+            for spelled in reducers:
+                with attach(model.eval(), parse(spelled), record="none"):
+                    model(**together)
+    except Exception:  # whatever a model of another make does not take: its rows are masked then
+        return False
+    finally:
+        model.train(training)
+    return True
+
+
+def refuse(model: Any, batch: Mapping[str, Tensor], pad: int, attention: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
+    """Tries whether packed samples, under this `attention`, come to the same as padded ones in this model. FoveateError that says why they
+    do not."""
     anatomy, seen = read(model), list[dict[str, Any]]()
     name, training = type(model).__name__, model.training
     if any(anatomy.recurrent(layer) for layer in range(len(anatomy.layers))):
@@ -70,7 +101,9 @@ def refuse(model: Any, batch: Mapping[str, Tensor], pad: int) -> None:
     handle = anatomy.decoder.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
     try:
         with torch.random.fork_rng(), torch.no_grad():
-            apart, joined = call(**batch).logits, call(**together).logits
+            apart = call(**batch).logits
+            with attention():
+                joined = call(**together).logits
     except Exception as error:  # whatever a model of another make does not take
         raise FoveateError(f"{name} does not take packed samples ({error}): leave out `pack`") from error
     finally:

@@ -27,6 +27,7 @@ from foveate.data.library import image_plan
 from foveate.errors import FoveateError
 from foveate.evaluation.samples import Task
 from foveate.files import write_json
+from foveate.machine import kept_memory
 from foveate.reducers import parse, save_reducers
 from foveate.tokens import ImagePlan
 from foveate.train import files
@@ -72,7 +73,7 @@ def train(recipe: Recipe) -> Path:
     new = files.compare(recipe.output, {"recipe": plain})
     if files.is_complete(final) and not new:
         return final
-    with locked(recipe.output, state):
+    with locked(recipe.output, state), kept_memory(torch.device(state.device).type):
         try:
             run_stages(recipe, plain, state)
         except OSError as error:

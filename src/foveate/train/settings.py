@@ -275,7 +275,7 @@ class Stage(Strict):
     max_length: int = Field(default=2048, gt=0)
     save_steps: int = Field(default=500, gt=0)
     group_by_length: bool = False
-    pack: bool | Annotated[int, Field(gt=1)] = False  # several samples in a row of at most so many tokens; true: of what costs least
+    pack: bool | Annotated[int, Field(gt=1)] = False  # all samples in a row; or rows of at most so many tokens
     reducers: list[Slot] = []
     losses: list[Annotated[Term, BeforeValidator(_term)]] | None = None
     validation: Validation | None = None

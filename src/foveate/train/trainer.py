@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from foveate.train.callbacks import Flow, Held
 from foveate.train.evaluating import Examiner
 from foveate.train.mixture import SourceLosses, told
 from foveate.train.order import Order, ProcessBatches
-from foveate.train.packing import Packing
+from foveate.train.packing import Packing, attention_of
 from foveate.train.passes import Passes
 from foveate.train.progress import ProgressLine, StageInfo
 from foveate.train.scheduled import ScheduleCallback
@@ -78,6 +78,7 @@ class FoveateTrainer(ShardedTrainer):
         )
         self.add_callback(self.switch)
         self.rates, self.validation, self.stand_in = rates, validation, stand_in
+        self.called: Callable[[Any], Any] = BFloat16Copy().of if stage.bf16_copy else lambda model: model
         self.visual = part_modules(self.model)
         seen = {parameter for module in self.visual for parameter in module.parameters()}
         self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())
@@ -182,7 +183,8 @@ class FoveateTrainer(ShardedTrainer):
         self._flops += self._cost(inputs, plans)
         if self.packing is not None:
             inputs = self.packing(inputs, plans, self.switch.current)
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with attention_of(self.packing):
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if self.stand_in is not None and self.trains_text and self.accelerator.sync_gradients:
             seen = self.accelerator.reduce(torch.tensor(self._step_images, device=self.args.device), reduction="sum")
             if not int(seen):  # one process would have no gradients of these parts in this step, and leave them as they are
@@ -206,7 +208,7 @@ class FoveateTrainer(ShardedTrainer):
         )
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        called = BFloat16Copy(model) if self.stage.bf16_copy else model
+        called = self.called(model)
         if self.stage.align is not None:
             return self.stage.align(called, inputs)[0] * self.args.world_size / self.order.batch_size
         if self.passes is not None:
@@ -265,7 +267,7 @@ class FoveateTrainer(ShardedTrainer):
             generator=torch.Generator(),
         )
         model: Any = self.model_wrapped if self.divided else self.model
-        called = BFloat16Copy(model) if self.stage.bf16_copy else model
+        called = self.called(model)
         sums = torch.zeros(2, dtype=torch.float64)
         model.eval()
         with torch.no_grad():
@@ -294,8 +296,7 @@ class FoveateTrainer(ShardedTrainer):
             figures, seconds = self.examiner.examine(self.model, self.switch, tell)
         weights = {} if self.examiner.spec.keep_best is None else self.trained_weights()
         if self.is_world_process_zero():
-            save = partial(self.write_weights, weights)
-            self.examiner.keep(figures, self.stage.name, self.state.global_step, self.switch.current, save)
+            self.examiner.keep(figures, self.stage.name, self.state.global_step, self.switch.current, partial(self.write_weights, weights))
         return {"evaluation": figures, "evaluation_seconds": round(seconds, 3)}
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -22,7 +22,7 @@ from foveate.reducers import parse
 from foveate.train.account import Costs
 from foveate.train.opening import Opened
 from foveate.train.order import division, seed_of
-from foveate.train.packing import Packing, refuse
+from foveate.train.packing import Packing, goes_by_sample, refuse
 from foveate.train.samples import make_collator
 from foveate.train.schedule import NONE
 from foveate.train.settings import Recipe, Stage
@@ -113,7 +113,9 @@ def try_packing(stage: Stage, opened: Opened, costs: Costs) -> Packing:
         refuse(opened.model, batch, collator.pad)
     except FoveateError as error:
         raise FoveateError(f"stage {stage.name}: {error}") from None
-    return Packing(None if stage.pack is True else stage.pack, opened.model, costs, collator.pad)
+    if stage.pack is not True:
+        return Packing(stage.pack, opened.model, costs, collator.pad)
+    return Packing(None, opened.model, costs, collator.pad, goes_by_sample(opened.model, batch, collator.pad, stage.spelled))
 
 
 def shown(colour: str = "grey", question: str = "What is this?") -> Conversation:
