@@ -23,6 +23,9 @@ Piece = tuple[str, bool]
 Answers = list[tuple[str, str]]
 """What is said at will, and what follows."""
 
+Exercise = Callable[[Scene, random.Random], tuple[str, Answers]]
+"""What is asked for about a scene, with the answers."""
+
 # How often each family is tried in a conversation of `asked`: the harder, the more often.
 _TRIED = {"relation": 4, "locating": 3, "attribute": 2, "count": 2, "presence": 1}
 _KINDS = 5  # exercises in one talk about a scene
@@ -113,9 +116,10 @@ def _talk(things: list[Thing], turns: list[tuple[str, Answers]]) -> Talk:
     return Talk(tuple(things), tuple(pieces))
 
 
-def _drawn(rng: random.Random) -> list[Callable[[Scene, random.Random], tuple[str, Answers]]]:
+def _drawn(rng: random.Random) -> list[Exercise]:
     """Different kinds of exercise, those that are learnt last more often than the others."""
-    left, found = dict(EXERCISES), []
+    left = dict(EXERCISES)
+    found: list[Exercise] = []
     while len(found) < _KINDS:
         found += rng.choices(list(left), list(left.values()))
         del left[found[-1]]
@@ -220,7 +224,7 @@ def _many(family: str, start: str, end: str, item: Scene, rng: random.Random) ->
     return list(dict.fromkeys((one.question.removeprefix(start).removesuffix(end), f" {one.answer}") for one in found))
 
 
-EXERCISES: dict[Callable[[Scene, random.Random], tuple[str, Answers]], int] = {
+EXERCISES: dict[Exercise, int] = {
     _places: 1,
     _boxes: 1,
     _compare: 1,
