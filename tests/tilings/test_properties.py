@@ -123,7 +123,7 @@ def test_images_share_a_budget(sizes: list[tuple[int, int]], budget: int) -> Non
         assert parse(f"{spelled}:budget={budget}").plans(sizes, sight=SMALL) == plans
         free = [tiling.plan(*size, 99, SMALL) for size in sizes]
         if sum(len(plan.crops) for plan in free) <= budget:
-            assert plans == free
+            assert [plan.parts for plan in plans] == [plan.parts for plan in free]
 
 
 @pytest.mark.parametrize("spelled", SPELLED)

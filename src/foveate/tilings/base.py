@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from foveate.errors import FoveateError
@@ -46,12 +46,14 @@ class Tiling(Spelled, ABC):
     name, paper  its spelling, and its arXiv number ("-": of no paper)
     sight        the tower and bridge of the published setting, at which `plan` counts unless told otherwise
     marks        the learned vectors that it puts between tokens, of foveate.tokens.MARKS
+    shapes       whether its views have shapes of their own, which a tower and a bridge must take
     lacks        what Foveate's own model does not have of it, so that it can be planned and not run; "": nothing
     """
 
     paper: ClassVar[str]
     sight: ClassVar[Sight]
     marks: ClassVar[tuple[str, ...]] = ()
+    shapes: ClassVar[bool] = False
     lacks: ClassVar[str] = ""
     budget: int | None = field(default=None, kw_only=True)
 
@@ -90,7 +92,8 @@ class Tiling(Spelled, ABC):
                 raise FoveateError(f"an image of {width} x {height} pixels is none: its {what} is a whole number of at least 1")
         if budget is not None and (type(budget) is not int or budget < 1):
             raise FoveateError(f"{self.name}: a budget of {budget!r} views is below one view for an image; give at least 1")
-        return self.lay(width, height, self.budget if budget is None else budget, sight or self.sight)
+        most = self.budget if budget is None else budget
+        return replace(self.lay(width, height, most, sight or self.sight), most=most or 0)
 
     def plans(self, sizes: Sequence[Pair], budget: int | None = None, sight: Sight | None = None) -> list[ImagePlan]:
         """The plans of the images of one prompt, of these (width, height), which share `budget` views (the tiling's own unless given)."""

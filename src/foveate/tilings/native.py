@@ -26,6 +26,7 @@ class Native(Tiling):
     name: ClassVar[str] = "native"
     paper: ClassVar[str] = "2409.12191"
     sight: ClassVar[Sight] = Sight(28, merge=2)
+    shapes: ClassVar[bool] = True
     least_tokens: int = 4
     most_tokens: int = 1280
 

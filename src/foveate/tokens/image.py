@@ -57,6 +57,11 @@ class Crop:
         return cls(grid, tokens, (left, top, right, bottom), cells, kind, canvas, window, every)
 
     @property
+    def recipe(self) -> object:
+        """All that its pixels depend on beside the image; equal to WHOLE for the image as it is."""
+        return self.box if self.canvas is None else (self.canvas, self.window, self.every)
+
+    @property
     def pixels(self) -> Pair:
         """(width, height) of what is cut from a canvas."""
         left, top, right, bottom = self.window
@@ -107,12 +112,14 @@ class ImagePlan:
     marks  kinds of the tokens between and beside those of the crops, such as newlines
     size   (width, height) of the image in pixels; None where the plan is that of any image
     parts  what stands in the prompt, in order; (): the tokens of each crop in turn
+    most   how many crops it might have had, 0: any number
     """
 
     crops: tuple[Crop, ...]
     marks: tuple[Kind, ...] = ()
     size: Pair | None = None
     parts: tuple[Part, ...] = ()
+    most: int = 0
 
     @classmethod
     def whole(cls, tokens: int, grid: tuple[int, int] | None = None) -> ImagePlan:
@@ -136,6 +143,12 @@ class ImagePlan:
     def tokens(self) -> int:
         """Slots in the prompt, marks included: the placeholders that stand for the image. The text of tags is not among them."""
         return self.visual + len(self.marks)
+
+    @property
+    def given(self) -> tuple[int, int, int]:
+        """(height, width, most), from which a model makes the same plan."""
+        assert self.size is not None
+        return self.size[1], self.size[0], self.most
 
     @property
     def tags(self) -> tuple[str, ...]:

@@ -53,11 +53,23 @@ class Wiring:
         return (table[source] * self.weight.to(device, tokens.dtype)[..., None]).sum(1)
 
 
+def raster(boxes: Sequence[Box]) -> Pair | None:
+    """(rows, columns) of boxes (first row and column, the ones after the last), None where they are not one raster, row after row."""
+    rows, columns = (sorted({box[axis] for box in boxes}) for axis in (0, 1))
+    corners = [(row, column) for row in rows for column in columns]
+    return (len(rows), len(columns)) if [box[:2] for box in boxes] == corners else None
+
+
 @lru_cache(maxsize=512)
 def wire(plan: ImagePlan, boxes: tuple[Box, ...] | None = None) -> Wiring:
     """The wiring of a plan that knows its image's size. `boxes`: the patches (first row and column, the ones after the last) of which
     the bridge makes each token of a crop; unless given, a crop's tokens share it out in equal cells."""
     assert plan.size is not None
+    with torch.inference_mode(False):  # it will be remembered, for training too
+        return _wired(plan, plan.size, boxes)
+
+
+def _wired(plan: ImagePlan, size: Pair, boxes: tuple[Box, ...] | None) -> Wiring:
     starts = np.cumsum([0] + [crop.tokens for crop in plan.crops])
     rows: list[tuple[Ints, Floats, Ints, Ints]] = []
     for part in plan.parts or tuple(Block(i) for i in range(len(plan.crops))):
@@ -69,7 +81,7 @@ def wire(plan: ImagePlan, boxes: tuple[Box, ...] | None = None) -> Wiring:
     source = np.concatenate([np.pad(s, ((0, 0), (0, most - s.shape[1])), mode="edge") for s, *_ in rows])
     weight = np.concatenate([np.pad(w, ((0, 0), (0, most - w.shape[1]))) for _, w, *_ in rows])
     mark, place = (np.concatenate([row[i] for row in rows]) for i in (2, 3))
-    shown = np.concatenate([token_boxes(crop, plan.size, boxes) for crop in plan.crops])
+    shown = np.concatenate([token_boxes(crop, size, boxes) for crop in plan.crops])
     box = _union(shown, source, weight)
     box[mark > 0] = -1
     source[mark > 0] = -1
@@ -133,7 +145,8 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
     ]
     row, column = (axis.ravel() for axis in np.meshgrid(*at, indexing="ij"))
     own = np.array(label)[block.first + row // r * block.columns + column // c]
-    place = np.stack([own, np.full_like(row, -1), row, column], 1).reshape(rows, columns, 4)
+    above, before = _tiles_before(crop)
+    place = np.stack([own, np.full_like(row, -1), row + above * r, column + before * c], 1).reshape(rows, columns, 4)
     mark = np.zeros((rows, columns), np.int64)
     if block.newline:
         wide = ((0, 0), (0, 1))
@@ -141,6 +154,12 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
         mark, place = np.pad(mark, wide, constant_values=1), np.pad(place, (*wide, (0, 0)), constant_values=-1)
     flat, each = mark.size, source.shape[-1]
     return source.reshape(flat, each), weight.reshape(flat, each), mark.ravel(), place.reshape(flat, 4)
+
+
+def _tiles_before(crop: Crop) -> Pair:
+    """(rows, columns) of tiles that lie above and to the left of a crop on its canvas."""
+    wide, high = crop.pixels
+    return (0, 0) if crop.canvas is None or crop.every > 1 else (crop.window[1] // high, crop.window[0] // wide)
 
 
 def _between(length: int, wanted: int) -> list[tuple[Ints, Floats]]:
