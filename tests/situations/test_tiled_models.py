@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from foveate.model.assembly import from_backbones
 from foveate.reducers import parse
 from foveate.tilings import TILINGS
 from foveate.tokens import Kind, wire
+from foveate.train.run import main
+from foveate.train.trainer import FoveateTrainer
 from tests.train.tiny_training import save_backbones
 
 MLP: dict[str, Any] = {"kind": "mlp"}
@@ -362,3 +365,95 @@ def test_what_a_call_cannot_be(folder: Path) -> None:
         inputs(plain, samples(), budget=3)
     with pytest.raises(FoveateError, match="would change their number"):
         model.set_tiling("s2")
+
+
+# ---- training ------------------------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path) -> None:
+    """The samples as a data set in `folder`."""
+    (folder / "images").mkdir()
+    rows = []
+    for one in samples():
+        names = [f"{one.id}-{k}.png" for k in range(len(one.images))]
+        for name, image in zip(names, one.images, strict=True):
+            image.save(folder / "images" / name)
+        said = [{"from": "human" if role == "user" else "gpt", "value": text} for role, text in one.turns]
+        rows.append({"id": one.id, "conversations": said} | ({"image": names} if names else {}))
+    (folder / "data.json").write_text(json.dumps(rows))
+
+
+def recipe(folder: Path, out: Path, tiling: str, **more: str) -> Path:
+    """Two stages on the samples: seen whole first, then tiled."""
+    path = out / "recipe.yaml"
+    extra = "".join(f"    {name}: {value}\n" for name, value in more.items())
+    path.write_text(f"""
+name: t
+output: {out}/out
+model: {{vision: {folder}/tower, text: {folder}/lm, bridge: {{kind: avg_pool2d, pool: 2}}}}
+log_steps: 1
+workers: 0
+stages:
+  - &stage
+    name: whole
+    data: {{conversations: {out}/data.json, images: {out}/images}}
+    train: {{bridge: true, lm: true}}
+    steps: 1
+    batch_size: 2
+    learning_rate: 1.0e-3
+    max_length: 400
+    save_steps: 1
+  - <<: *stage
+    name: tiled
+    tiling: "{tiling}"
+    steps: 3
+    reducers: [{{share: 1, reducer: "divprune:keep=0.5"}}]
+{extra}""")
+    return path
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForImageTextToText.from_pretrained(out / "out" / "final").state_dict())
+
+
+def test_training_is_resumed_and_reads_features(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that cuts images learns its marks; a run that was stopped in it, and one that reads the tower from a cache, come to the
+    same."""
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    step = FoveateTrainer.training_step
+    runs = {"straight": {}, "stopped": {}, "cached": {"features": f"{{cache: {tmp_path}/cache, at_most: 100MB}}"}}
+    found = {}
+    for name, more in runs.items():
+        out = tmp_path / name
+        out.mkdir()
+        write(out)
+        path = recipe(folder, out, "anyres:budget=6", **more)
+        if name == "stopped":
+
+            def stopping(self: FoveateTrainer, *given: Any) -> torch.Tensor:
+                if self.state.global_step == 2:
+                    raise KeyboardInterrupt
+                return step(self, *given)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(FoveateTrainer, "training_step", stopping)
+                with pytest.raises(KeyboardInterrupt):
+                    main(path)
+        main(path)
+        found[name] = weights(out)
+    assert "model.image_marks.newline" in found["straight"]
+    for name, tensor in found["straight"].items():
+        assert torch.equal(found["stopped"][name], tensor), name
+        torch.testing.assert_close(found["cached"][name], tensor, msg=name)
+    log = [json.loads(line) for line in (tmp_path / "straight" / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in log] == ["whole", "tiled", "tiled", "tiled"]
+    assert log[-1]["flops"] > log[0]["flops"] * 4
+
+
+@pytest.mark.parametrize(
+    ("tiling", "said"),
+    [("slime", "lacks the second adapter"), ("nonsense", "unknown tiling"), ("s2:sizes=2", "reads the maps of 1 sizes, s2:sizes=2 would")],
+)
+def test_what_a_recipe_cannot_say(folder: Path, tmp_path: Path, tiling: str, said: str) -> None:
+    with pytest.raises(FoveateError, match=said):
+        main(recipe(folder, tmp_path, tiling))
