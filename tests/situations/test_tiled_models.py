@@ -267,17 +267,15 @@ def test_images_of_a_prompt_share_a_budget(folder: Path) -> None:
     model, processor = assembled(folder, "internvl:tiles=6,budget=4", POOL)
     free = assembled(folder, "internvl:tiles=6", POOL)[1]
     chosen = samples()[1:2] + samples()[3:]
-    views = [len(inputs(of, chosen, **how)["pixel_values"]) for of, how in ((processor, {}), (free, {}), (free, {"budget": 4}))]
+    views = [len(inputs(of, chosen, budget=most)["pixel_values"]) for of, most in ((processor, None), (free, None), (free, 4))]
     assert views == [4 + 4, 5 + 5, 4 + 4]
-    for of, how in ((processor, {}), (free, {"budget": 3})):
-        batch = inputs(of, chosen, **how)
+    for of, most in ((processor, None), (free, 3)):
+        batch = inputs(of, chosen, budget=most)
         with torch.no_grad():
             model(**batch)
-        per_prompt = [
-            sum(len(plan.crops) for plan in of.plan_images([(i.height, i.width) for i in one.images], how.get("budget"))) for one in chosen
-        ]
+        per_prompt = [sum(len(plan.crops) for plan in of.plan_images([(i.height, i.width) for i in one.images], most)) for one in chosen]
         assert sum(per_prompt) == len(batch["pixel_values"])
-        assert max(per_prompt) <= how.get("budget", 4)
+        assert max(per_prompt) <= (most or 4)
     with pytest.raises(FoveateError, match="2 images cannot share a budget of 1 views"):
         inputs(free, chosen, budget=1)
 

@@ -89,14 +89,20 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
             )
 
     def learn_marks(self) -> None:
-        """Make the learned vectors of the tiling, unless they are there; those of another tiling go."""
-        names, had = (() if self.config.tiled is None else self.config.tiled.marks), self.image_marks
-        if names and (had is None or {name for name, _ in had.named_parameters()} != set(names)):
-            like = next(self.bridge.parameters())
-            self.image_marks = ImageMarks(names, self.bridge.text_width).to(like.device, like.dtype)
+        """Make the learned vectors of the tiling, those that are not there yet; those that it has not go."""
+        names, had = (() if self.config.tiled is None else self.config.tiled.marks), dict(self.marks)
+        if set(names) == set(had):
+            return
+        like = next(self.bridge.parameters())
+        self.image_marks = ImageMarks(names, self.bridge.text_width).to(like.device, like.dtype) if names else None
+        if self.image_marks is not None:
+            self.image_marks.load_state_dict({name: vector for name, vector in had.items() if name in names}, strict=False)
             keep_initialisation(self.image_marks)
-        elif not names:
-            self.image_marks = None
+
+    @property
+    def marks(self) -> dict[str, nn.Parameter]:
+        """The learned vectors between visual tokens, by their names in foveate.tokens.MARKS."""
+        return {} if self.image_marks is None else dict(self.image_marks.named_parameters())
 
     @property
     def grid(self) -> tuple[int, int]:

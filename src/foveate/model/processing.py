@@ -61,14 +61,14 @@ LLAVA_V1 = """\
 """
 
 
-class TiledImagesKwargs(ImagesKwargs, total=False):
+class TiledImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """`budget`: views that the images of one prompt share; `prompts`: how many of the images each prompt has."""
 
     budget: int | None
     prompts: list[int] | None
 
 
-class FoveateProcessorKwargs(ProcessingKwargs, total=False):
+class FoveateProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     """Those of any processor, and `budget`."""
 
     images_kwargs: TiledImagesKwargs
@@ -164,7 +164,7 @@ class FoveateProcessor(Planning, ProcessorMixin):
         self, images: Any, budget: int | None = None, prompts: Sequence[int] | None = None, **kwargs: Any
     ) -> tuple[Any, list[str]]:
         images = make_flat_list_of_images(images)
-        sizes, plans = [size_of(image, kwargs.get("input_data_format")) for image in images], []
+        sizes, plans = [size_of(image, kwargs.get("input_data_format")) for image in images], list[ImagePlan]()
         for count in prompts or [1] * len(images):
             plans += self.plan_images(sizes[len(plans) : len(plans) + count], budget)
         return self.pixels(images, plans, **kwargs), [self.written(plan) for plan in plans]

@@ -19,6 +19,7 @@ class Seeing:
     vision_tower: Any
     bridge: Any
     image_marks: ImageMarks | None
+    grid: Any
     _interpolates: bool
 
     @property
@@ -57,7 +58,8 @@ class Seeing:
                 features = [x.to(parameter.device, parameter.dtype) for x in features]
             if self.config.scales > 1:
                 features = joined(features, grid, self.config.scales)
-            return self.bridge(features, grid)  # type: ignore[no-any-return]
+            made: Tensor = self.bridge(features, grid)
+            return made
 
         if image_sizes is None:
             tokens = tokens_of(pixel_values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from foveate.tokens.image import MARKS, Block, Box, Crop, ImagePlan, Mark, Pair, Tag
 from foveate.tokens.layout import Kind
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+Ints = NDArray[Any]  # of int64
+Floats = NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +131,7 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
         place[:, 0] = label[block.first]
         return starts[block.first] + np.arange(count)[:, None], np.ones((count, 1)), np.zeros(count, np.int64), place
     (r, c), number = crop.cells, block.rows * block.columns
-    cells = starts[block.first] + np.arange(number * r * c).reshape(block.rows, block.columns, r, c).transpose(0, 2, 1, 3)
+    cells: Ints = starts[block.first] + np.arange(number * r * c).reshape(block.rows, block.columns, r, c).transpose(0, 2, 1, 3)
     cells = cells.reshape(block.rows * r, block.columns * c)
     top, left, bottom, right = block.window or (0, 0, *cells.shape)
     kept = cells[top:bottom, left:right]

@@ -50,6 +50,7 @@ class Setup:
     before, config  the model's configuration as the stage finds it, and as it trains it
     trained         what its steps update, LoRA targets by name
     cautions        what is possible and perhaps not meant
+    size            (width, height) of the images that are counted; None: one view's
     """
 
     stage: Stage
@@ -57,6 +58,7 @@ class Setup:
     config: Any
     trained: Trained
     cautions: list[str]
+    size: tuple[int, int] | None = None
 
     @property
     def assembled(self) -> bool:
@@ -72,8 +74,11 @@ class Setup:
     def image(self) -> ImagePlan:
         """What an image becomes. FoveateError where only the processor of a model of the library knows."""
         if self.assembled:
-            plan: ImagePlan = self.config.plan_image(self.config.image_size, self.config.image_size)
+            width, height = self.size or (self.config.image_size,) * 2
+            plan: ImagePlan = self.config.plan_image(height, width)
             return plan
+        if self.size is not None:
+            raise FoveateError(f"what an image of {self.size[0]} x {self.size[1]} pixels becomes is known of Foveate's own models alone")
         return ImagePlan.whole(image_tokens(self.config), image_shape(self.config)[1])
 
     @property
