@@ -127,9 +127,9 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
     crop, label = plan.crops[block.first], plan.labels
     if crop.cells is None:
         count = crop.tokens
-        place = np.full((count, 4), -1)
-        place[:, 0] = label[block.first]
-        return starts[block.first] + np.arange(count)[:, None], np.ones((count, 1)), np.zeros(count, np.int64), place
+        alone = np.full((count, 4), -1)
+        alone[:, 0] = label[block.first]
+        return starts[block.first] + np.arange(count)[:, None], np.ones((count, 1)), np.zeros(count, np.int64), alone
     (r, c), number = crop.cells, block.rows * block.columns
     cells: Ints = starts[block.first] + np.arange(number * r * c).reshape(block.rows, block.columns, r, c).transpose(0, 2, 1, 3)
     cells = cells.reshape(block.rows * r, block.columns * c)
@@ -138,8 +138,8 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
     rows, columns = block.shape or kept.shape
     down, across = _between(kept.shape[0], rows), _between(kept.shape[1], columns)
     pairs = [(row, column) for row in down for column in across]
-    source = np.stack([kept[np.ix_(row[0], column[0])] for row, column in pairs], -1)
-    weight = np.stack([row[1][:, None] * column[1] for row, column in pairs], -1)
+    source: Ints = np.stack([kept[np.ix_(row[0], column[0])] for row, column in pairs], -1)
+    weight: Floats = np.stack([row[1][:, None] * column[1] for row, column in pairs], -1)
     at = [
         start + (2 * np.arange(count) + 1) * length // (2 * count)
         for start, count, length in ((top, rows, kept.shape[0]), (left, columns, kept.shape[1]))
@@ -147,8 +147,8 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
     row, column = (axis.ravel() for axis in np.meshgrid(*at, indexing="ij"))
     own = np.array(label)[block.first + row // r * block.columns + column // c]
     above, before = _tiles_before(crop)
-    place = np.stack([own, np.full_like(row, -1), row + above * r, column + before * c], 1).reshape(rows, columns, 4)
-    mark = np.zeros((rows, columns), np.int64)
+    place: Ints = np.stack([own, np.full_like(row, -1), row + above * r, column + before * c], 1).reshape(rows, columns, 4)
+    mark: Ints = np.zeros((rows, columns), np.int64)
     if block.newline:
         wide = ((0, 0), (0, 1))
         source, weight = np.pad(source, (*wide, (0, 0))), np.pad(weight, (*wide, (0, 0)), constant_values=1 / source.shape[-1])
