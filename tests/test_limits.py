@@ -20,6 +20,8 @@ EXCEPTIONS = {
     "cli.py::search arguments": "each is an option of the command",
     "evaluation/bench.py::bench arguments": "each is an option of the command",
     "model/assembly.py::from_backbones arguments": "each is a field of the configuration that it writes",
+    "model/modeling.py::FoveateForConditionalGeneration.forward arguments": "generation hands inputs on by the names that are here",
+    "model/modeling.py::FoveateModel.forward arguments": "those of the model around it, and how far to run",
     "search/run.py::search arguments": "each is an option of the command, or a part that a caller has loaded already",
 }
 """What may be larger, and why. An entry that is no longer needed is an error."""

@@ -30,6 +30,9 @@ def options(
 ) -> None: ...
 
 
+TilingOption = Annotated[
+    str | None, typer.Option(help='Cut images so, such as "internvl:tiles=4"; for Foveate\'s own models, see docs/tilings.md.')
+]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see docs/training.md.", metavar="RECIPE.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]…")]
 
@@ -48,15 +51,26 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def plan(
-    recipe: RecipeFile,
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe, see docs/training.md; or a tiling, such as internvl:tiles=6.", metavar="RECIPE.yaml|TILING")
+    ],
     overrides: Overrides = None,
     json: Annotated[bool, typer.Option(help="Print JSON.")] = False,
     text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens a sample, counted beside the visual ones.")] = 0,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Width and height of an image, such as 1000x500; of a tiling more than once: one prompt.")
+    ] = None,
 ) -> None:
-    """Tokens, parameters, FLOPs and memory of a recipe, per stage, without any weights."""
+    """Tokens, parameters, FLOPs and memory of a recipe, per stage, or the views of a tiling; without any weights."""
+    from foveate.inspect.views import main as views
+    from foveate.inspect.views import read_size, tiling_named
     from foveate.train.plan import main as run
 
-    run(recipe, overrides or [], json=json, text_tokens=text_tokens)
+    sizes = [read_size(size) for size in image or []]
+    if tiling_named(recipe):
+        views(recipe, sizes or [(1000, 500)], json=json)
+    else:
+        run(recipe, overrides or [], json=json, text_tokens=text_tokens, image=sizes[-1] if sizes else None)
 
 
 @data_app.command()
@@ -153,6 +167,7 @@ def bench(
     blind: Annotated[bool, typer.Option("--blind", help="Grey images, too: what the bare model guesses without looking.")] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only about so many questions of each task.")] = None,
+    tiling: TilingOption = None,
     push_to_model_card: Annotated[
         Path | None, typer.Option(help="Write the table into this Markdown file; nothing is uploaded.", metavar="FILE")
     ] = None,
@@ -164,6 +179,7 @@ def bench(
     from foveate.report.bench import write_bench_report
 
     how: dict[str, Any] = {"seeds": seeds, "baselines": baselines, "blind": blind, "batch_size": batch_size, "limit": limit}
+    how["tiling"] = tiling
     found = run(model, tasks, reduce or [], budgets(keep), out, **how)
     if push_to_model_card is not None:
         push(found, push_to_model_card)
@@ -185,12 +201,13 @@ def look(
     keep: Annotated[str | None, typer.Option(help="Budgets, such as 0.5,0.25,0.11: each reducer with every one of them, in a row.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="Decoder layers, such as 0,2,4, in front of which to look.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Look in front of every layer at which the set changes.")] = False,
+    tiling: TilingOption = None,
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("look.png"),
 ) -> None:
     """Draw which patches of an image the reducers keep or merge, with the model's answers."""
     from foveate.inspect.look import main as run
 
-    print(run(words, ask, reduce, keep, layer or [], per_layer, out))
+    print(run(words, ask, reduce, keep, layer or [], per_layer, out, tiling))
 
 
 @app.command()

@@ -42,7 +42,7 @@ def halved(whole: ImagePlan, height: int, width: int) -> ImagePlan:
 
 
 class Halves(FoveateProcessor):
-    def plan_image(self, height: int, width: int) -> ImagePlan:
+    def plan_image(self, height: int, width: int, budget: int | None = None) -> ImagePlan:
         return halved(super().plan_image(height, width), height, width)
 
 

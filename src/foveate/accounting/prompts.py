@@ -97,13 +97,27 @@ def encodings_of(config: Any, image_size: int | None, grid: tuple[int, int] | No
 
 def image_of(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> Encoded:
     """The call that encodes one image. FoveateError where the configuration alone does not say what that is."""
-    shape = 1, channels_of(vision_of(config)), *_pixels(config, image_size, grid)
-    call = Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)})
+    height, width = _pixels(config, image_size, grid)
+    if isinstance(config, FoveateConfig) and config.tiling is not None:
+        return plan_call(config, config.plan_image(height, width))
+    call = _seen(config, 1, height, width)
     try:
         encode(config, call)
     except FoveateError as error:
         raise FoveateError(f"what becomes of {_an_image(config)} is not in its configuration ({error}); {WAY_OUT}") from error
     return call
+
+
+def plan_call(config: Any, plan: ImagePlan) -> Encoded:
+    """The call that encodes one image that becomes a plan of its own."""
+    width, height = (max(crop.pixels[axis] for crop in plan.crops) for axis in (0, 1))
+    call = _seen(config, len(plan.crops), height, width)
+    return Encoded(call.method, {**call.given, "image_sizes": torch.tensor([plan.given])})
+
+
+def _seen(config: Any, crops: int, height: int, width: int) -> Encoded:
+    shape = crops, channels_of(vision_of(config)), height, width
+    return Encoded("get_image_features", {"pixel_values": torch.ones((1,) * 4, dtype=torch.bool).expand(shape)})
 
 
 def _pixels(config: Any, image_size: int | None, grid: tuple[int, int] | None) -> tuple[int, int]:
@@ -143,6 +157,9 @@ def prompt_of(config: Any, calls: Calls, images: int, per_image: int | None, tex
 def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt, Calls]:
     """One sequence of images that become `plans` with `text` other tokens, and what encodes them. A crop whose grid is not known is what
     the configuration makes of an image. FoveateError where that is another number of tokens than the plan's."""
+    tiled = [plan for plan in plans if plan.size is not None]
+    if tiled and len(tiled) == len(plans):
+        return _tiled(config, tiled, text)
     grids = Counter(crop.grid for plan in plans for crop in plan.crops)
     calls = {grid: image_of(config, None, grid) for grid in grids}
     made = {grid: prompt_of(config, [(call, Fraction(1))], 1, None, 0) for grid, call in calls.items()}
@@ -159,3 +176,18 @@ def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt,
             text += beside
         sizes.append(ImageSize.joined([image for crop in plan.crops for image in made[crop.grid].images]))
     return Prompt(sizes, text), [(calls[grid], Fraction(count)) for grid, count in grids.items()]
+
+
+def _tiled(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt, Calls]:
+    """`planned` for images of a model with a tiling, each of which is encoded in one call."""
+    counts = Counter(plans)
+    calls = {plan: plan_call(config, plan) for plan in counts}
+    made = {plan: encode(config, call).items[0] for plan, call in calls.items()}
+    for plan, (image, beside) in made.items():
+        if (image.tokens, beside) != (plan.visual, len(plan.marks)):
+            raise FoveateError(
+                f"by its configuration {_an_image(config)} becomes {image.tokens} visual tokens and {beside} marks, not {plan.visual} and "
+                f"{len(plan.marks)}; {WAY_OUT}"
+            )
+    marks = sum(len(plan.marks) for plan in plans)
+    return Prompt([made[plan][0] for plan in plans], text + marks), [(calls[plan], Fraction(count)) for plan, count in counts.items()]

@@ -186,7 +186,7 @@ class Anatomy:
 
     def arrangement(self, media: Media) -> Arrangement:
         """How the tokens of a call that encodes lie in their pictures."""
-        packed = families.mosaic.arranged(media)
+        packed = families.plans.arranged(media) or families.mosaic.arranged(media)
         if packed is not None:
             return packed
         rasters = self.rasters(media.given)
@@ -198,14 +198,16 @@ class Anatomy:
 
     def patches(self, media: Media) -> Patches:
         """How the tower's patches become the tokens of a call. NotApplicable where that is not known."""
+        families.plans.refuse_shapes(media)
         return families.grids.patches(media) or Patches(boxes=media.boxes)
 
     def contents(self, media: Media) -> list[Tensor]:
         """What each item of a call is told apart by: its pixels, or its features where these are all there is."""
         pixels = media.pixels_given
         if pixels is not None:
-            crops = media.given.get("image_crops")  # of our own model
-            by_grid = families.grids.pixels_of(media, pixels) if crops is None else pixels.split(crops.tolist())
+            crops, plans = media.given.get("image_crops"), families.plans.plans_of(media)  # of our own model
+            counts = [len(plan.crops) for plan in plans] if plans is not None else None if crops is None else crops.tolist()
+            by_grid = families.grids.pixels_of(media, pixels) if counts is None else pixels.split(counts)
             pixels = families.crops.pixels_of(pixels) if by_grid is None else by_grid
         return media.features if pixels is None or len(pixels) != len(media.features) else list(pixels)
 

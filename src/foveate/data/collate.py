@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from foveate.data.chat import Renderer, Tokenised, Turns
+from foveate.data.chat import Renderer, Spans, Tokenised, Turns
 from foveate.data.conversations import Conversation
 from foveate.data.features import FeatureStore, crop_digest
 from foveate.errors import FoveateError
@@ -23,16 +23,18 @@ from foveate.tokens import ImagePlan
 IGNORED = -100
 SPECIAL = 4  # tokens that a tokenizer may add to a text
 
+Share = Callable[[Sequence[tuple[int, int]]], Sequence[int | None]]
+
 
 def expand(found: Tokenised, image_token_id: int, plans: Sequence[ImagePlan], max_length: int) -> Tokenised:
     """Every image token made the placeholders of its plan, and the end cut off after `max_length` tokens.
 
     FoveateError if there are more or fewer image tokens than images, or if an image or all answers would be lost with the end."""
-    is_image = found.ids == image_token_id
-    if is_image.sum() != len(plans):
+    is_image, counts = found.ids == image_token_id, [run for plan in plans for run in plan.runs if isinstance(run, int)]
+    if is_image.sum() != len(counts):
         raise FoveateError(f"has {len(plans)} images but the chat template makes {is_image.sum()} image tokens of its text")
     repeats = np.ones_like(found.ids)
-    repeats[is_image] = [plan.tokens for plan in plans]
+    repeats[is_image] = counts
     ids, supervised = np.repeat(found.ids, repeats), np.repeat(found.supervised, repeats)
     if len(ids) > max_length:
         if (ids[max_length:] == image_token_id).any():
@@ -44,16 +46,37 @@ def expand(found: Tokenised, image_token_id: int, plans: Sequence[ImagePlan], ma
     return Tokenised(ids, supervised)
 
 
+def tagged(text: str, spans: Spans, marker: str, plans: Sequence[ImagePlan]) -> tuple[str, Spans]:
+    """A text that the template has written with the tags of each image's plan in it, and one marker for each run of placeholders between
+    them; and where the spans are then. As it is where no plan has tags, or their number is not that of the markers."""
+    pieces = text.split(marker)
+    if not any(plan.tags for plan in plans) or len(pieces) != len(plans) + 1:
+        return text, spans
+    written, moves, at = pieces[0], [], len(pieces[0])
+    for plan, piece in zip(plans, pieces[1:], strict=True):
+        own = "".join(run if isinstance(run, str) else marker for run in plan.runs)
+        at += len(marker)
+        moves.append((at, len(own) - len(marker)))
+        written, at = written + own + piece, at + len(piece)
+
+    def moved(place: int) -> int:
+        return place + sum(move for end, move in moves if end <= place)
+
+    return written, [(moved(start), moved(end)) for start, end in spans]
+
+
 class Fit:
     """The check of a sample's text before training: whether the chat template can write it, and whether it can be cut to `max_length`
     without losing an image or all of its answers. `cut` says what samples that are only cut lose.
 
     Every sample is written by the template, which takes about half a millisecond; tokenised are only those whose text may be too long:
-    a token is at least one byte. `plan_image` says what becomes of an image of a height and width, as far as that is known before training.
+    a token is at least one byte. `plan_image` says what becomes of an image of a height and width, as far as that is known before training,
+    and `share` of how many views each of a sample's images may become.
     """
 
-    def __init__(self, renderer: Renderer, plan_image: Callable[[int, int], ImagePlan], max_length: int) -> None:
+    def __init__(self, renderer: Renderer, plan_image: Callable[..., ImagePlan], max_length: int, share: Share | None = None) -> None:
         self.renderer, self.plan_image, self.max_length = renderer, lru_cache(maxsize=2**16)(plan_image), max_length
+        self.share = share
         self.cut: list[Cut] = []
 
     def __call__(self, turns: Turns, sizes: Sequence[tuple[int, int]]) -> str:
@@ -63,7 +86,10 @@ class Fit:
             found = text.count(self.renderer.image_token)
             if found != len(sizes):
                 raise FoveateError(f"has {len(sizes)} images but the chat template makes {found} image tokens of its text")
-            plans = [self.plan_image(*size) for size in sizes]
+            shares = [None] * len(sizes) if self.share is None else self.share(sizes)
+            given = [size if most is None else (*size, most) for size, most in zip(sizes, shares, strict=True)]
+            plans = [self.plan_image(*of) for of in given]
+            text, spans = tagged(text, spans, self.renderer.image_token, plans)
             if len(text.encode()) + sum(plan.tokens for plan in plans) + SPECIAL <= self.max_length:
                 return ""
             whole = self.renderer.encode(text, spans)
@@ -117,8 +143,7 @@ class Collator:
         if isinstance(processor, ProcessorMixin) and not isinstance(processor, FoveateProcessor):
             raise FoveateError(f"{type(processor).__name__} says itself what stands for an image: use foveate.data.library.LibraryCollator")
         self.renderer = Renderer(processor)
-        self.image_processor = processor.image_processor
-        self.plan_image = processor.plan_image
+        self.processor, self.image_processor = processor, processor.image_processor
         self.max_length, self.features = max_length, features
         self.pad = self.renderer.tokenizer.pad_token_id
         if self.pad is None:
@@ -127,10 +152,14 @@ class Collator:
 
     def encode(self, sample: Conversation) -> Tokenised:
         """Tokens with the placeholders of every image in place, cut to `max_length`."""
-        sample.plans[:] = [self.plan_image(image.height, image.width) for image in sample.images]
+        try:
+            sample.plans[:] = planned(self.processor, sample.images)
+        except FoveateError as error:
+            raise FoveateError(f"sample {sample.id}: {error}") from None
         found = self._memory.get(sample.index) if self._memory is not None else None
         if found is None:
-            found = self.renderer.tokenise(sample.turns)
+            text, spans = self.renderer.render(sample.turns)
+            found = self.renderer.encode(*tagged(text, spans, self.renderer.image_token, sample.plans))
             if self._memory is not None:
                 self._memory[sample.index] = found
         try:
@@ -151,16 +180,31 @@ class Collator:
             labels[row, :n] = np.where(one.supervised, one.ids, IGNORED)
         batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
         images, plans = [image for sample in samples for image in sample.images], [plan for sample in samples for plan in sample.plans]
+        tiled = getattr(self.processor, "tiling", None) is not None
         if images and self.features is not None:
             batch["tower_features"] = read_features(self.features, images, plans)
+        elif images and tiled:
+            batch["pixel_values"] = self.processor.pixels(images, plans, return_tensors="pt")["pixel_values"]
         elif images:
             batch["pixel_values"] = self.image_processor(cut(images, plans), return_tensors="pt")["pixel_values"]
+        if tiled:
+            return batch | ({"image_sizes": torch.tensor([plan.given for plan in plans])} if plans else {})
         return batch | {name: torch.tensor(counts) for name, counts in crop_counts(plans).items()}
+
+
+def planned(processor: Any, images: Sequence[Any]) -> list[ImagePlan]:
+    """What the images of one sample become."""
+    sizes = [(image.height, image.width) for image in images]
+    if hasattr(processor, "plan_images"):
+        return list(processor.plan_images(sizes))
+    return [processor.plan_image(*size) for size in sizes]
 
 
 def read_features(store: FeatureStore, images: Sequence[Any], plans: Sequence[ImagePlan]) -> Tensor:
     """(crops, levels, patches, width) of images of which only the outline is known. FoveateError if one of them is not there."""
     try:
-        return store.batch([crop_digest(image.digest, crop.box) for image, plan in zip(images, plans, strict=True) for crop in plan.crops])
+        return store.batch(
+            [crop_digest(image.digest, crop.recipe) for image, plan in zip(images, plans, strict=True) for crop in plan.crops]
+        )
     except KeyError:
         raise FoveateError("has an image whose features are not in the cache: it is another one than when the run began") from None

@@ -98,9 +98,9 @@ class Shape:
 # ---- keys ------------------------------------------------------------------------------------------------------------------------------
 
 
-def crop_digest(picture: bytes, box: tuple[float, float, float, float]) -> bytes:
-    """16 bytes that stand for a crop of a picture, from the picture's own digest, which is that of the whole."""
-    return picture if box == WHOLE else hashlib.blake2b(picture + repr(box).encode(), digest_size=DIGEST).digest()
+def crop_digest(picture: bytes, recipe: object) -> bytes:
+    """16 bytes that stand for a crop of a picture, from the picture's own digest, which is that of the whole, and `Crop.recipe`."""
+    return picture if recipe == WHOLE else hashlib.blake2b(picture + repr(recipe).encode(), digest_size=DIGEST).digest()
 
 
 def facts_of(tower: nn.Module, layers: Sequence[int], image_size: int, image_processor: Any, precision: str) -> dict[str, Any]:

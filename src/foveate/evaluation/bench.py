@@ -25,13 +25,13 @@ from foveate.evaluation.samples import Task
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import Broken, answering, loaded, model_hash, progress_bar
+from foveate.inference import Broken, answering, loaded, model_hash, progress_bar, retiled
 from foveate.machine import environment
 from foveate.reducers import Reducer, parse, spell
 
 BASELINES = ("random", "uniform", "downsample")
 BARE, BLIND = "none", "blind"  # the latter: the bare model on grey pictures
-_FIXED = ("model_hash", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
+_FIXED = ("model_hash", "tiling", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
 
 
@@ -114,6 +114,7 @@ def bench(
     batch_size: int = 64,
     limit: int | None = None,
     device: str | None = None,
+    tiling: str | None = None,
     progress: bool = True,
 ) -> Bench:
     """Answers every task under every reducer at every budget, and leaves cells, summary.csv, summary.json and table.md in `out`.
@@ -122,7 +123,8 @@ def bench(
     tasks: what `load_task` reads, or Tasks. reducers: spellings; what says how many tokens stay is set by each budget of `keep`.
     seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers. blind: the bare model on grey pictures,
     which shows what the questions give away by themselves.
-    limit: so many questions of each task, see `limited`. progress: shows a bar, and the table at the end.
+    limit: so many questions of each task, see `limited`. tiling: cut images so, where the model is Foveate's own, see `retiled`.
+    progress: shows a bar, and the table at the end.
     FoveateError for bad input, for a folder with another model's run, or for logits that are not finite. What is finished stays.
     """
     arms = plan(reducers, keep, seeds, baselines, blind)
@@ -137,6 +139,7 @@ def bench(
         raise FoveateError(f"a bench run needs at least one task, and each of them once; got {', '.join(names) or 'none'}")
     given = model
     model, processor, name = loaded(model, processor, "bench(model, …, processor=...)", device)
+    retiled(model, processor, tiling)
     _begin(
         folder,
         {
@@ -146,10 +149,12 @@ def bench(
             "keep": sorted({1.0, *map(float, keep)}, reverse=True),
             "seeds": seeds,
             "limit": limit,
+            "tiling": tiling,
             "batch_size": batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
-            "command": _command(name, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit),
+            "command": _command(name, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit)
+            + ("" if tiling is None else f" --tiling {shlex.quote(tiling)}"),
             "environment": environment(),
             "order": [arm.cell(task.name).name for task in asked for arm in arms],
         },

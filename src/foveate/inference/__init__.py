@@ -2,7 +2,7 @@
 
 from foveate.inference.answering import Broken, Said, answer, answering, ends
 from foveate.inference.asking import Answers, ask, model_inputs, prompts, shrunk, warn_of_cut_thoughts
-from foveate.inference.loading import load_model, loaded, model_hash
+from foveate.inference.loading import load_model, loaded, model_hash, retiled
 from foveate.inference.progress import progress_bar
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "model_inputs",
     "progress_bar",
     "prompts",
+    "retiled",
     "shrunk",
     "warn_of_cut_thoughts",
 ]

@@ -13,6 +13,7 @@ from transformers.utils import cached_file
 import foveate.model  # noqa: F401  # registers the Auto classes
 from foveate.errors import FoveateError
 from foveate.model.weights import load_weights, reading
+from foveate.tilings import parse
 from foveate.world import resolve
 
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
@@ -49,6 +50,23 @@ def loaded(model: Any, processor: Any, call: str, device: str | None = None) -> 
     if processor is None:
         raise FoveateError(f"{call.partition('(')[0]} needs the processor of a model that is already loaded: {call}")
     return model, processor, str(model.config.name_or_path or type(model).__name__)
+
+
+def retiled(model: Any, processor: Any, tiling: str | None) -> None:
+    """Have a model cut images by another tiling than its own; None leaves it. FoveateError for a model that is not Foveate's, and for a
+    tiling whose marks between tokens the model has not learned."""
+    if tiling is None:
+        return
+    if not hasattr(model, "set_tiling"):
+        raise FoveateError(f"the tiling {tiling} needs one of Foveate's own models; a {model.config.model_type} model cuts images itself")
+    missing = [name for name in parse(tiling).marks if name not in model.model.marks]
+    if missing:
+        raise FoveateError(
+            f"the tiling {tiling} puts a learned {' and a learned '.join(missing)} between tokens, which this model has not learned: train "
+            "it with that tiling, or take one without"
+        )
+    model.set_tiling(tiling)
+    processor.set_tiling(model.config.tiling)
 
 
 def model_hash(model: Any) -> str:

@@ -1,4 +1,4 @@
-"""What there is: reducers and bridges with their papers and what they need of a model, and the architectures that are tested."""
+"""What there is: reducers, bridges and tilings with their papers and what they need of a model, and the architectures that are tested."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from foveate.anatomy import TESTED
 from foveate.bridges import BRIDGES
 from foveate.reducers import METHODS, Reducer
+from foveate.tilings import TILINGS
 
 _DEPTH = 32  # decoder layers of the 7B models that the papers speak of
 
@@ -38,7 +39,10 @@ def print_catalogue() -> None:
     for name, bridge in BRIDGES.items():
         cited = re.search(r"arXiv (\d{4}\.\d{5})", sys.modules[bridge.__module__].__doc__ or "")
         bridges.add_row(name, cited[1] if cited else "-", _first(bridge))
-    console.print(reducers, "", bridges, "", sep="\n", markup=False)
+    tilings = Table("tiling", "arXiv", "what it does", box=None, pad_edge=False)
+    for name, tiling in TILINGS.items():
+        tilings.add_row(name, tiling.paper, _first(tiling) + (" (can be planned, not run)" if tiling.lacks else ""))
+    console.print(reducers, "", bridges, "", tilings, "", sep="\n", markup=False)
     console.print("architectures (docs/conformance.md says which reducer serves which):", markup=False)
     console.print(", ".join(f"{name} ({wants})" if wants else name for name, wants in TESTED.items()), markup=False)
 

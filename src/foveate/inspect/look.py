@@ -30,11 +30,12 @@ from foveate.data.chat import Renderer
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.inference import answering, loaded, model_inputs, prompts
+from foveate.inference import answering, loaded, model_inputs, prompts, retiled
 from foveate.inspect.draw import Panel, draw
 from foveate.inspect.fate import Raster, colours, patches, rasters
 from foveate.inspect.words import answer_text
 from foveate.reducers import Reducer, in_model, parse, prepare
+from foveate.tokens import ImagePlan
 from foveate.world.pictures import render, scene
 
 SCENE = "scene:"
@@ -54,7 +55,14 @@ class _Asked:
 
 
 def main(
-    words: Sequence[str], question: str, reducers: Sequence[str], keep: str | None, layers: Sequence[str], per_layer: bool, out: Path
+    words: Sequence[str],
+    question: str,
+    reducers: Sequence[str],
+    keep: str | None,
+    layers: Sequence[str],
+    per_layer: bool,
+    out: Path,
+    tiling: str | None = None,
 ) -> Path:
     """The command: reads its lists, looks, and writes the figure as a PNG file. `words`: the model, which may be missing, and images."""
     if out.suffix.lower() != ".png":
@@ -66,7 +74,8 @@ def main(
             raise FoveateError(f"--layer {number} is no layer; give numbers from 0 on, such as --layer 0,2,4")
     only_images = len(words) == 1 or words[0].startswith(SCENE) or Path(words[0]).is_file()
     model, images = (_MODEL, words) if only_images else (words[0], words[1:])
-    figure = look(model, images, question, reducers, keep=budgets, layers=[int(number) for number in numbers], per_layer=per_layer)
+    drawn: dict[str, Any] = {"keep": budgets, "layers": [int(number) for number in numbers], "per_layer": per_layer, "tiling": tiling}
+    figure = look(model, images, question, reducers, **drawn)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -101,6 +110,7 @@ def look(
     layers: Sequence[int] = (),
     per_layer: bool = False,
     max_new_tokens: int = 32,
+    tiling: str | None = None,
 ) -> Figure:
     """A figure of what `reducers`, each a spelling, leave of `images` when the model is asked `question`, with its answers.
 
@@ -109,6 +119,7 @@ def look(
     keep: budgets, shares of the visual tokens; every reducer is drawn at each of them, in columns.
     layers: decoder layers in front of which to look; per_layer: every layer in front of which the set changes. Without either, what is
         left at the end.
+    tiling: cut the images so, where the model is Foveate's own (`foveate.inference.retiled`).
     FoveateError for what cannot be: images that cannot be read, unknown reducers, methods that cannot be set to a budget, layers that the
     model does not have, a model whose visual tokens have no place in the picture.
     """
@@ -122,6 +133,7 @@ def look(
     rows = [[at_budget(parts, share) for share in keep] if keep else [(text, parts)] for text, parts in methods]
     pictures = [open_image(image) for image in images]
     model, processor, name = loaded(model_or_dir, processor, "look(model, …, processor=...)")
+    retiled(model, processor, tiling)
     if Path(name).is_dir():
         name = Path(name).resolve().name  # the picture is for others, who have no such folder
     depth = len(read(model).layers)
@@ -224,13 +236,17 @@ def _pictures(seen: _Asked, found: list[Raster]) -> list[Image.Image | None]:
     whole: list[Image.Image | None] = [None] * len(found)
     if len(found) == len(seen.images):
         whole = [seen.images[raster.image] for raster in found]
-    pixels = seen.inputs.get("pixel_values")
-    if not isinstance(pixels, Tensor) or pixels.ndim < 4 or len(pixels.flatten(0, -4)) != len(found):
+    pixels, sizes = seen.inputs.get("pixel_values"), seen.inputs.get("image_sizes")
+    if isinstance(pixels, Tensor) and isinstance(sizes, Tensor) and hasattr(seen.processor, "tiling"):  # a model of ours: by its plans
+        config: Any = seen.run.anatomy.core.config
+        frames = _views(pixels, config.plans_of(sizes, pixels.shape[-1]), found)
+    elif not isinstance(pixels, Tensor) or pixels.ndim < 4 or len(pixels.flatten(0, -4)) != len(found):
         return whole
-    frames = pixels.flatten(0, -4).detach().to("cpu", torch.float32)
+    else:
+        frames = list(pixels.flatten(0, -4).detach().to("cpu", torch.float32))
     how: Any = getattr(seen.processor, "image_processor", None)
     if getattr(how, "do_normalize", False):
-        frames = frames * torch.tensor(how.image_std).view(-1, 1, 1) + torch.tensor(how.image_mean).view(-1, 1, 1)
+        frames = [frame * torch.tensor(how.image_std).view(-1, 1, 1) + torch.tensor(how.image_mean).view(-1, 1, 1) for frame in frames]
     out: list[Image.Image | None] = []
     for frame, image in zip(frames, whole, strict=True):
         shown = Image.fromarray((frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
@@ -240,6 +256,17 @@ def _pictures(seen: _Asked, found: list[Raster]) -> list[Image.Image | None]:
             shown = image if apart.mean() < 8 else shown
         out.append(shown)
     return out
+
+
+def _views(pixels: Tensor, plans: Sequence[ImagePlan], found: list[Raster]) -> list[Tensor]:
+    """What the tower was shown of each raster, (channels, height, width)."""
+    starts = [sum(len(plan.crops) for plan in plans[:i]) for i in range(len(plans))]
+    views = []
+    for raster in found:
+        at = plans[raster.image].labels.index(raster.crop)
+        wide, high = plans[raster.image].crops[at].pixels
+        views.append(pixels[starts[raster.image] + at, :, :high, :wide].detach().to("cpu", torch.float32))
+    return views
 
 
 def _rows_of(most: int, rows: Sequence[Sequence[Panel]]) -> list[list[Panel]]:

@@ -24,6 +24,7 @@ def from_backbones(
     *,
     vision_feature_layer: list[int] | int | None = None,
     image_size: int | None = None,
+    tiling: str | None = None,
     add_image_token: bool = False,
     image_token: str = "<image>",
     dtype: torch.dtype | str | None = None,
@@ -42,7 +43,7 @@ def from_backbones(
     GPT-NeoX and their like; not GPT-2, Falcon, BLOOM, MPT, GPT-J).
 
     - `bridge`: {"kind": ..., arguments}; widths, levels and grid that are left open come from the backbones. Or a Bridge.
-    - `vision_feature_layer`: see FoveateConfig. `image_size`: pixels, the tower's own unless given.
+    - `vision_feature_layer`, `tiling`: see FoveateConfig. `image_size`: pixels of a view, the tower's own unless given.
     - `add_image_token`: add `image_token` to a tokenizer that lacks it and a row to the embeddings at both ends.
     - `dtype`: of all three parts; unless given, that in which the language model was saved (transformers 5's rule).
     - `image_processor`, `tokenizer`: needed with modules, else loaded from where the backbones are. Copies are changed, not these.
@@ -74,10 +75,11 @@ def from_backbones(
         vision_feature_layer=vision_feature_layer,
         image_token_id=require_token(tokenizer, image_token),
         image_size=image_size,
+        tiling=tiling,
         dtype=dtype,
     )
     module = bridge if isinstance(bridge, Bridge) else build_bridge(config.bridge)
-    module.tokens(config.grid)  # a grid that the bridge cannot take is told before anything runs
+    config.plan_image(config.image_size, config.image_size)  # a grid that the bridge cannot take is told before anything runs
     model = model_class(config, vision_tower=tower, bridge=module.to(dtype), causal_lm=language_model)
     if model.generation_config is not None and language_model.generation_config is not None:
         model.generation_config = savable(copy.deepcopy(language_model.generation_config))
@@ -89,6 +91,7 @@ def from_backbones(
         patch_size=config.patch_size,
         image_size=config.image_size,
         image_token=image_token,
+        tiling=config.tiling,
     )
     return model.eval(), processor
 

@@ -1,26 +1,82 @@
 """Configuration of an assembled vision-language model."""
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from foveate.bridges import Bridge, build_bridge, complete_config
+from foveate.bridges import complete_config
 from foveate.errors import FoveateError
-from foveate.tokens import ImagePlan
+from foveate.model.views import BridgeSight
+from foveate.tilings import Tiling, parse
+from foveate.tokens import ImagePlan, Wiring, wire
 
 # What transformers' Auto classes say of a saved model where foveate has not been imported. They look for the code of an unknown model in
 # the "repository" in front of the dashes; this can never be the name of one, so nothing is fetched or run in its stead.
 NEEDS = "the Python package foveate is needed: pip install foveate, then `import foveate` before loading (trust_remote_code does not help)."
 
 
-def plan_image(bridge: Bridge, grid: tuple[int, int]) -> ImagePlan:
-    """What any image becomes where it is resized to a `grid` of patches and seen whole."""
-    return ImagePlan.whole(bridge.tokens(grid), grid)
+Sizes = Sequence[tuple[int, int]]
+"""(height, width) of images in pixels."""
 
 
-class FoveateConfig(PreTrainedConfig):
+class Planning:
+    """What images become, for whoever has a `sight` and perhaps a tiling."""
+
+    tiling: Any
+
+    def sight(self, side: int | None = None) -> BridgeSight:
+        """What the tower sees at once in a view of `side` pixels, those of `image_size` unless given."""
+        raise NotImplementedError
+
+    @property
+    def tiled(self) -> Tiling | None:
+        """The tiling, read."""
+        return None if self.tiling is None else parse(self.tiling)
+
+    def plan_image(self, height: int, width: int, budget: int | None = None) -> ImagePlan:
+        """What an image of `height` x `width` pixels becomes in at most `budget` views. FoveateError if the bridge cannot take its grid."""
+        tiling, sight = self.tiled, self.sight()
+        if tiling is not None:
+            return tiling.plan(width, height, budget, sight)
+        refuse_budget(budget)
+        grid = sight.grid(sight.side, sight.side)
+        return ImagePlan.whole(sight.made(grid)[0], grid)
+
+    def share(self, sizes: Sizes, budget: int | None = None) -> list[int | None]:
+        """How many views each image of one prompt may have, which share `budget` (the tiling's own unless given); None: any number."""
+        tiling = self.tiled
+        if tiling is not None:
+            return tiling.share([(width, height) for height, width in sizes], budget, self.sight())
+        refuse_budget(budget)
+        return [None] * len(sizes)
+
+    def plan_images(self, sizes: Sizes, budget: int | None = None) -> list[ImagePlan]:
+        """What the images of one prompt become."""
+        shares = self.share(sizes, budget)
+        return [self.plan_image(*size) if most is None else self.plan_image(*size, most) for size, most in zip(sizes, shares, strict=True)]
+
+
+def refuse_budget(budget: int | None) -> None:
+    if budget is not None:
+        raise FoveateError(f"a budget of {budget} views was given, but the model has no tiling: it sees every image whole, once")
+
+
+def read_tiling(spelled: str | Tiling | None) -> Tiling | None:
+    """The tiling of a configuration. FoveateError for one that can only be planned."""
+    if spelled is None or isinstance(spelled, Tiling):
+        tiling = spelled
+    elif isinstance(spelled, str):
+        tiling = parse(spelled)
+    else:
+        raise FoveateError(f'a tiling is spelled as "internvl:tiles=6", not {spelled!r}')
+    if tiling is not None and tiling.lacks:
+        raise FoveateError(f"{tiling.name} can be planned and not run: Foveate's model lacks {tiling.lacks}")
+    return tiling
+
+
+class FoveateConfig(Planning, PreTrainedConfig):
     """What `FoveateForConditionalGeneration` is made of.
 
     - `vision_config`, `text_config`: the backbones' own configurations (any model type that transformers knows).
@@ -30,6 +86,7 @@ class FoveateConfig(PreTrainedConfig):
     - `image_token_id`: the placeholder that visual tokens replace.
     - `image_size`: side in pixels of the (square) input image now; the tower's own size unless given. The tower's own stays in
       `vision_config.image_size`; where the two differ position embeddings are interpolated.
+    - `tiling`: how an image becomes views (`foveate.tilings`), spelled as "internvl:tiles=6"; None: it is seen whole, once.
     - `grown`: what the tokens that a growth has added keep of those they are copies of, and how much of it is left
       (`foveate.model.grown`); None: they are counted as any others.
     - `always_run_vision`: run tower and bridge on a blank image in training steps without images also on one process. With several
@@ -49,6 +106,7 @@ class FoveateConfig(PreTrainedConfig):
     vision_feature_layer: Any = None
     image_token_id: int = 32000
     image_size: Any = None
+    tiling: Any = None
     grown: Any = None
     always_run_vision: bool = False
     tie_word_embeddings: bool = False
@@ -65,6 +123,8 @@ class FoveateConfig(PreTrainedConfig):
             self.vision_feature_layer = [self.vision_feature_layer]
         if self.image_size is None:
             self.image_size = self.native_size
+        tiling = read_tiling(self.tiling)
+        self.tiling = None if tiling is None else str(tiling)
         width = self._tower("hidden_size")
         attends = getattr(self.vision_config, "num_attention_heads", None) is not None  # towers of convolutions leave it to the bridge
         self.bridge = complete_config(
@@ -73,12 +133,21 @@ class FoveateConfig(PreTrainedConfig):
             width=width,
             **({"head_dim": width // self._tower("num_attention_heads")} if attends else {}),
             text_width=self.text_config.get_text_config().hidden_size,
-            levels=len(self.vision_feature_layer),
+            levels=len(self.vision_feature_layer) * (1 if tiling is None else tiling.scales),
             grid=self.grid[0],
         )
+        if tiling is not None and tiling.shapes:
+            sight = self.sight()
+            sight.made((sight.merge, 2 * sight.merge))  # a bridge that is bound to one grid is told now
         self.auto_map = {"AutoConfig": f"{NEEDS}--foveate.FoveateConfig"}
         # The tying itself is the language model's own affair (it is nested whole); this is what libraries around it read.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    @property
+    def scales(self) -> int:
+        """At how many sizes the bridge reads the tower's maps."""
+        tiling = self.tiled
+        return 1 if tiling is None else tiling.scales
 
     @property
     def patch_size(self) -> int:
@@ -95,10 +164,21 @@ class FoveateConfig(PreTrainedConfig):
         """(rows, columns) of patches of an input image."""
         return self.patch_grid(self.image_size, self.image_size)
 
-    def plan_image(self, height: int, width: int) -> ImagePlan:
-        """What an image of `height` x `width` pixels becomes. FoveateError if the bridge cannot take its grid."""
-        with torch.device("meta"):
-            return plan_image(build_bridge(self.bridge), self.grid)
+    def sight(self, side: int | None = None) -> BridgeSight:
+        return BridgeSight.of(self.bridge, side or self.image_size, self.patch_size)
+
+    def plans_of(self, image_sizes: Any, side: int) -> list[ImagePlan]:
+        """What became of images of which `image_sizes` (images, 3) says height, width and at most how many views (0: any number), in
+        views of `side` pixels. FoveateError for a model without a tiling."""
+        tiling, sight = self.tiled, self.sight(side)
+        if tiling is None:
+            raise FoveateError("image_sizes were given, but the model has no tiling; use the processor that belongs to it")
+        return [tiling.plan(width, height, most or None, sight) for height, width, most in image_sizes.tolist()]
+
+    def wire(self, plan: ImagePlan) -> Wiring:
+        """From which tokens and from where in the picture each slot of an image is, by its plan."""
+        crop = plan.crops[0]
+        return wire(plan, None if crop.grid is None else self.sight(crop.pixels[0]).boxes(crop.grid))
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches of an image of `height` x `width` pixels; the rest that fills no patch is not seen by a tower."""

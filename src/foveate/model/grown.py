@@ -58,6 +58,18 @@ def lineage(config: Any, sources: Sequence[int] | None, keep: Collection[str]) -
     }
 
 
+def refuse_tiling(config: Any) -> None:
+    """FoveateError for a model with a tiling: tokens of several views, and marks between them, are not told apart here."""
+    if config.tiling is not None:
+        raise FoveateError(f"a growth cannot keep positions, keys or order with the tiling {config.tiling}. Leave `keep` out")
+
+
+def refuse_growth(config: Any) -> None:
+    """FoveateError for a model whose grown tokens still keep something."""
+    if config.grown is not None:
+        raise FoveateError("the model keeps something of a growth, which a tiling would lose: anneal_growth(0) first")
+
+
 def annealed(grown: Mapping[str, Any] | None, left: float) -> dict[str, Any] | None:
     """The same with `left` of it, from 0 to 1; None where nothing is."""
     return None if grown is None or left <= 0 else {**grown, "left": min(float(left), 1.0)}

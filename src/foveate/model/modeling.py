@@ -19,14 +19,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
-from foveate.model.configuration import FoveateConfig
-from foveate.model.grown import annealed, check_attention, check_language_model, lineage, place
+from foveate.model.configuration import FoveateConfig, read_tiling
+from foveate.model.grown import annealed, check_attention, check_language_model, lineage, place, refuse_growth, refuse_tiling
 from foveate.model.outputs import FoveateCausalLMOutputWithPast, FoveateModelOutputWithPast, common_outputs
+from foveate.model.seeing import Seeing
+from foveate.model.views import ImageMarks
 
 
 class FoveatePreTrainedModel(PreTrainedModel):
@@ -42,7 +44,7 @@ class FoveatePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
 
-class FoveateModel(FoveatePreTrainedModel):
+class FoveateModel(Seeing, FoveatePreTrainedModel):
     """Tower, bridge and language model; `forward` ends at the decoder's last hidden state. Parts that are not given are made, untrained."""
 
     def __init__(
@@ -56,16 +58,19 @@ class FoveateModel(FoveatePreTrainedModel):
         self.vision_tower = vision_tower if vision_tower is not None else AutoModel.from_config(config.vision_config)
         self.bridge = bridge if bridge is not None else build_bridge(config.bridge)
         self.causal_lm = causal_lm if causal_lm is not None else AutoModelForCausalLM.from_config(config.text_config)
+        self.image_marks: ImageMarks | None = None
         self._check_parts()
         for part in (self.vision_tower, self.bridge, self.causal_lm):
             keep_initialisation(part)
+        self.learn_marks()
         self.post_init()
 
     def _check_parts(self) -> None:
-        layers = self.config.vision_feature_layer
-        if self.bridge.levels != len(layers):
+        layers, scales = self.config.vision_feature_layer, self.config.scales
+        if self.bridge.levels != len(layers) * scales:
             kind, levels = self.bridge.kind, self.bridge.levels
-            raise FoveateError(f"the {kind} bridge takes {levels} feature levels but vision_feature_layer is {layers}")
+            more = f", at each of the {scales} sizes of {self.config.tiling}" if scales > 1 else ""
+            raise FoveateError(f"the {kind} bridge takes {levels} feature levels but vision_feature_layer is {layers}{more}")
         accepted = inspect.signature(self.vision_tower.forward).parameters
         self._interpolates = "interpolate_pos_encoding" in accepted
         needed = [
@@ -82,6 +87,22 @@ class FoveateModel(FoveatePreTrainedModel):
                 f"{name} cannot be the language model here: its forward pass takes no {lost}, so that images or earlier tokens would be "
                 "lost on it (recurrent models keep their past in other ways); take another"
             )
+
+    def learn_marks(self) -> None:
+        """Make the learned vectors of the tiling, those that are not there yet; those that it has not go."""
+        names, had = (() if self.config.tiled is None else self.config.tiled.marks), dict(self.marks)
+        if set(names) == set(had):
+            return
+        like = next(self.bridge.parameters())
+        self.image_marks = ImageMarks(names, self.bridge.text_width).to(like.device, like.dtype) if names else None
+        if self.image_marks is not None:
+            self.image_marks.load_state_dict({name: vector for name, vector in had.items() if name in names}, strict=False)
+            keep_initialisation(self.image_marks)
+
+    @property
+    def marks(self) -> dict[str, nn.Parameter]:
+        """The learned vectors between visual tokens, by their names in foveate.tokens.MARKS."""
+        return {} if self.image_marks is None else dict(self.image_marks.named_parameters())
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -101,68 +122,6 @@ class FoveateModel(FoveatePreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.causal_lm.set_input_embeddings(value)
-
-    @can_return_tuple  # type: ignore[untyped-decorator]
-    def get_image_features(
-        self, pixel_values: Tensor, image_crops: Tensor | None = None, tower_features: Tensor | None = None, **kwargs: Any
-    ) -> BaseModelOutputWithPooling:
-        """Crops (n, channels, height, width), normalised, -> `pooler_output`: of each image a tensor (visual tokens, text width).
-
-        `image_crops` (images,) says how many of the crops each image has, one unless given. `tower_features`: what `encode_crops` has made
-        of them; the tower is not run then, and of the pixels only the shape matters. `hidden_states` holds the tower's states at
-        `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the size or does not give one state per patch.
-        """
-        height, width = pixel_values.shape[-2:]
-        grid = self.config.patch_grid(height, width)
-        if tower_features is None:
-            output = self._run_tower(pixel_values.to(self.vision_tower.dtype), **kwargs)
-            features = [patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer]
-        else:
-            output, features = BaseModelOutput(), list(tower_features.unbind(1))
-            levels, (rows, columns) = len(self.config.vision_feature_layer), grid
-            if tower_features.shape[1:3] != (levels, rows * columns):
-                raise FoveateError(
-                    f"tower_features of shape {tuple(tower_features.shape)} were given, but an image of {height} x {width} pixels has "
-                    f"{levels} levels of {rows} x {columns} patches"
-                )
-        parameter = next(self.bridge.parameters(), None)
-        if parameter is not None:
-            features = [x.to(parameter.device, parameter.dtype) for x in features]
-        tokens: Tensor = self.bridge(features, grid)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=output.last_hidden_state,
-            pooler_output=list(tokens) if image_crops is None else self.pack_image_features(by_image(tokens, image_crops)),
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
-
-    def encode_crops(self, pixel_values: Tensor) -> Tensor:
-        """Crops (n, channels, height, width), normalised, -> the features (n, levels, patches, width) that the bridge gets of them."""
-        grid = self.config.patch_grid(*pixel_values.shape[-2:])
-        output = self._run_tower(pixel_values.to(self.vision_tower.dtype))
-        return torch.stack([patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer], 1)
-
-    def pack_image_features(self, image_features: Sequence[Tensor]) -> list[Tensor]:
-        """(crops, tokens, width) of each image -> its (visual tokens, width), crop after crop. Also called with places for features, to
-        find out where each token comes from."""
-        return [crops.flatten(0, 1) for crops in image_features]
-
-    def _run_tower(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or list(self.config.vision_feature_layer)
-        height, width = pixel_values.shape[-2:]
-        native = self.config.native_size
-        if height == width == native:
-            return self.vision_tower(pixel_values, **kwargs)
-        # transformers' towers interpolate bicubically without aligned corners; the code that goes with Chain-of-Sight aligns them.
-        if self._interpolates:
-            return self.vision_tower(pixel_values, interpolate_pos_encoding=True, **kwargs)
-        try:  # towers with rotary or always interpolated positions take any size
-            return self.vision_tower(pixel_values, **kwargs)
-        except (ValueError, RuntimeError) as error:
-            raise FoveateError(
-                f"{type(self.vision_tower).__name__} was made for images of {native} x {native} pixels and does not take "
-                f"{height} x {width}: {error}. Set image_size to {native}"
-            ) from error
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """Where visual tokens go: (batch, positions, 1), True at image tokens. FoveateError if their number is not that of the features."""
@@ -192,6 +151,7 @@ class FoveateModel(FoveatePreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
         tower_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -205,7 +165,7 @@ class FoveateModel(FoveatePreTrainedModel):
         if tower_features is not None:  # pixels that have the shape, and take no memory
             pixel_values = tower_features.new_ones(()).expand(len(tower_features), *self._image_shape)
         if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, image_crops, tower_features, return_dict=True)
+            encoded = self.get_image_features(pixel_values, image_crops, tower_features, image_sizes, return_dict=True)
         if encoded is not None:
             visual = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual)
@@ -219,14 +179,15 @@ class FoveateModel(FoveatePreTrainedModel):
             inputs_embeds = inputs_embeds + self._blank_image().to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds, None
 
-    @property
-    def _image_shape(self) -> tuple[int, int, int]:
-        return getattr(self.config.vision_config, "num_channels", 3), self.config.image_size, self.config.image_size
-
     def _blank_image(self) -> Tensor:
         """Zero, but by way of tower and bridge: sharded training hangs when one process skips a module that the others wait in."""
-        pixels = torch.zeros(1, *self._image_shape, device=self.vision_tower.device)
-        tokens = self.get_image_features(pixels, return_dict=True).pooler_output[0]
+        given: dict[str, Tensor] = {}
+        views, shape = 1, self._image_shape
+        if self.config.tiling is not None:
+            plan = self.config.plan_image(*shape[1:])
+            given, views = {"image_sizes": torch.tensor([plan.given])}, len(plan.crops)
+        pixels = torch.zeros(views, *shape, device=self.vision_tower.device)
+        tokens = self.get_image_features(pixels, **given, return_dict=True).pooler_output[0]
         return (tokens * 0.0).sum()  # times zero first, lest the sum overflow
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -241,19 +202,20 @@ class FoveateModel(FoveatePreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
         tower_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         run: Literal["images", "decoder", "logits"] = "decoder",
         **kwargs: Any,
     ) -> FoveateModelOutputWithPast | FoveateCausalLMOutputWithPast:
         """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (crops of the images of all prompts, channels, height,
-        width), `image_crops` (images,): how many crops each image has, one unless given. `tower_features` (crops, levels, patches, width)
-        may stand for pixels: what `encode_crops` makes of them.
+        width), `image_crops` (images,): how many crops each image has, one unless given; with a tiling `image_sizes` (images, 3) in its
+        stead, see `get_image_features`. `tower_features` (crops, levels, patches, width) may stand for pixels: what `encode_crops` makes.
 
         `run` says how far: to "logits" of the causal language model (and loss, for `labels`), through the "decoder" alone, or to "images",
         which runs no language model: `hidden_states` then has one level, what would have gone in.
         """
         text = inputs_embeds
         inputs_embeds, visual = self.merge(
-            input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops, tower_features
+            input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops, tower_features, image_sizes
         )
         if run == "images":
             return FoveateCausalLMOutputWithPast(hidden_states=(inputs_embeds,), image_hidden_states=visual)
@@ -270,21 +232,6 @@ class FoveateModel(FoveatePreTrainedModel):
             ends = {"loss": output.loss, "logits": output.logits}
             return FoveateCausalLMOutputWithPast(**ends, **common_outputs(output), image_hidden_states=visual)
         return FoveateModelOutputWithPast(output.last_hidden_state, **common_outputs(output), image_hidden_states=visual)
-
-    def unused_tower_parameters(self) -> list[str]:
-        """Names (inside the tower) of trainable parameters that no feature level depends on: blocks above the deepest, poolers, norms.
-
-        They never get a gradient, and DistributedDataParallel waits for one from every parameter: freeze these when the tower is trained.
-        """
-        named = [(name, p) for name, p in self.vision_tower.named_parameters() if p.requires_grad]
-        pixels = torch.zeros(1, *self._image_shape, device=self.vision_tower.device)
-        with torch.enable_grad():
-            output = self._run_tower(pixels.to(self.vision_tower.dtype))
-            total = sum(patch_states(output.hidden_states, layer, self.grid).float().sum() for layer in self.config.vision_feature_layer)
-            if not isinstance(total, Tensor) or not total.requires_grad:
-                return []
-            gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
-        return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
 
 
 class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
@@ -333,10 +280,15 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         self.model.causal_lm.set_output_embeddings(new_embeddings)
 
     def get_image_features(
-        self, pixel_values: Tensor, image_crops: Tensor | None = None, tower_features: Tensor | None = None, **kwargs: Any
+        self,
+        pixel_values: Tensor,
+        image_crops: Tensor | None = None,
+        tower_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See `FoveateModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_crops, tower_features, **kwargs)
+        return self.model.get_image_features(pixel_values, image_crops, tower_features, image_sizes, **kwargs)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """See `FoveateModel.get_placeholder_mask`."""
@@ -355,6 +307,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
         """See `FoveateModel.forward`, whose `tower_features` and `run` are taken too; `labels` and `logits_to_keep` are the language
@@ -368,6 +321,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             image_crops=image_crops,
+            image_sizes=image_sizes,
             labels=labels,
             logits_to_keep=logits_to_keep,
             return_dict=True,
@@ -387,6 +341,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         rows, _ = self.config.patch_grid(image_size, image_size)
         new = old.scaled(scales=scales, grid=rows, sources=sources)
         if keep:
+            refuse_tiling(self.config)
             check_language_model(self)
             check_attention(self.config.get_text_config()._attn_implementation)
         grown = lineage(self.config, sources, keep)
@@ -400,32 +355,24 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         """Leave `left`, from 1 to 0, of what the last growth has kept; at 0 grown tokens are counted as any others."""
         self.config.grown = annealed(self.config.grown, left)
 
+    def set_tiling(self, tiling: Any) -> None:
+        """Cut images by another tiling from now on (None: see them whole); what it puts between tokens is learned anew where it is new.
+
+        The processor is told with `processor.set_tiling(model.config.tiling)`. FoveateError where the bridge reads another number of maps.
+        """
+        wanted = read_tiling(tiling)
+        if (1 if wanted is None else wanted.scales) != self.config.scales:
+            levels = self.model.bridge.levels
+            raise FoveateError(f"the bridge reads {levels} maps, and {tiling} would change their number: make a model with it instead")
+        if wanted is not None:
+            refuse_growth(self.config)
+        self.config.tiling = None if wanted is None else str(wanted)
+        self.model.learn_marks()
+
     def set_image_size(self, pixels: int) -> None:
         """Take images of `pixels` x `pixels` from now on. FoveateError if the bridge is bound to its grid."""
         self.model.bridge.tokens(self.config.patch_grid(pixels, pixels))
         self.config.image_size = pixels
-
-
-def by_image(tokens: Tensor, image_crops: Tensor) -> list[Tensor]:
-    """Of each image the tokens of its crops."""
-    counts = image_crops.tolist()
-    if sum(counts) != len(tokens):
-        raise FoveateError(f"image_crops counts {sum(counts)} crops, but pixel_values holds {len(tokens)}")
-    return list(tokens.split(counts))
-
-
-def patch_states(hidden_states: Sequence[Tensor | None] | None, layer: int, grid: tuple[int, int]) -> Tensor:
-    """The patches (images, rows * columns, width) of hidden state `layer`: what a tower puts before them ([CLS], registers) is left out."""
-    if hidden_states is None:
-        raise FoveateError("the vision tower does not give its hidden states")
-    if not -len(hidden_states) <= layer < len(hidden_states):
-        raise FoveateError(f"vision_feature_layer {layer} is not there: the tower has hidden states 0 to {len(hidden_states) - 1}")
-    states = hidden_states[layer]
-    patches = grid[0] * grid[1]
-    if states is None or states.dim() != 3 or states.shape[1] < patches:
-        shape = None if states is None else tuple(states.shape)
-        raise FoveateError(f"the tower's hidden state {layer} of shape {shape} lacks one entry for each of {grid[0]} x {grid[1]} patches")
-    return states[:, states.shape[1] - patches :]
 
 
 def keep_initialisation(module: nn.Module) -> None:

@@ -4,16 +4,19 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 from transformers import ProcessorMixin
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import get_image_size, infer_channel_dimension_format, make_flat_list_of_images
-from transformers.processing_utils import MultiModalData
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
-from foveate.bridges import build_bridge
 from foveate.errors import FoveateError
-from foveate.model.configuration import NEEDS, plan_image
+from foveate.model.configuration import NEEDS, Planning, read_tiling
+from foveate.model.views import BridgeSight
+from foveate.tilings import pixels as views
 from foveate.tokens import WHOLE, ImagePlan
 
 # Chat templates of language models take a message's content as text. This puts lists of parts into that form first; an image becomes the
@@ -58,13 +61,30 @@ LLAVA_V1 = """\
 """
 
 
-class FoveateProcessor(ProcessorMixin):
+class TiledImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """`budget`: views that the images of one prompt share; `prompts`: how many of the images each prompt has."""
+
+    budget: int | None
+    prompts: list[int] | None
+
+
+class FoveateProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
+    """Those of any processor, and `budget`."""
+
+    images_kwargs: TiledImagesKwargs
+
+
+class FoveateProcessor(Planning, ProcessorMixin):
     """Tokenizer and image processor of a Foveate model.
 
-    `plan_image` says what becomes of an image, and so how many placeholders its marker in a prompt becomes: here it is seen whole. Every
-    crop is resized to `image_size` x `image_size` pixels, whatever its shape, without border, as Chain-of-Sight's code does.
-    `pixel_values` (crops of all images, channels, height, width); `image_crops` (images,) says how many of them each image has, and is
-    left out where that is one.
+    `plan_image` says what becomes of an image, and so how many placeholders its marker in a prompt becomes. Without a `tiling` it is seen
+    whole, once, resized to `image_size` x `image_size` pixels, whatever its shape, without border, as Chain-of-Sight's code does. With one
+    it is cut as the tiling says; the images of one prompt share its budget of views, or the `budget` of a call.
+    `pixel_values` (crops of all images, channels, height, width); with a tiling `image_sizes` (images, 3) says the height and width of each
+    and how many views it may have had (0: any number). Views of several shapes lie in the upper left of their pixels.
+
+    A subclass whose `plan_image` cuts images itself needs no tiling: `image_crops` (images,) then says how many crops each image has, and
+    is left out where that is one.
 
     `chat_template` is used as it is; without one it is the tokenizer's own (or LLaVA-1.5's), led by a part that turns
     {"type": "image"} content into image markers.
@@ -79,6 +99,7 @@ class FoveateProcessor(ProcessorMixin):
         patch_size: int = 14,
         image_size: int = 224,
         image_token: str = "<image>",
+        tiling: str | None = None,
     ) -> None:
         if bridge is None:
             raise FoveateError('a FoveateProcessor needs the bridge of its model: {"kind": ..., arguments}')
@@ -87,12 +108,21 @@ class FoveateProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.auto_map = {"AutoProcessor": f"{NEEDS}--foveate.FoveateProcessor"}  # without it AutoProcessor gives a tokenizer in its stead
         super().__init__(image_processor, tokenizer, chat_template=chat_template or default_template(tokenizer, image_token))
+        self.set_tiling(tiling)
         self.set_bridge(bridge, image_size)
 
+    valid_processor_kwargs = FoveateProcessorKwargs
+
+    def set_tiling(self, tiling: str | None) -> None:
+        """From now on images are cut so; None: they are seen whole."""
+        read = read_tiling(tiling)
+        self.tiling = None if read is None else str(read)
+
     def set_bridge(self, bridge: Mapping[str, Any], image_size: int) -> None:
-        """From now on images are `image_size` pixels wide and high and become as many tokens as `bridge` makes of them."""
-        with torch.device("meta"):
-            self._plan = plan_image(build_bridge(bridge), (image_size // self.patch_size, image_size // self.patch_size))
+        """From now on views are `image_size` pixels wide and high and become as many tokens as `bridge` makes of them."""
+        if self.tiled is None or not self.tiled.shapes:
+            sight = BridgeSight.of(bridge, image_size, self.patch_size)
+            sight.made(sight.grid(image_size, image_size))  # what the bridge does not take is told now
         self.bridge, self.image_size = dict(bridge), image_size
         square = {"height": image_size, "width": image_size}
         resize = {"do_resize": True, "size": square, "crop_size": square, "do_center_crop": False, "do_pad": False, "do_convert_rgb": True}
@@ -100,9 +130,8 @@ class FoveateProcessor(ProcessorMixin):
             if hasattr(self.image_processor, name):
                 setattr(self.image_processor, name, value)
 
-    def plan_image(self, height: int, width: int) -> ImagePlan:
-        """What an image of `height` x `width` pixels becomes."""
-        return self._plan
+    def sight(self, side: int | None = None) -> BridgeSight:
+        return BridgeSight.of(self.bridge, side or self.image_size, self.patch_size)
 
     @property
     def num_image_tokens(self) -> int:
@@ -124,11 +153,45 @@ class FoveateProcessor(ProcessorMixin):
         forget_last_call(self.tokenizer)
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
-    def _process_images(self, images: Any, **kwargs: Any) -> tuple[Any, list[str]]:
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
+        """As any processor's; `budget`: how many views the images of one prompt may become together, the tiling's own unless given."""
+        if self.tiling is not None and text is not None:
+            texts = [text] if isinstance(text, str) else text
+            kwargs["prompts"] = [one.count(self.image_token) for one in texts]
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _process_images(
+        self, images: Any, budget: int | None = None, prompts: Sequence[int] | None = None, **kwargs: Any
+    ) -> tuple[Any, list[str]]:
         images = make_flat_list_of_images(images)
-        plans = [self.plan_image(*size_of(image, kwargs.get("input_data_format"))) for image in images]
-        made = self.image_processor(cut(images, plans), **kwargs)
-        return {**made, **crop_counts(plans)}, [self.image_token * plan.tokens for plan in plans]
+        sizes, plans = [size_of(image, kwargs.get("input_data_format")) for image in images], list[ImagePlan]()
+        for count in prompts or [1] * len(images):
+            plans += self.plan_images(sizes[len(plans) : len(plans) + count], budget)
+        return self.pixels(images, plans, **kwargs), [self.written(plan) for plan in plans]
+
+    def pixels(self, images: Sequence[Any], plans: Sequence[ImagePlan], **options: Any) -> dict[str, Any]:
+        """What the model takes of images that become `plans`: `pixel_values`, and what says which crops belong together."""
+        if self.tiling is None:
+            return {**self.image_processor(cut(images, plans), **options), **crop_counts(plans)}
+        order, wanted = options.pop("input_data_format", None), options.pop("return_tensors", None)
+        made = []
+        for image, plan in zip(images, plans, strict=True):
+            picture = image if isinstance(image, Image.Image) else to_pil_image(image, input_data_format=order)
+            crops = views.cut(picture, plan, int(getattr(self.image_processor, "resample", None) or views.BICUBIC))
+            made += [torch.as_tensor(np.asarray(x)) for x in self._processed(crops, options)]
+        high, wide = (max(x.shape[axis] for x in made) for axis in (-2, -1))
+        stacked = torch.stack([pad(x, (0, wide - x.shape[-1], 0, high - x.shape[-2])) for x in made])
+        given = torch.tensor([plan.given for plan in plans])
+        return {"pixel_values": stacked if wanted == "pt" else stacked.numpy(), "image_sizes": given if wanted == "pt" else given.tolist()}
+
+    def _processed(self, crops: Sequence[Image.Image], options: Mapping[str, Any]) -> Any:
+        """(channels, height, width) of each crop of one image; their size is the plan's."""
+        left = {"do_resize": False, "do_center_crop": False} if hasattr(self.image_processor, "do_center_crop") else {"do_resize": False}
+        return self.image_processor(list(crops), **{**options, **left})["pixel_values"]
+
+    def written(self, plan: ImagePlan) -> str:
+        """What stands for an image in the text: its placeholders, and the tags between them."""
+        return "".join(run if isinstance(run, str) else self.image_token * run for run in plan.runs)
 
     def prepare_inputs_layout(self, images: Any = None, text: Any = None, **kwargs: Any) -> tuple[Any, ...]:
         """Images may come flat (in the order of their markers) or as one list per prompt, which may be empty."""
@@ -151,7 +214,7 @@ class FoveateProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> Any:
         if image_sizes is None:
             return MultiModalData()
-        plans = [self.plan_image(*size) for size in image_sizes]
+        plans = [self.plan_image(*size) for size in image_sizes]  # each as if it were alone
         return MultiModalData(num_image_tokens=[plan.tokens for plan in plans], num_image_patches=[len(plan.crops) for plan in plans])
 
 

@@ -189,6 +189,7 @@ class Encodings:
 def carry_groups(media: Media, parts: Sequence[Laid], merged: Sequence[Tensor]) -> list[Tensor]:
     """What was merged in the tower, `Groups` of each crop, to the tokens of each part. NotApplicable where there is not one token for each
     patch."""
+    media.anatomy.patches(media)  # which refuses what is not told apart
     patches, tokens = sum(map(len, merged)), sum(int((laid.kind == Kind.PATCH).sum()) for laid in parts)
     boxes = media.boxes
     ordered = boxes is None or [(r, c, r + 1, c + 1) for r in range(boxes[1][0]) for c in range(boxes[1][1])] == list(boxes[0])

@@ -9,9 +9,29 @@ Shape legend, used as suffixes of tensor names everywhere in Foveate:
     L  visual tokens of one image      T  visual tokens kept of one image
 """
 
-from foveate.tokens.image import WHOLE, Crop, ImagePlan
+from foveate.tokens.image import MARKS, WHOLE, Block, Canvas, Crop, ImagePlan, Mark, Tag
 from foveate.tokens.layout import PLACE, SCOPES, Kind, Layout
 from foveate.tokens.map import TokenMap
 from foveate.tokens.selection import budget, top
+from foveate.tokens.wiring import Wiring, raster, wire
 
-__all__ = ["PLACE", "SCOPES", "WHOLE", "Crop", "ImagePlan", "Kind", "Layout", "TokenMap", "budget", "top"]
+__all__ = [
+    "MARKS",
+    "PLACE",
+    "SCOPES",
+    "WHOLE",
+    "Block",
+    "Canvas",
+    "Crop",
+    "ImagePlan",
+    "Kind",
+    "Layout",
+    "Mark",
+    "Tag",
+    "TokenMap",
+    "Wiring",
+    "budget",
+    "raster",
+    "top",
+    "wire",
+]

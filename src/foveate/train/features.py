@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch.func import functional_call
 from foveate.data.features import FeatureStore, Shape, crop_digest, facts_of, fill
 from foveate.data.pixels import open_image, outline
 from foveate.errors import FoveateError
-from foveate.model.processing import cut
+from foveate.tokens import ImagePlan
 from foveate.train.mixture import Mixture
 from foveate.train.opening import Opened
 from foveate.train.progress import QUIET_EVERY
@@ -78,6 +78,7 @@ def look_through(recipe: Recipe, setups: Sequence[Setup], data: Sequence[StageDa
             found.append(None)
             continue
         with naming(setup.stage):
+            refuse_shapes(setup.config)
             crops = crops_of(recipe, setup, samples, state)
         found.append(Wanted(setup, features, samples, shape_of(recipe, setup), crops, tower))
     for wanted in found:
@@ -85,6 +86,12 @@ def look_through(recipe: Recipe, setups: Sequence[Setup], data: Sequence[StageDa
             with naming(wanted.setup.stage):
                 agree(wanted, [other for other in found if other is not None], state)
     return found
+
+
+def refuse_shapes(config: Any) -> None:
+    """FoveateError for a tiling whose views have no one shape."""
+    if config.tiled is not None and config.tiled.shapes:
+        raise FoveateError(f"features of views of many shapes ({config.tiling}) cannot be kept; leave `features` out")
 
 
 def shape_of(recipe: Recipe, setup: Setup) -> Shape:
@@ -130,10 +137,10 @@ def crops_of(recipe: Recipe, setup: Setup, data: StageData, state: PartialState)
     def look(at: tuple[bool, int]) -> list[tuple[Place, bytes]]:
         held, item = at
         found = []
-        for number, picture in enumerate(pictures(data, held, item)):
-            seen = outline(picture)
-            boxes = [crop.box for crop in setup.config.plan_image(seen.height, seen.width).crops]
-            found += [(Place(held, item, number, crop), crop_digest(seen.digest, box)) for crop, box in enumerate(boxes)]
+        shown = [outline(picture) for picture in pictures(data, held, item)]
+        plans = setup.config.plan_images([(seen.height, seen.width) for seen in shown])
+        for number, (seen, plan) in enumerate(zip(shown, plans, strict=True)):
+            found += [(Place(held, item, number, at), crop_digest(seen.digest, crop.recipe)) for at, crop in enumerate(plan.crops)]
         return found
 
     mine = items[state.process_index :: state.num_processes]
@@ -191,9 +198,9 @@ def open_features(wanted: Wanted, opened: Opened, state: PartialState) -> Featur
     store = FeatureStore(wanted.features.cache, facts, wanted.shape, wanted.features.storage)
 
     def load(place: Place) -> Tensor:
-        image = open_image(pictures(wanted.data, place.held, place.item)[place.picture])
-        crop = cut([image], [processor.plan_image(image.height, image.width)])[place.crop]
-        pixels: Tensor = processor.image_processor([crop], return_tensors="pt")["pixel_values"][0]
+        images = [open_image(picture) for picture in pictures(wanted.data, place.held, place.item)]
+        plan = processor.plan_images([(image.height, image.width) for image in images])[place.picture]
+        pixels: Tensor = processor.pixels([images[place.picture]], [only(plan, place.crop)], return_tensors="pt")["pixel_values"][0]
         return pixels
 
     def encode(pixels: Tensor) -> Sequence[Tensor]:
@@ -217,6 +224,11 @@ def open_features(wanted: Wanted, opened: Opened, state: PartialState) -> Featur
     if wanted.data.validation is not None:
         wanted.data.validation.show = outline
     return store
+
+
+def only(plan: ImagePlan, crop: int) -> ImagePlan:
+    """The plan with one of its crops alone."""
+    return replace(plan, crops=(plan.crops[crop],))
 
 
 def run(encoder: Encoder, pixels: Tensor, precision: str, buffers: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from foveate.model.processing import FoveateProcessor, default_template
 from foveate.model.weights import load_weights, reading
 from foveate.train.order import seed_of
 from foveate.train.settings import LoraOf, Recipe, Trained
-from foveate.train.stages import advance, first_bridge, growth, is_assembled, model_folder, part_modules, trained_parts
+from foveate.train.stages import advance, first_bridge, growth, is_assembled, model_folder, part_modules, tiling_of, trained_parts
 
 
 @dataclass
@@ -51,6 +51,7 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
             first_bridge(spec, stage),
             vision_feature_layer=spec.vision_feature_layer,
             image_size=stage.image_size,
+            tiling=stage.tiling or spec.tiling,
             add_image_token=spec.add_image_token,
             dtype=spec.dtype,
             attn_implementation=spec.attn_implementation,
@@ -68,6 +69,9 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         if (to := growth(stage, model.config)) is not None:
             model.scale_bridge(to.scales, size, to.sources, () if to.keep is None else to.keep.kept)
         model.set_image_size(size)
+        if (tiling := tiling_of(stage, model.config)) is not None:
+            model.set_tiling(tiling)
+        processor.set_tiling(model.config.tiling)
         processor.set_bridge(model.config.bridge, size)
         # so that a step without any image does to the bridge what it does in several processes (gradients of zero, not none at all)
         model.config.always_run_vision = True

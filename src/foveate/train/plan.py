@@ -116,13 +116,14 @@ class Plan:
         return jsonlib.dumps(asdict(self), indent=2, default=lambda x: int(x) if x.denominator == 1 else float(x))
 
 
-def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens: int = 0) -> Plan:
-    """The plan of a recipe. `text_tokens`: of text in each sample, beside its one image; the default counts visual tokens alone."""
+def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens: int = 0, image: tuple[int, int] | None = None) -> Plan:
+    """The plan of a recipe. `text_tokens`: of text in each sample, beside its one image; the default counts visual tokens alone. `image`:
+    its (width, height), on which a tiling depends; one view's unless given."""
     recipe = load_recipe(recipe_path, overrides)
     stages = []
     for setup in walk(recipe, partial(read_config, known=KNOWN)):
         with naming(setup.stage):
-            stages.append(plan_stage(setup, text_tokens))
+            stages.append(plan_stage(replace(setup, size=image), text_tokens))
     costs = [stage.cost for stage in stages]
     if known := [cost for cost in costs if cost is not None]:
         whole = len(known) == len(costs)
@@ -140,6 +141,7 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     parts = [part_plan(setup, *slot, text_tokens=text_tokens) for slot in setup.slots]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(setup, size)
+    notes += tiled(setup)
     samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
     remarks = {CACHED: stage.features is not None, ALIGNED: stage.kind == "align", SEVERAL: bool(stage.losses)}
     return StagePlan(
@@ -192,6 +194,18 @@ def resized(setup: Setup, size: int) -> tuple[Any, list[str]]:
     ]
 
 
+def tiled(setup: Setup) -> list[str]:
+    """What a tiling makes of the image, in a line."""
+    if not setup.assembled or setup.config.tiling is None or setup.image.size is None:
+        return []
+    (width, height), views, marks = setup.image.size, len(setup.image.crops), len(setup.image.marks)
+    more = f" and {marks} marks" if marks else ""
+    return [
+        f"{setup.config.tiling}: an image of {width} x {height} px becomes {views} views, {setup.image.visual} visual tokens{more}; "
+        "--image says another size"
+    ]
+
+
 def by_scale(setup: Setup, grid: tuple[int, int]) -> list[int]:
     scales = getattr(setup.bridge, "scales", [])
     return [(grid[0] // window) * (grid[1] // window) * queries for window, queries in scales]
@@ -237,9 +251,11 @@ def weighted(parts: Sequence[tuple[Fraction, dict[str, int]]]) -> dict[str, Frac
 # ---- printing
 
 
-def main(recipe: str | Path, overrides: Sequence[str] = (), *, json: bool = False, text_tokens: int = 0) -> None:
+def main(
+    recipe: str | Path, overrides: Sequence[str] = (), *, json: bool = False, text_tokens: int = 0, image: tuple[int, int] | None = None
+) -> None:
     """`foveate plan`."""
-    found = plan(recipe, overrides, text_tokens=text_tokens)
+    found = plan(recipe, overrides, text_tokens=text_tokens, image=image)
     if json:
         print(found.to_json())
     else:

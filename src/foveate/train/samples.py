@@ -44,9 +44,10 @@ class StageData:
 def open_data(recipe: Recipe, setup: Setup, renderer: Renderer, state: PartialState) -> StageData:
     """What a stage trains on, and what it holds back."""
     stage, plan_image = setup.stage, planner(recipe, setup)
+    share = setup.config.share if setup.assembled else None
 
     def opened(spec: Data, name: str) -> Conversations:
-        return open_samples(recipe, spec, name, Fit(renderer, plan_image, stage.max_length), state)
+        return open_samples(recipe, spec, name, Fit(renderer, plan_image, stage.max_length, share), state)
 
     held = None if stage.validation is None else opened(stage.validation, f"{stage.name}-validation")
     several = len(stage.sources) > 1
@@ -84,10 +85,10 @@ def chosen(samples: int, most: int, seed: int, source: str) -> np.ndarray:
     return np.sort(np.random.RandomState(seed_of(seed, source, "samples")).permutation(samples)[:most])
 
 
-def planner(recipe: Recipe, setup: Setup) -> Callable[[int, int], ImagePlan]:
+def planner(recipe: Recipe, setup: Setup) -> Callable[..., ImagePlan]:
     """What becomes of an image of a height and width in a stage; at least one token where only training will show it."""
     if setup.assembled:
-        plan_image: Callable[[int, int], ImagePlan] = setup.config.plan_image
+        plan_image: Callable[..., ImagePlan] = setup.config.plan_image
         return plan_image
     plan = image_plan(open_processor(recipe.model.checkpoint or "", recipe.model.chat_template)) or ImagePlan.whole(1)
     return lambda height, width: plan

@@ -15,7 +15,7 @@ from foveate.losses import Loss, check_together, parse_loss
 from foveate.model.grown import KEPT
 from foveate.train.schedule import NONE, Part
 from foveate.train.sizes import read_bytes
-from foveate.train.values import ReducerString, Share, Weight, known_optimizer, readable_template, trainable_dtype
+from foveate.train.values import ReducerString, Share, TilingString, Weight, known_optimizer, readable_template, trainable_dtype
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +257,7 @@ class Stage(Strict):
     kind: Literal["generate", "align"] = "generate"  # align: the bridge alone, by `foveate.train.align`
     data: DataOrSources
     image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
+    tiling: TilingString | None = None  # default: as it was
     bridge: BridgeScales | None = None
     train: Trained = Trained()
     epochs: float | None = Field(default=None, gt=0)
@@ -380,6 +381,7 @@ class Model(Strict):
     text: str | None = None
     bridge: dict[str, Any] | None = None
     vision_feature_layer: list[int] | None = None
+    tiling: TilingString | None = None
     add_image_token: bool = False
     checkpoint: str | None = None
     chat_template: Annotated[str | None, BeforeValidator(readable_template)] = (
@@ -391,6 +393,8 @@ class Model(Strict):
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
         built = [key for key in ("vision", "text", "bridge") if getattr(self, key) is not None]
+        if self.checkpoint is not None and self.tiling is not None:
+            raise ValueError("a checkpoint has its own tiling, or none: give `tiling` in a stage, which changes it")
         if self.checkpoint is not None and built:
             raise ValueError(f"give either `checkpoint` or `vision`, `text` and `bridge`, not both (found also {', '.join(built)})")
         if self.checkpoint is None and len(built) < 3:

@@ -29,7 +29,7 @@ from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
 from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
-from foveate.model.grown import check_attention, check_language_model, lineage
+from foveate.model.grown import check_attention, check_language_model, lineage, refuse_tiling
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse
@@ -50,6 +50,7 @@ class Setup:
     before, config  the model's configuration as the stage finds it, and as it trains it
     trained         what its steps update, LoRA targets by name
     cautions        what is possible and perhaps not meant
+    size            (width, height) of the images that are counted; None: one view's
     """
 
     stage: Stage
@@ -57,6 +58,7 @@ class Setup:
     config: Any
     trained: Trained
     cautions: list[str]
+    size: tuple[int, int] | None = None
 
     @property
     def assembled(self) -> bool:
@@ -72,8 +74,11 @@ class Setup:
     def image(self) -> ImagePlan:
         """What an image becomes. FoveateError where only the processor of a model of the library knows."""
         if self.assembled:
-            plan: ImagePlan = self.config.plan_image(self.config.image_size, self.config.image_size)
+            width, height = self.size or (self.config.image_size,) * 2
+            plan: ImagePlan = self.config.plan_image(height, width)
             return plan
+        if self.size is not None:
+            raise FoveateError(f"what an image of {self.size[0]} x {self.size[1]} pixels becomes is known of Foveate's own models alone")
         return ImagePlan.whole(image_tokens(self.config), image_shape(self.config)[1])
 
     @property
@@ -156,6 +161,7 @@ def start(model: Model, first: Stage, load: Read) -> Any:
         bridge=first_bridge(model, first),
         vision_feature_layer=model.vision_feature_layer,
         image_size=first.image_size,
+        tiling=first.tiling or model.tiling,
     )
     blocks = getattr(config.vision_config, "num_hidden_layers", None)
     if blocks is not None and not all(-blocks - 1 <= level <= blocks for level in config.vision_feature_layer):
@@ -198,12 +204,26 @@ def advance(config: Any, stage: Stage) -> Any:
     grown = config.grown
     if to is not None:
         bridge = bridge.scaled(scales=to.scales, grid=grid[0], sources=to.sources)
+        if keep is not None:
+            refuse_tiling(config)
         grown = None if keep is None else lineage(config, to.sources, keep.kept)
     if (tokens := bridge.tokens(grid)) > MOST:
         raise FoveateError(f"the bridge makes {tokens:,} visual tokens of an image; no language model takes more than {MOST:,}")
-    config = deepcopy(config)
+    before, config = config, deepcopy(config)
     config.bridge, config.image_size, config.grown = bridge.config(), size, grown
+    if (tiling := tiling_of(stage, before)) is not None:
+        config.tiling = tiling
+        if config.scales != before.scales:
+            raise FoveateError(
+                f"the bridge reads the maps of {before.scales} sizes, {tiling} would make it {config.scales}: set model.tiling"
+            )
+        config.plan_image(size, size)
     return config
+
+
+def tiling_of(stage: Stage, config: Any) -> str | None:
+    """The tiling that a stage changes to, None where it stays."""
+    return None if stage.tiling in (None, config.tiling) else stage.tiling
 
 
 def build(bridge: dict[str, Any]) -> Bridge:
@@ -215,6 +235,8 @@ def refuse_resizing(stage: Stage, config: Any) -> None:
     """A model of the library is trained as it is."""
     if stage.bridge is not None:
         raise FoveateError(f"`bridge` needs a Foveate model, but the checkpoint is a {config.model_type} model; leave it out")
+    if stage.tiling is not None:
+        raise FoveateError(f"`tiling` needs a Foveate model, but the checkpoint is a {config.model_type} model, which cuts images itself")
     native = getattr(getattr(config, "vision_config", None), "image_size", None)
     if stage.image_size is not None and native not in (stage.image_size, [stage.image_size] * 2, (stage.image_size,) * 2):
         raise FoveateError(f"a {config.model_type} model takes images of {native} pixels, not image_size {stage.image_size}")
@@ -324,7 +346,9 @@ def check_image_size(config: Any) -> None:
     if not is_assembled(config) or config.image_size == config.native_size:
         return
     config = deepcopy(config)
-    config.bridge = complete_config({"kind": "mlp"}, **{name: config.bridge[name] for name in ("levels", "vision_width", "text_width")})
+    given = {"vision_width": config.bridge["vision_width"], "text_width": config.bridge["text_width"]}
+    config.bridge = complete_config({"kind": "mlp"}, levels=len(config.vision_feature_layer), **given)
+    config.tiling = None
     native = deepcopy(config)
     native.image_size = config.native_size
     try:

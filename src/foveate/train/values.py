@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from foveate.data.chat import read_template
 from foveate.errors import FoveateError
+from foveate.model.configuration import read_tiling
 from foveate.train.schedule import NONE
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,16 @@ def _reducer(value: Any) -> Any:
     return value
 
 
+def _tiling(value: Any) -> Any:
+    """As the tiling itself is spelled: one that Foveate's model has all of."""
+    if isinstance(value, str):
+        try:
+            return str(read_tiling(value))
+        except FoveateError as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
 def known_optimizer(value: Any) -> Any:
     from transformers.training_args import OptimizerNames
 
@@ -77,3 +88,4 @@ def trainable_dtype(value: Any) -> Any:
 
 
 ReducerString = Annotated[str, BeforeValidator(_reducer)]
+TilingString = Annotated[str, BeforeValidator(_tiling)]

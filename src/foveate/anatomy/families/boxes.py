@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from foveate.anatomy.media import Boxes, Media
 from foveate.anatomy.raster import Laid
-from foveate.tokens import PLACE, Kind
+from foveate.tokens import PLACE, Kind, raster
 
 
 def boxes(core: nn.Module, pixels: Tensor) -> Boxes | None:
@@ -33,8 +33,6 @@ def over_boxes(boxes: Sequence[tuple[int, int, int, int]], device: torch.device)
     """One token a box: a raster if the boxes are one."""
     kind = torch.full((len(boxes),), int(Kind.PATCH), dtype=torch.int64, device=device)
     place = torch.full((len(boxes), len(PLACE) - 1), -1, dtype=torch.int64, device=device)
-    rows, columns = sorted({b[0] for b in boxes}), sorted({b[1] for b in boxes})
-    corners = [(rows.index(b[0]), columns.index(b[1])) for b in boxes]
-    if corners == [(r, c) for r in range(len(rows)) for c in range(len(columns))]:
-        place[:, 2:] = torch.tensor(corners, device=device)
+    if (cells := raster(boxes)) is not None:
+        place[:, 2:] = torch.cartesian_prod(*(torch.arange(side, device=device) for side in cells))
     return Laid(kind, place)

@@ -1,0 +1,156 @@
+"""The way of a model's images from pixels to visual tokens: tower, bridge, and the order of the prompt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.utils.generic import can_return_tuple
+
+from foveate.errors import FoveateError
+from foveate.model.views import ImageMarks, arrange, check_views, each_shape, joined
+
+
+class Seeing:
+    """The part of a `FoveateModel` that sees."""
+
+    config: Any
+    vision_tower: Any
+    bridge: Any
+    image_marks: ImageMarks | None
+    grid: Any
+    _interpolates: bool
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        return getattr(self.config.vision_config, "num_channels", 3), self.config.image_size, self.config.image_size
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        image_crops: Tensor | None = None,
+        tower_features: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Crops (n, channels, height, width), normalised, -> `pooler_output`: of each image a tensor (visual tokens, text width).
+
+        `image_crops` (images,) says how many of the crops each image has, one unless given; with a tiling `image_sizes` (images, 3) says
+        of what height and width each was and at most how many views it had, and marks stand between its tokens. `tower_features`: what
+        `encode_crops` has made of them; the tower is not run then, and of the pixels only the shape matters. `hidden_states` holds the
+        tower's states at `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the size or does not give one
+        state per patch.
+        """
+        output: Any = BaseModelOutput()
+
+        def tokens_of(pixels: Tensor) -> Tensor:
+            nonlocal output
+            grid = self.config.patch_grid(*pixels.shape[-2:])
+            if tower_features is None:
+                output = self._run_tower(pixels.to(self.vision_tower.dtype), **kwargs)
+                features = [patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer]
+            else:
+                features = self._given(tower_features, grid)
+            parameter = next(self.bridge.parameters(), None)
+            if parameter is not None:
+                features = [x.to(parameter.device, parameter.dtype) for x in features]
+            if self.config.scales > 1:
+                features = joined(features, grid, self.config.scales)
+            made: Tensor = self.bridge(features, grid)
+            return made
+
+        if image_sizes is None:
+            tokens = tokens_of(pixel_values)
+            images = list(tokens) if image_crops is None else self.pack_image_features(by_image(tokens, image_crops))
+        else:
+            plans = self.config.plans_of(image_sizes, pixel_values.shape[-1])
+            check_views(plans, len(pixel_values))
+            if self.config.scales > 1:
+                own = list(tokens_of(pixel_values))
+            else:
+                views, counts = each_shape(plans, pixel_values, tokens_of), [len(plan.crops) for plan in plans]
+                own = [torch.cat(views[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
+            images = arrange(own, plans, self.image_marks)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=output.last_hidden_state,
+            pooler_output=images,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+
+    def _given(self, tower_features: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """`tower_features` level by level. FoveateError where they are not of views of this grid."""
+        levels, (rows, columns) = len(self.config.vision_feature_layer), grid
+        if tower_features.shape[1:3] != (levels, rows * columns):
+            raise FoveateError(
+                f"tower_features of shape {tuple(tower_features.shape)} were given, but an image of {rows * self.config.patch_size} x "
+                f"{columns * self.config.patch_size} pixels has {levels} levels of {rows} x {columns} patches"
+            )
+        return list(tower_features.unbind(1))
+
+    def encode_crops(self, pixel_values: Tensor) -> Tensor:
+        """Crops (n, channels, height, width), normalised, -> the features (n, levels, patches, width) that the bridge gets of them."""
+        grid = self.config.patch_grid(*pixel_values.shape[-2:])
+        output = self._run_tower(pixel_values.to(self.vision_tower.dtype))
+        return torch.stack([patch_states(output.hidden_states, layer, grid) for layer in self.config.vision_feature_layer], 1)
+
+    def pack_image_features(self, image_features: Sequence[Tensor]) -> list[Tensor]:
+        """(crops, tokens, width) of each image -> its (visual tokens, width), crop after crop. Also called with places for features, to
+        find out where each token comes from."""
+        return [crops.flatten(0, 1) for crops in image_features]
+
+    def _run_tower(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or list(self.config.vision_feature_layer)
+        height, width = pixel_values.shape[-2:]
+        native = self.config.native_size
+        if height == width == native:
+            return self.vision_tower(pixel_values, **kwargs)
+        # transformers' towers interpolate bicubically without aligned corners; the code that goes with Chain-of-Sight aligns them.
+        if self._interpolates:
+            return self.vision_tower(pixel_values, interpolate_pos_encoding=True, **kwargs)
+        try:  # towers with rotary or always interpolated positions take any size
+            return self.vision_tower(pixel_values, **kwargs)
+        except (ValueError, RuntimeError) as error:
+            raise FoveateError(
+                f"{type(self.vision_tower).__name__} was made for images of {native} x {native} pixels and does not take "
+                f"{height} x {width}: {error}. Set image_size to {native}"
+            ) from error
+
+    def unused_tower_parameters(self) -> list[str]:
+        """Names (inside the tower) of trainable parameters that no feature level depends on: blocks above the deepest, poolers, norms.
+
+        They never get a gradient, and DistributedDataParallel waits for one from every parameter: freeze these when the tower is trained.
+        """
+        named = [(name, p) for name, p in self.vision_tower.named_parameters() if p.requires_grad]
+        pixels = torch.zeros(1, *self._image_shape, device=self.vision_tower.device)
+        with torch.enable_grad():
+            output = self._run_tower(pixels.to(self.vision_tower.dtype))
+            total = sum(patch_states(output.hidden_states, layer, self.grid).float().sum() for layer in self.config.vision_feature_layer)
+            if not isinstance(total, Tensor) or not total.requires_grad:
+                return []
+            gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+        return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
+
+
+def by_image(tokens: Tensor, image_crops: Tensor) -> list[Tensor]:
+    """Of each image the tokens of its crops."""
+    counts = image_crops.tolist()
+    if sum(counts) != len(tokens):
+        raise FoveateError(f"image_crops counts {sum(counts)} crops, but pixel_values holds {len(tokens)}")
+    return list(tokens.split(counts))
+
+
+def patch_states(hidden_states: Sequence[Tensor | None] | None, layer: int, grid: tuple[int, int]) -> Tensor:
+    """The patches (images, rows * columns, width) of hidden state `layer`: what a tower puts before them ([CLS], registers) is left out."""
+    if hidden_states is None:
+        raise FoveateError("the vision tower does not give its hidden states")
+    if not -len(hidden_states) <= layer < len(hidden_states):
+        raise FoveateError(f"vision_feature_layer {layer} is not there: the tower has hidden states 0 to {len(hidden_states) - 1}")
+    states = hidden_states[layer]
+    patches = grid[0] * grid[1]
+    if states is None or states.dim() != 3 or states.shape[1] < patches:
+        shape = None if states is None else tuple(states.shape)
+        raise FoveateError(f"the tower's hidden state {layer} of shape {shape} lacks one entry for each of {grid[0]} x {grid[1]} patches")
+    return states[:, states.shape[1] - patches :]
