@@ -175,8 +175,8 @@ def test_crossed_properties() -> None:
                 places = [at(thing) for thing in talk.things if f"{thing.colour} {thing.name}" == given]
                 assert follows == (places[0] if places else "no")
             else:
-                pair = tuple(given.split()) if "which" in order else tuple(order.split("is there a ")[1].removesuffix("?<assistant>").split())
-                assert follows == ("yes" if pair in there else "no")
+                pair = given if "which" in order else order.split("is there a ")[1].removesuffix("?<assistant>")
+                assert follows == ("yes" if tuple(pair.split()) in there else "no")
 
 
 def test_every_exercise_follows_from_the_scene() -> None:
