@@ -24,12 +24,12 @@ from foveate.world import asset, language, resolve
 from foveate.world.exercises import EXERCISES, asked, crossed, exercise, plain
 from foveate.world.language import score_lm, train_lm
 from foveate.world.pictures import render, scene
-from foveate.world.questions import at, parse_box
+from foveate.world.questions import FAMILIES, at, parse_box
 from foveate.world.scenes import in_turns, write_world
 from foveate.world.text import document
 from foveate.world.tower import tower_batch, train_tower
 
-SHIPPED = ("tower", "lm", "vlm")
+SHIPPED = ("tower", "lm", "vlm", "begun")
 
 
 def test_unknown_asset_names_the_known_ones() -> None:
@@ -45,7 +45,7 @@ def test_other_names_pass_unchanged(tmp_path: Path) -> None:
 
 def test_assets_are_small_and_in_half_precision() -> None:
     files = [path for name in SHIPPED for path in asset(name).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    assert sum(path.stat().st_size for path in files) <= 30_000_000
     for name in SHIPPED:
         with safe_open(asset(name) / "model.safetensors", "pt") as weights:
             assert {weights.get_slice(key).get_dtype() for key in weights.keys()} == {"F16"}  # noqa: SIM118
@@ -65,13 +65,13 @@ def test_tower_loads_and_serves_two_resolutions() -> None:
 
 
 def test_language_model_answers_from_a_description() -> None:
-    """It has learnt to look things up in a text: well above guessing (half, a sixth); training left it at 0.75 and 0.72."""
+    """In words and with things that are one token each. docs/results.md has what was measured on many more."""
     model = LlamaForCausalLM.from_pretrained(asset("lm"), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(asset("lm"))
-    score = score_lm(model, tokenizer, 40)
-    assert score["reading"] > 0.9
-    assert score["presence"] > 0.6
-    assert score["attribute"] > 0.6
+    for bound in (False, True):
+        score = score_lm(model, tokenizer, 20, bound)
+        assert min(score[family] for family in FAMILIES if family != "reading") > 0.9  # 97 to 100 % were measured
+        assert score["reading"] > (0.7 if bound else 0.95)
 
 
 def test_finished_model_answers(tmp_path: Path) -> None:
