@@ -115,7 +115,7 @@ def _meaning(arm: Arm, first: Arm, counted: Sequence[str]) -> str:
     text += f"{'better' if mean.points > 0 else 'worse'}." if mean.means_something else "no difference that these questions can show."
     told = [f"{one.family} ({signed(one.points)}, {one.interval})" for one in own if one.means_something]
     if not told:
-        return f"{text} Nor is there one in any single family."
+        return f"{text} In no family by itself does the interval leave out 0."
     rest = len(own) - len(told)
     return f"{text} By family the interval leaves out 0 in {', '.join(told)}" + (f"; not in the other {rest}." if rest else ".")
 
