@@ -5,9 +5,10 @@ import re
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from foveate.world.exercises import asked, crossed, exercise
 from foveate.world.pictures import scene
 from foveate.world.questions import caption, conversation
-from foveate.world.text import SPECIAL, build_tokenizer, document, prompt, turn
+from foveate.world.text import SPECIAL, build_tokenizer, document, turn
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,15 @@ def test_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
         tokenizer.apply_chat_template([{"role": "system", "content": "be kind"}], tokenize=False)
 
 
-def test_turns_and_prompts_are_the_chat_format(tokenizer: PreTrainedTokenizerFast) -> None:
-    talk = [{"role": "user", "content": "a small red ring\nwhat color is the ring?"}]
-    assert prompt("a small red ring", "what color is the ring?") == tokenizer.apply_chat_template(
-        talk, tokenize=False, add_generation_prompt=True
-    )
-    talk.append({"role": "assistant", "content": "red"})
+def test_turns_and_talks_are_the_chat_format(tokenizer: PreTrainedTokenizerFast) -> None:
+    talk = [{"role": "user", "content": "a small red ring\nwhat color is the ring?"}, {"role": "assistant", "content": "red"}]
     assert "<s>" + turn(talk[0]["content"], "red") == tokenizer.apply_chat_template(talk, tokenize=False)
+    for made in (asked(0), exercise(1), crossed(2)):
+        text = "".join(piece for piece, _ in made.words())
+        said = re.findall(r"<user>(.*?)<assistant>(.*?)</s>", text, re.DOTALL)
+        talk = [{"role": role, "content": one} for pair in said for role, one in zip(("user", "assistant"), pair, strict=True)]
+        assert len(talk) > 4
+        assert text == tokenizer.apply_chat_template(talk, tokenize=False)
 
 
 def test_documents() -> None:

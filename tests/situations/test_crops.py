@@ -24,7 +24,7 @@ from foveate.tokens import Crop, ImagePlan
 from foveate.train.account import Costs
 from foveate.train.run import main
 from foveate.train.trainer import PROGRESS, FoveateTrainer
-from tests.train.tiny_training import save_backbones
+from tests.train.tiny_training import save_backbones, save_samples
 
 HALVES = ((0.0, 0.0, 0.5, 1.0), (0.5, 0.0, 1.0, 1.0))
 BRIDGES: dict[str, dict[str, Any]] = {
@@ -185,25 +185,11 @@ def test_a_plan_that_is_not_the_models_is_refused(made: tuple[Any, Halves]) -> N
 # ---- training ------------------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path) -> Path:
-    """The samples as a data set in `folder`."""
-    (folder / "images").mkdir()
-    rows = []
-    for one in samples():
-        names = [f"{one.id}-{k}.png" for k in range(len(one.images))]
-        for name, image in zip(names, one.images, strict=True):
-            image.save(folder / "images" / name)
-        said = [{"from": "human" if role == "user" else "gpt", "value": text} for role, text in one.turns]
-        rows.append({"id": one.id, "conversations": said} | ({"image": names} if names else {}))
-    (folder / "data.json").write_text(json.dumps(rows))
-    return folder / "data.json"
-
-
 def test_the_check_before_training_knows_the_size_of_each_picture(
     made: tuple[Any, Halves], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, processor = made
-    data = Conversations.open(write(tmp_path), tmp_path / "images")
+    data = Conversations.open(save_samples(tmp_path, samples()), tmp_path / "images")
     collator = Collator(processor, 999)
     lengths = [int(collator([data[i]])["attention_mask"].sum()) for i in range(4)]
     for longest in sorted(set(lengths)):
@@ -223,7 +209,7 @@ def test_training_counts_what_each_image_becomes(folder: Path, tmp_path: Path, m
     monkeypatch.setattr(FoveateConfig, "plan_image", lambda self, height, width: halved(plain(self, height, width), height, width))
     monkeypatch.setattr(FoveateProcessor, "plan_image", lambda self, height, width: halved(own(self, height, width), height, width))
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    write(tmp_path)
+    save_samples(tmp_path, samples())
     (tmp_path / "recipe.yaml").write_text(f"""
 name: t
 output: {tmp_path}/out

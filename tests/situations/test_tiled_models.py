@@ -24,7 +24,7 @@ from foveate.tilings import TILINGS
 from foveate.tokens import Kind, wire
 from foveate.train.run import main
 from foveate.train.trainer import FoveateTrainer
-from tests.train.tiny_training import save_backbones
+from tests.train.tiny_training import save_backbones, save_samples
 
 MLP: dict[str, Any] = {"kind": "mlp"}
 POOL: dict[str, Any] = {"kind": "avg_pool2d", "pool": 2}
@@ -368,19 +368,6 @@ def test_what_a_call_cannot_be(folder: Path) -> None:
 # ---- training ------------------------------------------------------------------------------------------------------------------------
 
 
-def write(folder: Path) -> None:
-    """The samples as a data set in `folder`."""
-    (folder / "images").mkdir()
-    rows = []
-    for one in samples():
-        names = [f"{one.id}-{k}.png" for k in range(len(one.images))]
-        for name, image in zip(names, one.images, strict=True):
-            image.save(folder / "images" / name)
-        said = [{"from": "human" if role == "user" else "gpt", "value": text} for role, text in one.turns]
-        rows.append({"id": one.id, "conversations": said} | ({"image": names} if names else {}))
-    (folder / "data.json").write_text(json.dumps(rows))
-
-
 def recipe(folder: Path, out: Path, tiling: str, **more: str) -> Path:
     """Two stages on the samples: seen whole first, then tiled."""
     path = out / "recipe.yaml"
@@ -424,7 +411,7 @@ def test_training_is_resumed_and_reads_features(folder: Path, tmp_path: Path, mo
     for name, more in runs.items():
         out = tmp_path / name
         out.mkdir()
-        write(out)
+        save_samples(out, samples())
         path = recipe(folder, out, "anyres:budget=6", **more)
         if name == "stopped":
 

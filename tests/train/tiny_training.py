@@ -1,6 +1,7 @@
 """Backbones and data small enough that a training step takes milliseconds."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from foveate.data.conversations import Conversation
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<user>' + m['content'] + '<assistant>' }}"
@@ -110,3 +113,17 @@ def save_data(folder: Path, samples: int = 24, size: int = 32) -> None:
             row["image"] = names if count > 1 else names[0]
         rows.append(row)
     (folder / "data.json").write_text(json.dumps(rows))
+
+
+def save_samples(folder: Path, samples: Sequence[Conversation]) -> Path:
+    """`folder`/data.json of these samples, which it returns, and their pictures in `folder`/images."""
+    (folder / "images").mkdir()
+    rows = []
+    for one in samples:
+        names = [f"{one.id}-{k}.png" for k in range(len(one.images))]
+        for name, image in zip(names, one.images, strict=True):
+            image.save(folder / "images" / name)
+        said = [{"from": "human" if role == "user" else "gpt", "value": text} for role, text in one.turns]
+        rows.append({"id": one.id, "conversations": said} | ({"image": names} if names else {}))
+    (folder / "data.json").write_text(json.dumps(rows))
+    return folder / "data.json"

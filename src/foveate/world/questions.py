@@ -167,6 +167,7 @@ def _count(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def plural(shape: str) -> str:
+    """What several of a shape are called."""
     return f"{shape}{'es' if shape == 'cross' else 's'}"
 
 

@@ -57,11 +57,6 @@ def turn(question: str, answer: str) -> str:
     return f"<user>{question}<assistant>{answer}</s>"
 
 
-def prompt(description: str, question: str) -> str:
-    """A question about a described scene, ready for the language model's answer."""
-    return f"<s><user>{description}\n{question}<assistant>"
-
-
 def build_tokenizer(documents: int = 4000) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the world's texts: at most 512 entries, digits apart, special tokens first, `<loc0>` to `<loc15>` last.
 
