@@ -19,6 +19,7 @@ import argparse
 import fcntl
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.common import Usage
 
 from foveate.evaluation.evaluate import Result, evaluate
 from foveate.files import write_json
@@ -39,6 +39,10 @@ from foveate.train.run import train
 from foveate.world.scenes import in_turns, write_world
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
+
+from benchmarks.common import Usage  # noqa: E402
+
 RECIPES = HERE.parent.parent / "recipes" / "pretraining"
 FIRST = "resampler"  # the paper's baseline: the arm that all others are compared with
 TURNS = 2  # questions of one sample
