@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.situations.runs import prepare, recipe, stage, stages
-from tests.train.processes import launched
-from tests.train.sharded import check_resumed, check_the_same, how_divided, train_everywhere
 
 from foveate.errors import FoveateError
 from foveate.train.run import main
+from tests.situations.runs import prepare, recipe, stage, stages
+from tests.train.processes import launched
+from tests.train.sharded import check_resumed, check_the_same, how_divided, train_everywhere
 
 pytestmark = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="DeepSpeed is not installed in this environment; `make deepspeed` builds one that has it"

@@ -11,13 +11,13 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from ruamel.yaml import YAML
-from tests.interop.test_lmms_eval import SCENES, UTILS
 
 from foveate.cli import main
 from foveate.evaluation.evaluate import evaluate
 from foveate.reproduce.harness import Job, command, lmms_eval
 from foveate.reproduce.tables import Column, load_table, names
 from foveate.world.scenes import write_world
+from tests.interop.test_lmms_eval import SCENES, UTILS
 
 pytestmark = pytest.mark.skipif(
     find_spec("lmms_eval") is None, reason="lmms-eval is not installed in this environment; `make interop` builds one that has it"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from datasets import Image as ImageFeature
-from tests.situations.runs import checkpoint, prepare, recipe, rows, save_llava, stage
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate
@@ -22,6 +21,7 @@ from foveate.reducers import spell
 from foveate.train.order import Order
 from foveate.train.run import main
 from foveate.train.trainer import FoveateTrainer
+from tests.situations.runs import checkpoint, prepare, recipe, rows, save_llava, stage
 
 pytestmark = pytest.mark.skipif(
     find_spec("trl") is None, reason="TRL is not installed in this environment; `make trl` builds one that has it"

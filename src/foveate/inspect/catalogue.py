@@ -11,6 +11,7 @@ from rich.table import Table
 from foveate.anatomy import TESTED
 from foveate.bridges import BRIDGES
 from foveate.reducers import METHODS, Reducer
+from foveate.reducers.exporting import unexportable
 from foveate.tilings import TILINGS
 
 _DEPTH = 32  # decoder layers of the 7B models that the papers speak of
@@ -29,12 +30,17 @@ def needs(method: type[Reducer]) -> str:
     return "; ".join(dict.fromkeys(signal.words for site in method().sites(_DEPTH) for signal in site.needs if signal.words))
 
 
+def served(method: type[Reducer]) -> str:
+    """Whether other engines, such as servers, can run a method's default setting; asking one for it says why not."""
+    return "no" if unexportable(method()) else "yes"
+
+
 def print_catalogue() -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    reducers = Table("reducer", "arXiv", "acts (defaults, 32 layers)", "needs", "what it does", box=None, pad_edge=False)
+    console = Console(width=None if sys.stdout.isatty() else 170)
+    reducers = Table("reducer", "arXiv", "acts (defaults, 32 layers)", "needs", "served", "what it does", box=None, pad_edge=False)
     for name, method in METHODS.items():
         mark = "experimental: " if method.experimental else ""
-        reducers.add_row(name, method.paper, acts(method), needs(method), mark + _first(method))
+        reducers.add_row(name, method.paper, acts(method), needs(method), served(method), mark + _first(method))
     bridges = Table("bridge", "arXiv", "what it does", box=None, pad_edge=False)
     for name, bridge in BRIDGES.items():
         cited = re.search(r"arXiv (\d{4}\.\d{5})", sys.modules[bridge.__module__].__doc__ or "")

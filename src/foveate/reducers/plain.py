@@ -46,6 +46,7 @@ def reduce(
     layout: Layout | None = None,
     layers: int | None = None,
     step: int = 0,
+    keys: Tensor | None = None,
 ) -> Kept:
     """The decision of one reducer about one image a row, at one of its sites.
 
@@ -58,8 +59,9 @@ def reduce(
     layout    in place of grid, special and text: what every one of the L tokens is, in any number of images, crops and samples
     layers    decoder layers of the model, for methods that count in them
     step      which of the method's sites, counted from 0
+    keys      (images,) `foveate.contract.content_keys`, which random choices follow; None: those of the tokens
 
-    Random choices follow the tokens' content. Raises FoveateError where the sizes do not agree or the method lacks what it looks at.
+    Raises FoveateError where the sizes do not agree or the method lacks what it looks at.
     """
     if isinstance(reducer, str):
         named = parse(reducer)
@@ -77,7 +79,8 @@ def reduce(
     states = tokens
     if tokens is not None and T:
         states = torch.cat([tokens, text if isinstance(text, Tensor) else tokens.new_zeros((B, T, tokens.shape[2]))], 1)
-    keys = None if tokens is None else content_keys([tokens[layout.image[:, :L] == i] for i in range(int(layout.image.max()) + 1)])
+    if keys is None and tokens is not None:
+        keys = content_keys([tokens[layout.image[:, :L] == i] for i in range(int(layout.image.max()) + 1)])
     blank = torch.zeros((B, L + T, 0), device=layout.kind.device) if states is None else states
     view = View.of(blank, layout=layout, image_keys=keys, signals=signals, layers=layers)
     if tokens is None or (T and not isinstance(text, Tensor)):

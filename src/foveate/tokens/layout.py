@@ -88,6 +88,15 @@ class Layout:
             place[..., 4] = torch.where(known, rank % columns.clamp(min=1), -1)
         return layout
 
+    @classmethod
+    def item(cls, kind_L: Tensor, place_L4: Tensor) -> Layout:
+        """The layout (1, L) of one image alone: the kind of each token, and its crop, frame, row and column (-1: not known)."""
+        here = torch.zeros_like(kind_L)
+        place = torch.cat([here[:, None], place_L4], 1)
+        position = torch.arange(len(kind_L), device=kind_L.device)
+        parts = kind_L, torch.ones_like(here, dtype=torch.bool), position, place, (kind_L == Kind.PATCH).to(torch.float32)
+        return cls(*(part[None] for part in parts))
+
     @property
     def shape(self) -> tuple[int, int]:
         return self.kind.shape[0], self.kind.shape[1]
