@@ -287,7 +287,8 @@ def plot(comparison: Comparison) -> Figure:
         axes.axhline(0, color="#888888", linewidth=0.8, zorder=0)
         axes.grid(color="#88888840", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    if others:
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
 
