@@ -5,6 +5,7 @@ Data, pictures and model are read by the actors, at the same paths as here. Answ
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ def answered(job: Job, blocks: Sequence[tuple[int, range]], workers: int | None)
     """Blocks of rows with their lines, as they get ready. `workers`: actors; None: one for each GPU of the cluster, or one."""
     mine = not ray.is_initialized()
     if mine:
-        ray.init(logging_level="ERROR")
+        ray.init(logging_level="ERROR", log_to_driver=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the bar is ours
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         gpus = int(ray.cluster_resources().get("GPU", 0))

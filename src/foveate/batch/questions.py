@@ -33,10 +33,11 @@ class Questions:
 
     def __init__(self, data: str | Path, images: str | Path | None = None) -> None:
         self.rows = open_rows(data)
-        near = Path(data).expanduser().parent
-        self.folder = Path(images).expanduser() if images else near / "images" if (near / "images").is_dir() else near
+        near = Path(data).expanduser().absolute().parent
+        # By its whole name, which stands in messages: a row fails alike wherever it is asked.
+        self.folder = Path(images).expanduser().absolute() if images else near / "images" if (near / "images").is_dir() else near
         if not self.folder.is_dir():
-            raise FoveateError(f"image folder {self.folder.absolute()} does not exist")
+            raise FoveateError(f"image folder {self.folder} does not exist")
 
     def __len__(self) -> int:
         return len(self.rows)
