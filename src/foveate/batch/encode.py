@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save
@@ -25,7 +24,7 @@ from torch import Tensor
 from foveate.anatomy import read
 from foveate.anatomy.families import deepstack
 from foveate.batch.answering import Job
-from foveate.batch.parts import Alone, Done, Parts, carry_out, entry, failures
+from foveate.batch.parts import Alone, Done, Parts, carry_out, entry, failures, processes
 from foveate.batch.questions import Questions
 from foveate.contract import Noise
 from foveate.data.pixels import open_image, outline
@@ -53,7 +52,7 @@ def encode(job: Job, out: str | Path, *, progress: bool = True) -> Done | None:
     parts = Parts(folder / SHARDS, len(questions), job.batch_size, ".safetensors")
 
     def work(blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
-        encoder = Encoder(job, reducer, str(PartialState().device))
+        encoder = Encoder(job, reducer, str(processes().device))
         for block in blocks:
             yield block, encoder(parts.rows(block))
 

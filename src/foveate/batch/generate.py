@@ -11,10 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from foveate.batch.answering import Attached, Job, absolute
-from foveate.batch.parts import Done, Parts, Work, carry_out, failures
+from foveate.batch.parts import Done, Parts, Work, carry_out, failures, processes
 from foveate.batch.questions import Questions
 from foveate.errors import FoveateError, nearest
 from foveate.files import write
@@ -55,7 +53,7 @@ def generate(
     if engine != "transformers":
         if importlib.util.find_spec(engine) is None:
             raise FoveateError(f"the engine {engine} is not installed: {_INSTALL[engine]}; or leave out --engine")
-        if PartialState().num_processes > 1:
+        if processes().num_processes > 1:
             raise FoveateError(f"the engine {engine} starts its own processes: start foveate without accelerate launch")
         if engine == "vllm" and reducing:
             exported(reducing, "vLLM")
@@ -78,7 +76,7 @@ def _work(job: Job, engine: str, parts: Parts, workers: int | None, options: Map
         from foveate.batch.on_vllm import Served
 
         return lambda blocks: _one_by_one(lambda: Served(job, options), parts, blocks)
-    return lambda blocks: _one_by_one(lambda: Attached(job, str(PartialState().device)), parts, blocks)
+    return lambda blocks: _one_by_one(lambda: Attached(job, str(processes().device)), parts, blocks)
 
 
 def _one_by_one(make: Callable[[], Callable[[Sequence[int]], str]], parts: Parts, blocks: Sequence[int]) -> Iterator[tuple[int, str]]:

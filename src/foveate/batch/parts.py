@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -58,6 +59,11 @@ class Parts:
         return self.total - sum(len(self.rows(block)) for block in self.missing())
 
 
+def processes() -> PartialState:
+    """The processes of this run, and where this one's model is to be: on its GPU, or else the CPU, as `load_model` has it."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def carry_out(
     out: Path, facts: Callable[[], dict[str, Any]], parts: Parts, work: Work, finish: Callable[[], Result], progress: bool = True
 ) -> Result | None:
@@ -67,7 +73,7 @@ def carry_out(
     facts: what the job is; kept in `out`, and held against what is there. FoveateError where that is another job's, and where another run
     works there.
     """
-    state = PartialState()
+    state = processes()
     with locked(out, state):
         missing: list[Any] = [None]
         if state.is_main_process:
