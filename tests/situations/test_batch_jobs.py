@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import foveate
+from foveate import files
 from foveate.batch import Embeddings, Job, answering, encode, generate, parts, told
 from foveate.batch.questions import Questions
 from foveate.errors import FoveateError
@@ -116,7 +117,7 @@ def test_a_kill_loses_nothing_and_nothing_is_asked_twice(
     out = tmp_path / "out"
     if (child := os.fork()) == 0:
         try:
-            monkeypatch.setattr(parts, "write", slow(parts.write))
+            monkeypatch.setattr(parts, "write", slow(files.write))
             generate(job(world / "test.json"), out, progress=False)
         finally:
             os._exit(1)
@@ -264,7 +265,7 @@ def test_embeddings_go_on_after_an_interruption_and_name_what_failed(world: Path
     own = job(written(world, rows, "pictures.json"), batch_size=2)
     encode(own, tmp_path / "whole", progress=False)
     with monkeypatch.context() as patch:
-        patch.setattr(parts, "write", interrupted(parts.write))
+        patch.setattr(parts, "write", interrupted(files.write))
         with pytest.raises(KeyboardInterrupt):
             encode(own, tmp_path / "out", progress=False)
     with pytest.raises(FoveateError, match="holds no embeddings"):
