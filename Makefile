@@ -8,8 +8,9 @@ INTEROP := .venv-interop
 TRL := .venv-trl
 DEEPSPEED := .venv-deepspeed
 SERVE := .venv-serve
+RAY := .venv-ray
 
-.PHONY: demo test real conformance interop trl deepspeed serve-test check docs clean
+.PHONY: demo test real conformance interop trl deepspeed serve-test ray-test check docs clean
 
 $(READY): pyproject.toml constraints.txt tests/conformance/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,7 +75,7 @@ $(DEEPSPEED)/.ready: pyproject.toml constraints.txt tests/interop/deepspeed.txt
 # vLLM's CPU build serves tiny models on fewer tokens, and answers as transformers does; in an environment of its own (2.5 GB, five minutes),
 # since vLLM asks for an older transformers and pins what others need newer. It runs one engine after the other, for ten to twenty minutes.
 serve-test: $(SERVE)/.ready
-	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest tests/interop/test_vllm.py
+	OMP_NUM_THREADS=1 $(SERVE)/bin/python -m pytest tests/interop/test_vllm.py tests/interop/test_vllm_jobs.py
 
 $(SERVE)/.ready: pyproject.toml constraints.txt tests/interop/vllm.txt tests/interop/torchvision_operators.py
 	$(PYTHON) -m venv $(SERVE)
@@ -85,6 +86,17 @@ $(SERVE)/.ready: pyproject.toml constraints.txt tests/interop/vllm.txt tests/int
 	$(SERVE)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/vllm.txt
 	cp tests/interop/torchvision_operators.py $$($(SERVE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 	echo "import torchvision_operators" > $$($(SERVE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision_operators.pth
+	touch $@
+
+# Ray Data's actors answer a file as one process does, on this machine; in an environment of its own: it is an extra.
+ray-test:
+	@if $(MAKE) --silent $(RAY)/.ready; then $(RAY)/bin/python -m pytest tests/interop/test_ray.py; \
+	else echo "Ray's tests are skipped: $(RAY) could not be built (is there a network?)"; fi
+
+$(RAY)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]" pytest
 	touch $@
 
 check: $(READY)
@@ -101,4 +113,4 @@ $(VENV)/.docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(TRL) $(DEEPSPEED) $(SERVE) site demo/world demo/data demo/bench demo/runs
+	rm -rf $(VENV) $(INTEROP) $(TRL) $(DEEPSPEED) $(SERVE) $(RAY) site demo/world demo/data demo/bench demo/runs

@@ -16,6 +16,7 @@ EXCEPTIONS = {
     "accounting/predict.py::predict arguments": "each is a part of the workload that a caller may leave out",
     "accounting/predict.py::observed arguments": "those of `predict`, for tokens that are known",
     "cli.py::bench arguments": "each is an option of the command",
+    "cli.py::generate arguments": "each is an option of the command",
     "cli.py::reproduce arguments": "each is an option of the command",
     "cli.py::search arguments": "each is an option of the command",
     "evaluation/bench.py::bench arguments": "each is an option of the command",

@@ -135,6 +135,70 @@ def unpack(
     print(run(file, out))
 
 
+DataFile = Annotated[str, typer.Argument(help="Conversations as in training, or questions, see docs/at-scale.md.", metavar="DATA")]
+ModelOption = Annotated[str, typer.Option(help="A model folder, a hub name or asset:vlm.")]
+ImagesOption = Annotated[
+    str | None, typer.Option(help="Folder of the images. Default: images beside the file, or the file's own.", metavar="DIR")
+]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows that are done together, and lost together by a kill.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+@app.command()
+def generate(
+    data: DataFile,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Folder of the answers; the same command goes on with what is there.")],
+    reduce: Annotated[str | None, typer.Option(help="Such as divprune:keep=0.25. Default: what the model's foveate.json says.")] = None,
+    images: ImagesOption = None,
+    engine: Annotated[str, typer.Option(help="transformers, ray or vllm.")] = "transformers",
+    workers: Annotated[int | None, typer.Option(min=1, help="Of ray: actors that hold the model. Default: one a GPU, or one.")] = None,
+    engine_options: Annotated[str | None, typer.Option(help="Of vllm: such as '{\"max_model_len\": 8192}'.", metavar="JSON")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
+    batch_size: BatchOption = 16,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Answer a file of questions about images into a file of answers; by several processes under `accelerate launch`."""
+    from foveate.batch import Job, told
+    from foveate.batch import generate as run
+
+    job = Job(data, model, reduce, images, max_new_tokens, batch_size, dtype)
+    done = run(job, out, engine=engine, workers=workers, options=_json(engine_options, "--engine-options"))
+    if done is not None:
+        print(told(done))
+
+
+@app.command()
+def encode(
+    data: DataFile,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(help="Folder of the embeddings; the same command goes on with what is there.")],
+    reduce: Annotated[str | None, typer.Option(help="Such as divprune:keep=0.25. Default: what the model's foveate.json says.")] = None,
+    images: ImagesOption = None,
+    batch_size: BatchOption = 16,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """Write what a reducer leaves of the embeddings of a file's images; by several processes under `accelerate launch`."""
+    from foveate.batch import Job, told
+    from foveate.batch import encode as run
+
+    done = run(Job(data, model, reduce, images, batch_size=batch_size, dtype=dtype), out)
+    if done is not None:
+        print(told(done))
+
+
+def _json(text: str | None, option: str) -> dict[str, Any] | None:
+    import json
+
+    try:
+        given = None if text is None else json.loads(text)
+    except ValueError as error:
+        raise FoveateError(f"{option} {text!r} is not JSON: {error}") from None
+    if not isinstance(given, dict | None):
+        raise FoveateError(f'{option} {text!r} must be an object, such as {{"max_model_len": 8192}}')
+    return given
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, a hub name or asset:vlm.", metavar="MODEL")],

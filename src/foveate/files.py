@@ -12,11 +12,11 @@ from typing import Any
 from filelock import FileLock
 
 
-def write(path: Path, text: str) -> None:
-    """Write `text` to `path`, all of it or nothing; it is on the disk when this returns. OSError as of any writing."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write `content` to `path`, text as UTF-8, all of it or nothing; it is on the disk when this returns. OSError as of any writing."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

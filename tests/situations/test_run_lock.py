@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 
+from foveate import lock
 from foveate.errors import FoveateError
-from foveate.train import files, lock
-from foveate.train.lock import locked
+from foveate.lock import locked
+from foveate.train import files
 from foveate.train.run import main
 from foveate.train.trainer import FoveateTrainer
 from tests.situations.runs import checkpoint, prepare, recipe, rows, same, stage, stages
@@ -50,7 +51,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_not_afterwards(root: 
     child = hold(output, lambda: time.sleep(600))
     try:
         for _ in range(2):
-            with pytest.raises(FoveateError, match=f"{output} is in use: process {child} on {socket.gethostname()} trains there since"):
+            with pytest.raises(FoveateError, match=f"{output} is in use: process {child} on {socket.gethostname()} works there since"):
                 main(recipe(root, "held"))
         assert not (output / "recipe.json").exists()
     finally:

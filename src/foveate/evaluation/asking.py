@@ -142,7 +142,7 @@ def answered(
             for number, text in zip(batch, answers.texts, strict=True):
                 found.texts[number] = text
             found.entered += answers.placeholders
-            found.cut += answers.cut
+            found.cut += sum(answers.thinking)
             if run is not None:
                 _observe(run, answers.lengths, model.dtype.itemsize, found)
             tell(len(batch))

@@ -1,7 +1,7 @@
 """Asking a model: loading it, writing its prompts, and its answers. What evaluates, looks, searches and serves asks through here."""
 
-from foveate.inference.answering import Broken, Said, answer, answering, ends
-from foveate.inference.asking import Answers, ask, model_inputs, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference.answering import Broken, Said, answer, answering, ends, read_answer
+from foveate.inference.asking import Answers, ask, begun, marked, model_inputs, prompts, shrunk, warn_of_cut_thoughts
 from foveate.inference.loading import load_model, loaded, model_hash, retiled
 from foveate.inference.progress import progress_bar
 
@@ -12,13 +12,16 @@ __all__ = [
     "answer",
     "answering",
     "ask",
+    "begun",
     "ends",
     "load_model",
     "loaded",
+    "marked",
     "model_hash",
     "model_inputs",
     "progress_bar",
     "prompts",
+    "read_answer",
     "retiled",
     "shrunk",
     "warn_of_cut_thoughts",

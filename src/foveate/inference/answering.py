@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -88,18 +88,20 @@ def answer(
     }
     config = Plain(**{**tokens, "do_sample": False, "num_beams": 1, **options})
     output = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([Finite()]))
-    said = []
-    for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-        length = next((at for at, token in enumerate(row) if token in stops), len(row))
-        plain = tokenizer.decode(row[:length], skip_special_tokens=False)
-        text, thinking = without_thought(plain)
-        if skip_special_tokens and text == plain.strip():
-            text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
-        elif skip_special_tokens:  # the thought's own tokens may be special, so the text had to be found with them
-            for token in tokenizer.all_special_tokens:
-                text = text.replace(token, "").strip()
-        said.append(Said(text, min(length + 1, len(row)), thinking))
-    return said
+    return [read_answer(tokenizer, row, stops, skip_special_tokens) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
+
+
+def read_answer(tokenizer: Any, row: list[int], stops: Sequence[int], skip_special_tokens: bool = False) -> Said:
+    """What was said by the tokens that a model has generated, up to the first of `stops`; by whichever engine."""
+    length = next((at for at, token in enumerate(row) if token in stops), len(row))
+    plain = tokenizer.decode(row[:length], skip_special_tokens=False)
+    text, thinking = without_thought(plain)
+    if skip_special_tokens and text == plain.strip():
+        text = tokenizer.decode(row[:length], skip_special_tokens=True).strip()
+    elif skip_special_tokens:  # the thought's own tokens may be special, so the text had to be found with them
+        for token in tokenizer.all_special_tokens:
+            text = text.replace(token, "").strip()
+    return Said(text, min(length + 1, len(row)), thinking)
 
 
 def without_thought(text: str) -> tuple[str, bool]:

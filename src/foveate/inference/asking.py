@@ -27,21 +27,28 @@ def prompts(processor: Any, questions: Sequence[str], images: Sequence[int] | No
     A question that says itself where its images stand, by markers, is left as it is."""
     renderer = Renderer(processor)
     counts = [1] * len(questions) if images is None else images
-    marks = [f"{conversations.MARKER}\n" * count for count in counts]
-    texts = [text if conversations.MARKER in text else mark + text for mark, text in zip(marks, questions, strict=True)]
-    return [renderer.ask([("user", text)]) for text in texts]
+    return [renderer.ask([("user", marked(text, count))]) for text, count in zip(questions, counts, strict=True)]
+
+
+def marked(question: str, images: int) -> str:
+    """A question with its images in front of it, unless it says itself where they stand."""
+    return question if conversations.MARKER in question else f"{conversations.MARKER}\n" * images + question
 
 
 def model_inputs(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
     """What the processor makes of prompts that `prompts` wrote, each about its own images, padded on the left."""
     given: dict[str, Any] = {"images": [list(own) for own in images]} if any(images) else {}
-    start = processor.tokenizer.bos_token
-    if start and texts[0].startswith(start):
-        given["add_special_tokens"] = False  # the template has written them
+    if begun(processor.tokenizer, texts[0]):
+        given["add_special_tokens"] = False
     try:
         return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **given)
     except ValueError as error:
         raise FoveateError(f"{type(processor).__name__} does not take these images and prompts: {error}") from error
+
+
+def begun(tokenizer: Any, text: str) -> bool:
+    """Whether a template has already written what the tokenizer would put in front of a prompt."""
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
 
 
 def shrunk(processor: Any, reducers: Sequence[Reducer]) -> tuple[Any, Sequence[Reducer]]:
@@ -57,12 +64,12 @@ def shrunk(processor: Any, reducers: Sequence[Reducer]) -> tuple[Any, Sequence[R
 @dataclass(frozen=True)
 class Answers:
     """To a batch of prompts: the `texts`, how many image tokens stand in each prompt, the `lengths` of the prompts in tokens, visual ones
-    included, and how many answers are thoughts that were `cut` off."""
+    included, and which answers are `thinking` yet, since their thoughts were cut off."""
 
     texts: list[str]
     placeholders: list[int]
     lengths: list[int]
-    cut: int = 0
+    thinking: Sequence[bool] = ()
 
 
 def ask(
@@ -87,8 +94,8 @@ def ask(
             inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=repeated)}
             del inputs["pixel_values"]
     said = answer(model, tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
-    cut = sum(one.thinking for one in said)
-    return Answers([one.text for one in said], (ids == token).sum(1).tolist(), mask.sum(1).tolist(), cut)
+    thinking = [one.thinking for one in said]
+    return Answers([one.text for one in said], (ids == token).sum(1).tolist(), mask.sum(1).tolist(), thinking)
 
 
 def warn_of_cut_thoughts(count: int, total: int, new: int) -> None:

@@ -109,6 +109,11 @@ def count_embeddings(reducer: Reducer, layout: Layout) -> int:
     return sum(reducer.count(work)) + layout.shape[1] - size.tokens
 
 
+def in_grid(layout: Layout) -> Tensor:
+    """(3, L) int64, of a layout (1, L): how far each token stands from its image's first one: in time, down and to the right."""
+    return layout.place[0, :, 2:].T.clamp(min=0)
+
+
 class Reduced(NamedTuple):
     """What a reducer leaves of one image. Legend: L its tokens, M those that are left.
 

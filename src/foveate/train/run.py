@@ -27,6 +27,7 @@ from foveate.data.library import image_plan
 from foveate.errors import FoveateError
 from foveate.evaluation.samples import Task
 from foveate.files import write_json
+from foveate.lock import locked
 from foveate.machine import kept_memory
 from foveate.reducers import parse, save_reducers
 from foveate.tokens import ImagePlan
@@ -37,7 +38,6 @@ from foveate.train.callbacks import Held, LetGo
 from foveate.train.evaluating import BEST_NOTE, Examiner, best_note, open_tasks
 from foveate.train.features import Wanted, look_through, open_features
 from foveate.train.loading import Loading
-from foveate.train.lock import locked
 from foveate.train.micro_batch import choose
 from foveate.train.opening import Opened, open_model
 from foveate.train.order import division, seed_of

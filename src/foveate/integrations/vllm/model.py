@@ -17,7 +17,7 @@ from foveate.integrations.vllm.items import FIELD, Room, apart, lie, pixels_of
 from foveate.integrations.vllm.setting import check_engine, engine_reducer
 from foveate.integrations.vllm.tower import Tower, by_transformers, tower_of
 from foveate.probes.encoding import Item
-from foveate.reducers.exporting import reduce_embeddings
+from foveate.reducers.exporting import in_grid, reduce_embeddings
 from foveate.tokens import Layout
 
 if TYPE_CHECKING:
@@ -133,8 +133,3 @@ class ReducingModel(_Base):
         given = {name: value[None] for name, value in feature.data.get_data().items() if isinstance(value, Tensor)}
         if not torch.equal(own - own[:, :1], in_grid(lie(self._config, given, own.shape[1]))):
             raise FoveateError(f"{type(self).__name__} gives an image's tokens other positions than their rows and columns: not served")
-
-
-def in_grid(layout: Layout) -> Tensor:
-    """(3, L) int64: how far each token stands from its image's first one: in time, down and to the right."""
-    return layout.place[0, :, 2:].T.clamp(min=0)

@@ -57,7 +57,7 @@ def acquire(output: Path) -> Any:
         owner = read_owner(output)
         lock.acquire(timeout=ORPHANS if is_dead(owner) else 0)
     except Timeout:
-        raise FoveateError(f"{output} is in use: {described(holder(output))}. Wait for that run, or set another `output`") from None
+        raise FoveateError(f"{output} is in use: {described(holder(output))}. Wait for that run, or name another folder") from None
     except OSError as error:
         raise FoveateError(f"output {output} cannot be written to: {error.strerror or error}") from None
     owner = read_owner(output)
@@ -101,4 +101,4 @@ def is_dead(owner: dict[str, Any]) -> bool:
 
 
 def described(owner: dict[str, Any]) -> str:
-    return f"process {owner['pid']} on {owner['host']} trains there since {owner['since']}" if owner else "another process trains there"
+    return f"process {owner['pid']} on {owner['host']} works there since {owner['since']}" if owner else "another process works there"

@@ -1,0 +1,141 @@
+"""Blocks of rows -> their answers, a JSON line for each row: by transformers, or by whoever else can be asked."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from foveate.batch.parts import Alone, entry
+from foveate.batch.questions import Questions
+from foveate.data.chat import Renderer
+from foveate.data.pixels import Picture, open_image
+from foveate.engine.attach import attach
+from foveate.errors import FoveateError
+from foveate.inference import answering, ask, load_model, model_hash, shrunk
+from foveate.reducers import Reducer, in_model, parse, prepare, saved_reducers, spell
+from foveate.world import resolve
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done, by whichever engine.
+
+    data            see `Questions`, which `images` goes to as well
+    model           a folder, a hub name, or an asset
+    reducers        a spelling; None: what the model's `foveate.json` says, if it has one
+    max_new_tokens  of an answer
+    batch_size      rows that are asked together, and written together
+    dtype           one of `DTYPES`
+    """
+
+    data: str
+    model: str
+    reducers: str | None = None
+    images: str | None = None
+    max_new_tokens: int = 128
+    batch_size: int = 16
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_new_tokens < 1:
+            raise FoveateError(f"batch_size and max_new_tokens must be at least 1, got {self.batch_size} and {self.max_new_tokens}")
+        if self.dtype not in DTYPES:
+            raise FoveateError(f"dtype={self.dtype} is not possible; choose one of {', '.join(DTYPES)}")
+
+    @property
+    def reducing(self) -> list[Reducer]:
+        return (saved_reducers(resolve(self.model)) or []) if self.reducers is None else parse(self.reducers)
+
+    def facts(self, questions: Questions) -> dict[str, Any]:
+        """What tells the job apart from others."""
+        told = {"data": self.data, "images": str(questions.folder), "model": self.model, "data_hash": questions.rows.fingerprint}
+        told |= {"model_hash": model_hash(self.model), "reducers": spell(self.reducing)}
+        return {**told, "rows": len(questions), "batch_size": self.batch_size, "dtype": self.dtype}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row that can be asked: its number, the prompt as the template writes it, and its pictures, opened."""
+
+    row: int
+    text: str
+    pictures: tuple[Picture, ...]
+    images: tuple[Image.Image, ...]
+
+
+class Answerer(ABC):
+    """Answers rows of a job. `processor`: that of the model."""
+
+    def __init__(self, job: Job, processor: Any) -> None:
+        self.job, self.processor = job, processor
+        self.questions = Questions(job.data, job.images)
+        self._renderer = Renderer(processor)
+        self._alone = Alone()
+
+    @abstractmethod
+    def said(self, prompts: Sequence[Prompt]) -> list[tuple[str, bool]]:
+        """Of each prompt its answer, and whether that is a thought which was cut off."""
+
+    def __call__(self, rows: Sequence[int]) -> str:
+        """A line for each row. FoveateError for what is wrong with more than single rows."""
+        told: dict[int, dict[str, Any] | FoveateError] = {}
+        prompts = []
+        for row in rows:
+            try:
+                prompts.append(self._prompt(row))
+            except FoveateError as error:
+                told[row] = error
+        for prompt, found in zip(prompts, self._alone(self.said, prompts), strict=True):
+            if isinstance(found, FoveateError):
+                told[prompt.row] = found
+                continue
+            text, thinking = found
+            cut = FoveateError(f"its answer is still a thought after {self.job.max_new_tokens} tokens; allow for more new tokens")
+            told[prompt.row] = cut if thinking else {"answer": text}
+        lines = [entry(row, self.questions.name(row), told[row]) for row in rows]
+        return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def _prompt(self, row: int) -> Prompt:
+        question = self.questions[row]
+        images = tuple(map(open_image, question.pictures))
+        return Prompt(row, self._renderer.ask(question.turns), tuple(question.pictures), images)
+
+
+class Attached(Answerer):
+    """A model in this process, with the job's reducers attached."""
+
+    def __init__(self, job: Job, device: str | None = None) -> None:
+        self.model, processor = load_model(job.model, device, dtype=job.dtype)
+        super().__init__(job, processor)
+        self._processor, self._before = shrunk(processor, job.reducing)
+        attach(self.model, in_model(job.reducing), record="none")
+
+    def said(self, prompts: Sequence[Prompt]) -> list[tuple[str, bool]]:
+        found: dict[int, tuple[str, bool]] = {}
+        for seeing in (True, False):  # not every processor takes both at once
+            own = [prompt for prompt in prompts if bool(prompt.images) == seeing]
+            images = {picture: image for prompt in own for picture, image in zip(prompt.pictures, prompt.images, strict=True)}
+            place = {picture: number for number, picture in enumerate(images)}
+            owners = [[place[picture] for picture in prompt.pictures] for prompt in own]
+            if own:
+                shown = [prepare(self._before, image) for image in images.values()]
+                texts = [prompt.text for prompt in own]
+                with answering(self.model):
+                    answers = ask(self.model, self._processor, shown, owners, texts, self.job.max_new_tokens)
+                for prompt, text, thinking in zip(own, answers.texts, answers.thinking, strict=True):
+                    found[prompt.row] = text, thinking
+        return [found[prompt.row] for prompt in prompts]
+
+
+def absolute(where: str) -> str:
+    """A file or folder by its whole name, for processes that start elsewhere; other names as they are."""
+    path = Path(where).expanduser()
+    return str(path.absolute()) if path.exists() else where
