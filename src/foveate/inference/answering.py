@@ -99,7 +99,9 @@ def read_answer(tokenizer: Any, row: list[int], stops: Sequence[int], skip_speci
 
 def next_logits(model: Any, tokenizer: Any, inputs: Mapping[str, Any]) -> Tensor:
     """(B, vocabulary) float32: what the model says of the first token of each answer, to prompts as in `answer`."""
-    config = _greedy(model, tokenizer, ends(model, tokenizer), {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True})
+    config = _greedy(
+        model, tokenizer, ends(model, tokenizer), {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    )
     output = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([Finite()]))
     logits: Tensor = output.logits[0].to(torch.float32)
     return logits

@@ -1,16 +1,17 @@
 """DC²: a picture divided until its parts are as small as what the model sees, described from the leaves up, and answered with what the
 parts have told (Wang et al., arXiv 2408.15556).
 
-A part is divided in four unless half of a side would be below half of what the model sees at once (168 of 336 px), or at `depth`. Parts that
-look alike, by the mean of what they are encoded to, are merged first: average linkage, at a cosine distance below `merge`; a cluster is the mean
-of its pixels in the place of its first part. A leaf is described; any other part is described after its parts, with what they have told. A
-thing that is told of a part is remembered where one of its parts told it too: in that part, or in this one where several did. At the end
-the things that the question names (at most `top`) are looked at once more, and what is seen there goes before the question about the picture.
+A part is divided in four unless half of a side would be below half of what the model sees at once (168 of 336 px), or at `depth`. Parts
+that look alike, by the mean of what they are encoded to, are merged first: average linkage, at a cosine distance below `merge`; a cluster
+is the mean of its pixels in the place of its first part. A leaf is described; any other part is described after its parts, with what they
+have told. A thing that is told of a part is remembered where one of its parts told it too: in that part, or in this one where several
+did. At the end the things that the question names (at most `top`) are looked at once more, and what is seen there goes before the
+question about the picture.
 
 Where we differ: the description is asked for as a list, in the place of a caption from which a second pass takes the things; whether the
-question names a thing is told by the share of the thing's words that are in it (at least `match`), not by an embedding model; the odd pixel of
-a part stays in it; of the places of a thing, those inside of another are left out by comparing them, which the released code does by indices
-of another order.
+question names a thing is told by the share of the thing's words that are in it (at least `match`), not by an embedding model; the odd
+pixel of a part stays in it; of the places of a thing, those inside of another are left out by comparing them, which the released code
+does by indices of another order.
 """
 
 from __future__ import annotations
@@ -64,9 +65,7 @@ class DC2(Strategy):
 
     def describe(self, session: Session, picture: Image.Image, box: Box, depth: int, memory: dict[str, list[Box]]) -> list[str]:
         """What is in a part, whose pixels are those of `picture`; `memory` keeps where each thing is."""
-        below = [
-            (part, self.describe(session, view, part, depth + 1, memory)) for part, view in self.divided(session, picture, box, depth)
-        ]
+        below = [(part, self.describe(session, view, part, depth + 1, memory)) for part, view in self.divided(session, picture, box, depth)]
         session.visit(box, depth)
         told = "; ".join(", ".join(names) for _, names in below if names)
         text = session.words.combine.format(parts=told) if told else session.words.describe

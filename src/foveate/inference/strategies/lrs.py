@@ -1,16 +1,16 @@
 """The descent of LRS-VQA through a pyramid: coarse tiles first, then the finer ones that the model looks at (Luo et al., ICCV 2025, arXiv
 2503.07588; the number is from memory).
 
-The levels are those of the `lrs` tiling: halved sizes, from three tiles along the longer side to the image's own. The model sees the whole
-picture and the tiles of the coarsest level as images of one prompt; the `keep` of their tokens that the last token of the prompt attends to
-most lie in tiles of the next level, which take the place of the coarse ones, and so on for `levels` levels or to the finest. Tiles that
-nobody looks at are never encoded. The question is answered by the whole picture and the last tiles.
+The levels are those of the `lrs` tiling: halved sizes, from three tiles along the longer side to the image's own. The model sees the
+whole picture and the tiles of the coarsest level as images of one prompt; the `keep` of their tokens that the last token of the prompt
+attends to most lie in tiles of the next level, which take the place of the coarse ones, and so on for `levels` levels or to the finest.
+Tiles that nobody looks at are never encoded. The question is answered by the whole picture and the last tiles.
 
-Where we differ: the scores are the model's own attention in decoder layer `layer` (two thirds of the way unless given), not those of a module
-that was trained to foretell it; they are read on all tokens, also where a reducer is attached. A token's tile is found by the place of its
-middle in the picture. Tiles are images of their own, without newlines; those at the edge are what is left, amid grey. The last tiles are
-left whole: attach a reducer to cut their tokens. The released code descends once, the paper to the end, as here. With fewer `nodes` than
-tiles, those with the highest token come first.
+Where we differ: the scores are the model's own attention in decoder layer `layer` (two thirds of the way unless given), not those of a
+module that was trained to foretell it; they are read on all tokens, also where a reducer is attached. A token's tile is found by the
+place of its middle in the picture. Tiles are images of their own, without newlines; those at the edge are what is left, amid grey. The
+last tiles are left whole: attach a reducer to cut their tokens. The released code descends once, the paper to the end, as here. With
+fewer `nodes` than tiles, those with the highest token come first.
 """
 
 from __future__ import annotations

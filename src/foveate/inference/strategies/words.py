@@ -1,4 +1,4 @@
-"""How a search puts its questions to a model. The wording is ours: the papers' own prompts are not free to copy, and each model likes another.
+"""How a search puts its questions to a model. The wording is ours: the papers' prompts are not free to copy.
 
 Fields in braces are filled in. An empty prompt is one that a model need not be asked.
 """
@@ -35,6 +35,9 @@ class Words:
     combine: str
     about: str
     hint: str
+
+    def __str__(self) -> str:
+        return self.name
 
 
 PLAIN = Words(

@@ -1,22 +1,22 @@
 """ZoomEye: a picture as a tree of ever smaller parts, searched by how sure the model is (Shen et al., arXiv 2411.16044).
 
-A part whose longer side is below what the model sees at once is a leaf; any other has four rows where it is at least twice as high as wide,
-four columns where it is at least twice as wide as high, else 2 x 2 parts. Parts are visited in the order of
+A part whose longer side is below what the model sees at once is a leaf; any other has four rows where it is at least twice as high as
+wide, four columns where it is at least twice as wide as high, else 2 x 2 parts. Parts are visited in the order of
 
     w * existence + (1 - w) * latent,    w = (1 - b) * (depth / D)² + b,    D: the depth of the tree,
 
-the confidence that what is sought is there, and that a closer look would show it. At each visit the model is asked whether it could answer
-now; the search ends where that is at least `high`. After 3 D visits, and then after every two, `high` is lowered by the next of `steps`,
-and the best visited part is taken if it reaches it; below `low` the search is given up, and the picture as it is answers. Something that
-the question says of all of its kind ("all …") is collected instead: every part down to `gather_depth` of which the model is as sure as of the
-best of its parts, and at least `gather`.
+the confidence that what is sought is there, and that a closer look would show it. At each visit the model is asked whether it could
+answer now; the search ends where that is at least `high`. After 3 D visits, and then after every two, `high` is lowered by the next of
+`steps`, and the best visited part is taken if it reaches it; below `low` the search is given up, and the picture as it is answers.
+Something that the question says of all of its kind ("all …") is collected instead: every part down to `gather_depth` of which the model
+is as sure as of the best of its parts, and at least `gather`.
 
 Settings of the paper's code: LLaVA view=local, high=0.6, low=0, steps 0.1/0.1/0.2; InternVL2.5 view=both, high=0.2, low=-0.2; Qwen2.5-VL
 view=both, high=0.95, low=0, steps 0.05/0.1/0.2.
 
-Where we differ: the prompts are our own, and all ways to write yes and no count, not one token each; where all parts have been visited the
-best is taken if it reaches `low`; a cue that is answered by the whole picture leaves the whole picture in the last view; no in-context
-examples go with the request for cues. In a local view a part that is no square has grey beside it.
+Where we differ: the prompts are our own, and all ways to write yes and no count, not one token each; where all parts have been visited
+the best is taken if it reaches `low`; a cue that is answered by the whole picture leaves the whole picture in the last view; no
+in-context examples go with the request for cues. In a local view a part that is no square has grey beside it.
 """
 
 from __future__ import annotations
