@@ -24,6 +24,8 @@ from foveate.inference.strategies.lrs import LRS, placed
 from foveate.inference.strategies.zoomeye import ZoomEye
 from foveate.inspect.look import look_for, open_image
 from tests.command import refused
+from tests.conformance.family import families
+from tests.conformance.family import picture as noise
 
 ASK = Words(
     "test", "", "{cue}", "there: {cue}", "", "now: {question}", "describe", "{parts}: describe", "about: {question}", "{said} {question}"
@@ -563,6 +565,31 @@ def test_eval_and_look_and_the_command(vlm: tuple[Any, Any], tmp_path: Path, cap
     assert "at the end of its nodes" in written
     assert "asset:vlm" not in refused(["look", "scene:1", "--ask", "what?", "--strategy", "zoomeye", "--keep", "0.5"], capsys)
     assert "unknown strategy 'zoom'" in refused(["look", "scene:1", "--ask", "what?", "--strategy", "zoom"], capsys)
+
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}MARK{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "paddleocr_vl", "aya_vision"])
+def test_families_of_the_library_are_searched(name: str, tmp_path: Path) -> None:
+    """Any resolution, native resolution, and tiles as pictures of their own."""
+    family = families()[name]
+    model, processor = family.load(tmp_path)
+    processor.chat_template = TEMPLATE.replace("MARK", family.prompt(1, ""))
+    for spelled in ("zoomeye:nodes=3,view=both,side=20", "dc2:side=20,depth=1", "lrs:side=20,levels=1,keep=0.05"):
+        with opened(model, processor, "random:keep=0.5") as eyes:
+            if spelled.startswith("lrs") and name == "aya_vision":
+                with pytest.raises(FoveateError, match="pictures of its own"):
+                    parse(spelled).run(eyes, [noise((70, 41), 3)], "what is this", new_tokens=2)
+                continue
+            found = parse(spelled).run(eyes, [noise((70, 41), 3)], "what is this", new_tokens=2)
+        assert found.ledger is not None
+        assert found.ledger.total_flops > 0
+        assert len(found.passes) > 1
+        assert all(one.visual > 0 for one in found.passes if one.what != "features")
 
 
 def test_yes_and_no_that_begin_alike_are_refused() -> None:

@@ -192,7 +192,7 @@ def _maps(layout: Layout, scores_BN: torch.Tensor) -> list[Map]:
         own &= row[:, 1] == row[own][:, 1].min()  # the overview is crop 0, and of an image that is not cut there is no other
         cells, values = row[own][:, 3:], scores_BN[0][own]
         if not len(cells) or int(cells.min()) < 0:
-            raise FoveateError("where in the picture a token lies is not known for this model, so its attention cannot lead a search")
+            raise FoveateError("where in the picture a token of this model lies is not known, so its attention cannot lead a search")
         shape = [int(side) + 1 for side in cells.max(0).values]
         scored = np.zeros(shape, np.float32)
         scored[cells[:, 0].cpu(), cells[:, 1].cpu()] = values.cpu()

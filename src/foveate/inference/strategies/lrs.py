@@ -79,7 +79,14 @@ class LRS(Strategy):
     def looked_at(self, session: Session, finer: Sequence[Box], layer: int) -> list[Box]:
         """The tiles of the next level in which the best tokens lie, that of the best token first."""
         shown = session.chosen
-        maps = session.attended(self.last(session)[0], session.question, layer)[1:]  # without the whole picture's
+        views = self.last(session)[0]
+        maps = session.attended(views, session.question, layer)
+        if len(maps) != len(views):
+            raise FoveateError(
+                f"lrs: of {len(views)} views this model makes {len(maps)} pictures of its own, so where it looks cannot be told; zoomeye "
+                "does not ask for that"
+            )
+        maps = maps[1:]  # without the whole picture's
         tokens = [token for box, scores in zip(shown, maps, strict=True) for token in placed(box, scores)]
         for box, scores in zip(shown, maps, strict=True):
             session.seen[box].value = float(scores.max())
