@@ -80,11 +80,12 @@ def scenes(
     test: Annotated[int, typer.Option(min=1, help="Scenes for testing.")] = 400,
     seed: Annotated[int, typer.Option(help="The world's seed.")] = 0,
     size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 128,
+    detail: Annotated[int, typer.Option(min=1, help="So many times smaller things, for pictures of so many times as many pixels.")] = 1,
 ) -> None:
     """Render the embedded world: scenes with captions, questions and answers in the LLaVA format."""
     from foveate.world.scenes import write_world
 
-    write_world(out, train=train, test=test, seed=seed, size=size)
+    write_world(out, train=train, test=test, seed=seed, size=size, detail=detail)
 
 
 @data_app.command("real")

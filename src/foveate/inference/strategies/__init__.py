@@ -13,8 +13,9 @@ from foveate.inference.strategies.words import WORDS as WORDS
 from foveate.inference.strategies.words import Words as Words
 from foveate.reducers.spelling import read_options
 
-# The methods by date. A line both exports a method and lists it.
+# The methods: none, then papers by date. A line both exports a method and lists it.
 # isort: off
+from foveate.inference.strategies.once import Once as Once
 from foveate.inference.strategies.dc2 import DC2 as DC2
 from foveate.inference.strategies.zoomeye import ZoomEye as ZoomEye
 from foveate.inference.strategies.lrs import LRS as LRS

@@ -14,6 +14,7 @@ from PIL import Image
 
 from foveate.accounting import Ledger, answered, observed, predict, read_prompts
 from foveate.anatomy import features_of, read
+from foveate.anatomy.config import sides_of
 from foveate.contract import Attention, AttentionRows, Cut, Decision, FromLayer, Site, View, Workload
 from foveate.data import conversations
 from foveate.data.chat import Renderer
@@ -202,11 +203,9 @@ def _maps(layout: Layout, scores_BN: torch.Tensor) -> list[Map]:
 
 def _side_of(model: Any, processor: Any) -> int:
     """Pixels that the vision tower sees at once, by the processor or the configuration; where neither says, those of CLIP-L."""
-    vision = getattr(model.config, "vision_config", None)
-    for value in (getattr(processor, "image_size", None), getattr(vision, "image_size", None)):
-        side = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(side, int) and side > 0:
-            return side
+    for config in (processor, getattr(model.config, "vision_config", None)):
+        if (sides := sides_of(config, "image_size")) is not None:
+            return max(1, *sides)
     return _SIDE
 
 
