@@ -10,9 +10,9 @@ asked one by one. All start from asset:vlm but Chain-of-Sight, which has a bridg
 of the scales reads twice the channels and begins with zeros for the second half. The search's model sees, beside the whole scenes, two
 parts of each, and learns to say whether a thing is there and whether it is large.
 
-Tokens are all that enter the language model in all passes of a question, text and answer among them; FLOPs are of everything.
-Differences are paired by question, with 95 % intervals from drawing pictures anew. results.json keeps what is finished, which is not
-run again; a training that was stopped goes on where it was.
+Tokens are all that go through the language model in all passes of a question, text and answer among them, mean over its layers; FLOPs
+are of everything. Differences are paired by question, with 95 % intervals from drawing pictures anew. results.json keeps what is
+finished, which is not run again; a training that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ from foveate.world.scenes import world_scene, write_world
 
 HERE = Path(__file__).parent
 SIDE, DETAIL = 512, 3
+_COLOURS = (*COLOURS, "#c0392b", "#6b4fb3")
 FIRST = "one view"  # the arm that all others are compared with
 
 
@@ -279,7 +280,7 @@ def record(name: str, seed: int, rows: Sequence[dict[str, Any]], found: Sequence
         "model": arm.model,
         "strategy": arm.strategy,
         "reducers": arm.reducers,
-        "tokens": mean(one.tokens for one in found),
+        "tokens": mean(mean(cost.total_tokens) for cost in costs),
         "visual": mean(one.visual_tokens for one in found),
         "passes": mean(len(one.passes) for one in found),
         "flops": mean(cost.total_flops for cost in costs),
@@ -340,12 +341,13 @@ def table(results: dict[str, Any]) -> str:
         apart = "{:+.1f} points ({:+.1f} to {:+.1f})".format(*compared(results, "zoom search", near["arm"])).replace("-", "−")
         lines += [
             "",
-            f"At the nearest cost to the search's, {near['arm']} takes {near['flops'] / search['flops']:.2f} of its FLOPs; {apart}.",
+            f"At the nearest cost to the search's, {near['arm']} takes {near['flops'] / search['flops']:.2f} of its FLOPs; the search is {apart} apart.",
         ]
     lines += [
         "",
-        "Tokens: all that enter the language model in all passes of a question, text and answer among them. FLOPs: of everything, 2 per "
-        "multiply-add. Differences are paired by question, 95 % intervals from drawing pictures anew, not corrected for their number. "
+        "Tokens: all that go through the language model in all passes of a question, text and answer among them, mean over its layers. "
+        "FLOPs: of everything, 2 per multiply-add. Differences are paired by question, 95 % intervals from drawing pictures anew, not "
+        "corrected for their number. "
         f"Seeds of training: {', '.join(map(str, sorted({run['seed'] for run in results['runs']})))}. {results['machine']}",
     ]
     return "\n".join(lines) + "\n"
@@ -360,14 +362,14 @@ def plot(results: dict[str, Any]) -> Figure:
     ):
         for number, group in enumerate(groups):
             own = sorted((row for row in rows if (ARMS[row["arm"]].group or row["arm"]) == group), key=lambda row: row[what])
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": "osD^vP"[number % 6], "markersize": 5}
+            style = {"color": _COLOURS[number % len(_COLOURS)], "marker": "osD^vPX"[number % 7], "markersize": 5}
             axes.plot([row[what] for row in own], [row["all"] for row in own], "-", label=group if own else None, **style)
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.grid(color="#88888840", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("correct, %")
-    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def draw_paths(question: str, answer: str, picture: Image.Image, paths: Sequence
     width = max(6.5, 2 * margin + columns * side + (columns - 1) * gap)
     scale = side / max(picture.size)
     tall = picture.height * scale
-    written = [(textwrap.wrap(path.title.replace(",", ", "), letters), textwrap.wrap(told(path.found), letters)) for path in paths]
+    written = [(textwrap.wrap(re.sub(r",(?=\S)", ", ", path.title), letters), textwrap.wrap(told(path.found), letters)) for path in paths]
     rows = [written[at : at + columns] for at in range(0, len(paths), columns)]
     above = [small * max(len(title) + len(lines) for title, lines in row) + 0.07 for row in rows]
     key = "boxes: parts in the order in which they were looked at, a colour for each depth"
