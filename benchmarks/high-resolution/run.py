@@ -341,7 +341,8 @@ def table(results: dict[str, Any]) -> str:
         apart = "{:+.1f} points ({:+.1f} to {:+.1f})".format(*compared(results, "zoom search", near["arm"])).replace("-", "−")
         lines += [
             "",
-            f"At the nearest cost to the search's, {near['arm']} takes {near['flops'] / search['flops']:.2f} of its FLOPs; the search is {apart} apart.",
+            f"At the nearest cost to the search's, {near['arm']} takes {near['flops'] / search['flops']:.2f} of its FLOPs; "
+            f"the search is {apart} apart.",
         ]
     lines += [
         "",
