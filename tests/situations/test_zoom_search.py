@@ -45,7 +45,7 @@ class Oracle:
     def write(self, views: Sequence[Image.Image], text: str) -> tuple[list[Image.Image], str]:
         return list(views), text
 
-    def price(self, inputs: Any, new: int) -> int:
+    def price(self, inputs: Any, new: int, layer: int | None = None) -> int:
         return PRICE * len(inputs[0]) + 10 * new
 
     def confidence(self, inputs: Any) -> tuple[float, Pass]:
@@ -515,6 +515,22 @@ def test_one_pass_costs_what_is_predicted(vlm: tuple[Any, Any]) -> None:
         assert seen.ledger.total_flops == eyes.price(inputs, seen.new) < eyes.price(inputs, 8)
 
 
+@pytest.mark.parametrize("reducer", ["fastv:keep=0.25", "tome:keep=0.5,site=tower,blocks=1"])
+def test_what_reducers_do_not_act_on_costs_what_is_predicted_too(vlm: tuple[Any, Any], reducer: str) -> None:
+    """Attention is heard, and views are encoded to be compared, without them."""
+    model, processor = vlm
+    with opened(model, processor, reducer) as eyes:
+        inputs = eyes.write([picture()] * 2, "what digit is handwritten?")
+        maps, seen = eyes.attended(inputs, 2)
+        assert [one.shape for one in maps] == [(8, 8)] * 2
+        assert seen.ledger is not None
+        assert seen.ledger.total_flops == eyes.price(inputs, 1, 2) > eyes.price(inputs, 1)
+        assert seen.ledger.flops["scores"] > 0
+        _, seen = eyes.feature(inputs)
+        assert seen.ledger is not None
+        assert seen.ledger.total_flops == eyes.price(inputs, 0)
+
+
 def hooks(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 
@@ -535,15 +551,16 @@ def test_what_is_attached_already_acts_and_stays(vlm: tuple[Any, Any]) -> None:
     assert hooks(model) == before
 
 
-def test_a_budget_of_flops_holds_on_a_model(vlm: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize(("spelled", "times"), [("zoomeye:words=world", 3.5), ("lrs:side=32", 6), ("dc2:words=world", 4)])
+def test_a_budget_of_flops_holds_on_a_model(vlm: tuple[Any, Any], spelled: str, times: float) -> None:
     model, processor = vlm
     with opened(model, processor, "fastv:keep=0.25") as eyes:
         least = eyes.price(eyes.write([picture()], "what digit is handwritten?"), 4)
-        flops = round(3.5 * least)
-        found = ZoomEye(words="world", flops=flops).run(eyes, [picture()], "what digit is handwritten?", new_tokens=4)
+        flops = round(times * least)
+        found = parse(f"{spelled},flops={flops}").run(eyes, [picture()], "what digit is handwritten?", new_tokens=4)
     assert found.ended == "flops"
     assert found.ledger is not None
-    assert 2 * least < found.ledger.total_flops <= flops
+    assert found.ledger.total_flops <= flops
 
 
 def test_eval_and_look_and_the_command(vlm: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

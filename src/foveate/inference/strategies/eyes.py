@@ -64,8 +64,9 @@ class Eyes(Protocol):
     def write(self, views: Sequence[Image.Image], text: str) -> Any:
         """Views and a question as the model takes them."""
 
-    def price(self, inputs: Any, new: int) -> int:
-        """FLOPs that it takes to read them and to answer with `new` tokens; with 0, to encode the views alone."""
+    def price(self, inputs: Any, new: int, layer: int | None = None) -> int:
+        """FLOPs that it takes to read them and to answer with `new` tokens; with 0, to encode the views alone, as `feature` does; with a
+        `layer`, to hear its attention, as `attended` does."""
 
     def confidence(self, inputs: Any) -> tuple[float, Pass]:
         """How sure it is of yes, 2 * (p(yes) - 1/2), where yes and no are all there is: -1 to 1."""
@@ -114,11 +115,12 @@ class Opened:
         shown = [[prepare(self.before, view) for view in views]]
         return model_inputs(self.processor, shown, [prompt]).to(self.model.device, self.model.dtype)
 
-    def price(self, inputs: Any, new: int) -> int:
-        seen = predict(self.run.config, inputs=inputs, reducers=self.reducers)
+    def price(self, inputs: Any, new: int, layer: int | None = None) -> int:
+        acting = [] if not new else self.reducers if layer is None else [self._watch(layer)]
+        seen = predict(self.run.config, inputs=inputs, reducers=acting)
         if not new:
             return seen.flops["tower"] + seen.flops["bridge"]
-        after = predict(self.run.config, inputs=inputs, reducers=self.reducers, mode="decode", new_tokens=new - 1)
+        after = predict(self.run.config, inputs=inputs, reducers=acting, mode="decode", new_tokens=new - 1)
         return answered(seen, after).total_flops
 
     def confidence(self, inputs: Any) -> tuple[float, Pass]:
@@ -131,12 +133,16 @@ class Opened:
         return said.text, self._counted(inputs, said.text, said.tokens)
 
     def attended(self, inputs: Any, layer: int) -> tuple[list[Map], Pass]:
-        watch = self._watches.setdefault(layer, Watch(layer))
+        watch = self._watch(layer)
         watch.heard.clear()
         with self.run.instead([watch]):
             next_logits(self.model, self.tokenizer, inputs)
         [(layout, scores)] = watch.heard
         return _maps(layout, scores), self._counted(inputs, "", 1)
+
+    def _watch(self, layer: int) -> Watch:
+        """One for each layer, since its hooks stay on the model."""
+        return self._watches.setdefault(layer, Watch(layer))
 
     def feature(self, inputs: Any) -> tuple[Map, Pass]:
         _, calls = read_prompts(self.run.config, inputs)
@@ -183,6 +189,9 @@ class Watch(Reducer):
 
     def count(self, work: Workload, stage: int = 0) -> list[int]:
         return list(work.arriving)
+
+    def score_flops(self, sizes: Workload, stage: int = 0) -> int:
+        return sizes.rows(1)
 
 
 def _maps(layout: Layout, scores_BN: torch.Tensor) -> list[Map]:

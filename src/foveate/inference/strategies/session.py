@@ -112,7 +112,7 @@ class Session:
 
     def attended(self, views: Sequence[Image.Image], text: str, layer: int) -> list[Map]:
         """As `Eyes.attended`."""
-        return self._charged("attention", lambda inputs: self.eyes.attended(inputs, layer), self._affordable(views, text, 1))
+        return self._charged("attention", lambda inputs: self.eyes.attended(inputs, layer), self._affordable(views, text, 1, layer))
 
     def feature(self, view: Image.Image) -> Map:
         """As `Eyes.feature`, of one view."""
@@ -134,12 +134,12 @@ class Session:
         known = [one.ledger for one in self.passes if one.ledger is not None]
         return summed(known) if known and len(known) == len(self.passes) else None
 
-    def _affordable(self, views: Sequence[Image.Image], text: str, new: int) -> Any:
+    def _affordable(self, views: Sequence[Image.Image], text: str, new: int, layer: int | None = None) -> Any:
         limits = self.limits
         if limits.seconds is not None and self._clock() - self._began >= limits.seconds:
             raise Spent("seconds")
         inputs = self.eyes.write(views, text)
-        if limits.flops is not None and self._spent + self.eyes.price(inputs, new) + self._aside > limits.flops:
+        if limits.flops is not None and self._spent + self.eyes.price(inputs, new, layer) + self._aside > limits.flops:
             raise Spent("flops")
         return inputs
 
