@@ -1,7 +1,7 @@
 """Ways to see small things in a large picture: more pixels, tiles, scales, fewer tokens of tiles, and a search.
 
     python benchmarks/high-resolution/run.py                     # every arm that is not there yet
-    python benchmarks/high-resolution/run.py --arms zoom         # the search alone
+    python benchmarks/high-resolution/run.py --arms "one view" "zoom search"
     python benchmarks/high-resolution/run.py --table             # table.md and the pictures again
 
 Scenes of the embedded world are drawn 512 px wide with things a third of their usual size, writing among them, and asked about their
@@ -88,7 +88,7 @@ class Arm:
     group: str = ""
 
 
-ZOOM = f"zoomeye:words={WORLD.name},depth=2"
+ZOOM = f"zoomeye:words={WORLD.name},depth=2,high=0.2,low=-0.2"  # the paper's thresholds for InternVL2.5; each model has its own there
 ARMS = {
     FIRST: Arm("view-64", group="more pixels"),
     "one view of 128 px": Arm("view-128", group="more pixels"),
@@ -168,13 +168,13 @@ def write_data(folder: Path, scenes: int, test: int) -> None:
         whole.append(talk(f"{index}", image, [(one.text, one.answer) for one in questions]))
         parts.append(talk(f"{index}-0", image, [turn(one, (0, 0, SIDE, SIDE), rng) for one in questions]))
         for depth in (1, 2):
-            cells = grid((0, 0, SIDE, SIDE), 2**depth, 2**depth)
-            about = rng.choice(questions)
-            part = next(cell for cell in cells if there(about, cell)) if rng.random() < 0.6 else rng.choice(cells)
+            cells, about = grid((0, 0, SIDE, SIDE), 2**depth, 2**depth), rng.choice(questions)
+            holds = [cell for cell in cells if large(about, cell)] or [cell for cell in cells if there(about, cell)]
+            part = holds[0] if rng.random() < 0.8 else rng.choice(cells)
             name = f"parts/{index:06d}-{depth}.png"
             if not (folder / "images" / name).is_file():
                 Image.open(folder / "images" / image).crop(part).save(folder / "images" / name, compress_level=1)
-            parts.append(talk(f"{index}-{depth}", name, [turn(one, part, rng) for one in questions]))
+            parts.append(talk(f"{index}-{depth}", name, [turn(one, part, rng) for one in balanced(questions, part, rng)]))
     write_json(folder / "whole.json", whole, indent=None)
     write_json(folder / "parts.json", parts, indent=None)
     rows = []
@@ -185,10 +185,19 @@ def write_data(folder: Path, scenes: int, test: int) -> None:
     write_json(folder / "asked.json", rows, indent=None)
 
 
+def balanced(questions: Sequence[Question], part: Box, rng: random.Random) -> list[Question]:
+    """The questions about things in a part and as many about others, one at least: a model that hears no nine times of ten says no."""
+    here = [one for one in questions if there(one, part)]
+    others = [one for one in questions if one not in here]
+    chosen = [*here, *rng.sample(others, min(len(others), max(1, len(here))))]
+    rng.shuffle(chosen)
+    return chosen
+
+
 def turn(question: Question, part: Box, rng: random.Random) -> tuple[str, str]:
     """What is asked about a thing when a part is shown: the question itself only where it can be answered, or of the whole picture."""
     whole = part == (0, 0, SIDE, SIDE)
-    if (whole and rng.random() < 0.6) or (large(question, part) and rng.random() < 0.4):
+    if (whole and rng.random() < 0.8) or (large(question, part) and rng.random() < 0.4):
         return question.text, question.answer
     if not whole and rng.random() < 0.5:
         return WORLD.exists.format(cue=question.text), "yes" if there(question, part) else "no"
@@ -393,7 +402,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="all of them unless given", metavar="ARM")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--scenes", type=int, default=1600, help="to tune on")
-    parser.add_argument("--test", type=int, default=100, help="scenes to ask about, about four questions each")
+    parser.add_argument("--test", type=int, default=80, help="scenes to ask about, two or three questions each")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only write the table and the pictures")
     parser.add_argument("--work", type=Path, default=Path("runs/high-resolution"), help="where data and models go")
