@@ -20,6 +20,7 @@ EXCEPTIONS = {
     "cli.py::reproduce arguments": "each is an option of the command",
     "cli.py::search arguments": "each is an option of the command",
     "evaluation/bench.py::bench arguments": "each is an option of the command",
+    "evaluation/evaluate.py::evaluate arguments": "each is an option of the command, or a part that a caller has loaded already",
     "model/assembly.py::from_backbones arguments": "each is a field of the configuration that it writes",
     "model/modeling.py::FoveateForConditionalGeneration.forward arguments": "generation hands inputs on by the names that are here",
     "model/modeling.py::FoveateModel.forward arguments": "those of the model around it, and how far to run",

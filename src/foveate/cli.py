@@ -80,11 +80,12 @@ def scenes(
     test: Annotated[int, typer.Option(min=1, help="Scenes for testing.")] = 400,
     seed: Annotated[int, typer.Option(help="The world's seed.")] = 0,
     size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 128,
+    detail: Annotated[int, typer.Option(min=1, help="So many times smaller things, for pictures of so many times as many pixels.")] = 1,
 ) -> None:
     """Render the embedded world: scenes with captions, questions and answers in the LLaVA format."""
     from foveate.world.scenes import write_world
 
-    write_world(out, train=train, test=test, seed=seed, size=size)
+    write_world(out, train=train, test=test, seed=seed, size=size, detail=detail)
 
 
 @data_app.command("real")
@@ -207,13 +208,14 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     blind: Annotated[bool, typer.Option(help="Show a grey image instead: what can be guessed without looking.")] = False,
+    strategy: Annotated[str | None, typer.Option(help='Search each picture for the answer, such as "zoomeye:nodes=20".')] = None,
     output: Annotated[Path | None, typer.Option(help="Write all answers to this JSON file.")] = None,
 ) -> None:
     """Accuracy per family of questions, beside the majority answer."""
     from foveate.evaluation.evaluate import evaluate as run
     from foveate.evaluation.evaluate import print_result
 
-    result = run(model, data, reducers=reducers, limit=limit, batch_size=batch_size, blind=blind)
+    result = run(model, data, reducers=reducers, limit=limit, batch_size=batch_size, blind=blind, strategy=strategy)
     if output is not None:
         result.save(output)
     print_result(result)
@@ -261,17 +263,21 @@ def look(
         ),
     ],
     ask: Annotated[str, typer.Option(help="The question about the images.")],
-    reduce: Annotated[list[str], typer.Option(help='For example "fastv:keep=0.25"; may be given more than once.')],
+    reduce: Annotated[list[str] | None, typer.Option(help='For example "fastv:keep=0.25"; may be given more than once.')] = None,
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option(help='Draw how the picture is searched, such as "zoomeye:nodes=20"; may be given more than once.'),
+    ] = None,
     keep: Annotated[str | None, typer.Option(help="Budgets, such as 0.5,0.25,0.11: each reducer with every one of them, in a row.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="Decoder layers, such as 0,2,4, in front of which to look.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Look in front of every layer at which the set changes.")] = False,
     tiling: TilingOption = None,
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("look.png"),
 ) -> None:
-    """Draw which patches of an image the reducers keep or merge, with the model's answers."""
+    """Draw which patches of an image the reducers keep or merge, or how strategies search it, with the model's answers."""
     from foveate.inspect.look import main as run
 
-    print(run(words, ask, reduce, keep, layer or [], per_layer, out, tiling))
+    print(run(words, ask, reduce or [], keep, layer or [], per_layer, out, tiling, strategy or []))
 
 
 @app.command()

@@ -345,7 +345,7 @@ def test_what_is_the_model(words: list[str], model: str, images: list[str], tmp_
         (["scene:1", "--ask", "what?", "--reduce", "schedule:keeps=1:0.5", "--keep", "0.5"], "schedule has no option keep"),
         (["scene:1", "--ask", "what?", "--reduce", "random", "--keep", "0.5,,1"], "--keep 0.5,,1 has an empty entry"),
         (["scene:1", "--ask", "what?", "--reduce", "random", "--keep", "most"], "keep='most' is not possible"),
-        (["scene:1", "--ask", "what?"], "Missing option '--reduce'"),
+        (["scene:1", "--ask", "what?"], "nothing to look at: name at least one image and one reducer"),
         (["scene:1", "--reduce", "random"], "Missing option '--ask'"),
         (["scene:1", "--ask", " ", "--reduce", "random"], "the question is empty"),
         (

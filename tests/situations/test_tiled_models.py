@@ -99,6 +99,28 @@ def test_every_tiling_that_runs_is_here() -> None:
     assert {spelled.partition(":")[0] for spelled in MADE} == {name for name, tiling in TILINGS.items() if not tiling.lacks} - {"onevision"}
 
 
+EXTREME = [(1, 4000), (4000, 1), (3, 3), (1, 1), (64, 64), (257, 257), (31, 127), (997, 1009), (199, 1), (2, 401)]
+
+
+def test_placeholders_are_as_many_as_features_whatever_the_shape(made: tuple[Any, Any]) -> None:
+    """Of squares, primes and slivers, alone and together in one prompt."""
+    model, processor = made
+    pictures = [drawn(number, *size) for number, size in enumerate(EXTREME)]
+    if model.config.tiling.startswith("native"):
+        for sliver in [one for one in pictures if max(one.size) > 200 * min(one.size)]:
+            with pytest.raises(FoveateError, match="times as long as wide"):
+                processor(images=[sliver], text="<image>", return_tensors="pt")
+        pictures = [one for one in pictures if max(one.size) <= 200 * min(one.size)]
+    for shown in [*([one] for one in pictures), pictures[:3]]:
+        given = processor(images=shown, text="<image>" * len(shown), return_tensors="pt")
+        slots = int((given["input_ids"] == processor.image_token_id).sum())
+        with torch.inference_mode():
+            features = model.get_image_features(pixel_values=given["pixel_values"], image_sizes=given["image_sizes"]).pooler_output
+        assert [len(one) for one in features] == [processor.plan_image(one.height, one.width).tokens for one in shown] or len(shown) > 1
+        assert slots == sum(len(one) for one in features)
+        assert all(bool(one.isfinite().all()) for one in features)
+
+
 def test_processor_and_collator_make_the_same(made: tuple[Any, Any]) -> None:
     _, processor = made
     chosen = samples()

@@ -15,7 +15,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from foveate.tilings import Tiling, cut, parse
 
@@ -118,8 +118,26 @@ def test_pixels(shape: tuple[int, int]) -> None:
             assert np.array_equal(view, other), spelled
 
 
-def test_pixels_at_native_resolution() -> None:
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (77, 131, 3), dtype=np.uint8))
-    high, wide = smart_resize(77, 131)
-    (view,) = cut(picture, parse("native").plan(131, 77))
-    assert np.array_equal(np.asarray(view), np.asarray(picture.resize((wide, high), Image.Resampling.BICUBIC)))
+@pytest.mark.parametrize("shape", [(131, 77), (29, 1003), (256, 256), (28, 28), (997, 1009)])
+def test_pixels_at_native_resolution(shape: tuple[int, int]) -> None:
+    """The library's patches, 2 x 2 neighbours one after the other and every one twice (as two frames), put together again."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (shape[1], shape[0], 3), dtype=np.uint8))
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 4 * 28**2, "longest_edge": 1280 * 28**2})
+    made = processor(picture, **PLAIN)
+    _, rows, columns = made["image_grid_thw"][0]
+    patches = np.asarray(made["pixel_values"]).reshape(rows // 2, columns // 2, 2, 2, 3, 2, 14, 14)
+    whole = patches.transpose(4, 5, 0, 2, 6, 1, 3, 7).reshape(3, 2, 14 * rows, 14 * columns)
+    (view,) = arrays(parse("native"), picture, int(processor.resample))
+    assert np.array_equal(whole[:, 0], view)
+    assert np.array_equal(whole[:, 1], view)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (200, 100), (97, 388), (31, 31)])
+def test_pixels_of_idefics3_where_all_sides_are_whole_tiles(shape: tuple[int, int]) -> None:
+    """Where the library's second resizing has nothing to do; its overview is then made of the first, ours of the picture."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (shape[1], shape[0], 3), dtype=np.uint8))
+    wanted = np.asarray(IDEFICS(picture, **PLAIN)["pixel_values"])[0]
+    found = arrays(parse("idefics3"), picture, int(IDEFICS.resample))
+    assert len(found) == len(wanted)
+    for view, other in zip(found[:-1], wanted[:-1], strict=True):
+        assert np.array_equal(view, other)

@@ -1,6 +1,6 @@
 """What a run costs: predicted from a configuration, observed from what was done, counted as it happens."""
 
-from foveate.accounting.ledger import CONVENTION, PARTS, Ledger, Trained
+from foveate.accounting.ledger import CONVENTION, PARTS, Ledger, Trained, answered, summed
 from foveate.accounting.predict import observed, predict
 from foveate.accounting.prompts import Prompt, image_shape, image_tokens, read_prompts
 from foveate.accounting.stack import Stack, decoder, lora_per_layer, parameters, trainable
@@ -12,6 +12,7 @@ __all__ = [
     "Prompt",
     "Stack",
     "Trained",
+    "answered",
     "decoder",
     "image_shape",
     "image_tokens",
@@ -20,5 +21,6 @@ __all__ = [
     "parameters",
     "predict",
     "read_prompts",
+    "summed",
     "trainable",
 ]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from foveate.errors import FoveateError
 
 CONVENTION = (
     "2 FLOPs per multiply-add; matrix products only (no norms, activations, softmax, rotary angles, recurrences); causal attention and "
@@ -46,3 +49,30 @@ class Ledger:
     @property
     def total_flops(self) -> int:
         return sum(self.flops.values())
+
+
+def answered(prefill: Ledger, decoding: Ledger) -> Ledger:
+    """A prompt and the answer to it: `total_tokens` are all that went through each layer, bytes those at the end."""
+    return replace(
+        decoding,
+        mode="answer",
+        layer_flops=tuple(a + b for a, b in zip(prefill.layer_flops, decoding.layer_flops, strict=True)),
+        flops={part: decoding.flops[part] + flops for part, flops in prefill.flops.items()},
+    )
+
+
+def summed(ledgers: Sequence[Ledger]) -> Ledger:
+    """Several prompts one after the other, with their answers: tokens and FLOPs are sums, bytes those of the prompt that had the most,
+    since each gives its memory back. FoveateError for none at all."""
+    if not ledgers:
+        raise FoveateError("nothing was asked, so there is no cost to add up")
+    most = max(ledgers, key=lambda one: sum(one.kv_bytes))
+    return replace(
+        most,
+        mode="session",
+        visual_tokens=tuple(map(sum, zip(*(one.visual_tokens for one in ledgers), strict=True))),
+        total_tokens=tuple(map(sum, zip(*(one.total_tokens for one in ledgers), strict=True))),
+        layer_flops=tuple(map(sum, zip(*(one.layer_flops for one in ledgers), strict=True))),
+        flops={part: sum(one.flops[part] for one in ledgers) for part in most.flops},
+        activation_bytes=(),
+    )

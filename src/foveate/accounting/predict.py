@@ -81,7 +81,8 @@ def observed(
     *,
     images: int = 1,
     grid: tuple[int, int] | None = None,
-    mode: Literal["prefill", "train"] = "prefill",
+    mode: Literal["prefill", "decode", "train"] = "prefill",
+    new_tokens: int = 0,
     trained: Trained | None = None,
     head_tokens: int | None = None,
     dtype_bytes: int = 2,
@@ -91,13 +92,16 @@ def observed(
 ) -> Ledger:
     """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
-    Attention's cost needs the rows apart: a layer given as one number is taken for one sequence. `head_tokens`: how many got logits;
+    Attention's cost needs the rows apart: a layer given as one number is taken for one sequence. `mode` "decode": `new_tokens` forwards of
+    one token each after a prefill of these tokens, whose own cost is not in it. `head_tokens`: how many got logits;
     unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
     each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
     acted on `prompts`; what their scores took follows from the sizes of these.
     """
     if len(visual) != len(total):
         raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
+    if mode == "decode":
+        return _decode(config, _rows(visual), _rows(total), new_tokens, dtype_bytes)
     calls = encoded if encoded is not None else encodings_of(config, None, grid, images)
     scores = decided(config, reducers, prompts, calls)
     return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores)

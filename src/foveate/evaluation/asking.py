@@ -20,6 +20,7 @@ from foveate.errors import FoveateError
 from foveate.evaluation.cells import Answer, Cell
 from foveate.evaluation.samples import Sample, Task, in_turn, picture
 from foveate.inference import Broken, ask, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference.strategies import Strategy, opened
 from foveate.reducers import Reducer, in_model, prepare
 
 GREY = (127, 127, 127)
@@ -148,6 +149,36 @@ def answered(
             tell(len(batch))
     found.seconds = time.perf_counter() - start
     warn_of_cut_thoughts(found.cut, len(samples), asked.task.max_new_tokens)
+    return found
+
+
+def searched(
+    model: Any,
+    processor: Any,
+    asked: Asked,
+    reducers: Sequence[Reducer],
+    strategy: Strategy,
+    tell: Callable[[int], None] = lambda number: None,
+    *,
+    blind: bool = False,
+) -> Answered:
+    """As `answered`, each answer found by a strategy under the reducers. Tokens and costs are those of all its passes, one sample a batch,
+    in the order of the samples. FoveateError for a sample that has not one image."""
+    samples = asked.task.samples
+    found = Answered([""] * len(samples))
+    start = time.perf_counter()
+    with opened(model, processor, reducers) as eyes:
+        for number, sample in enumerate(samples):
+            pictures = [_grey(image) if blind else image for image in map(_opened, sample.images)]
+            one = strategy.run(eyes, pictures, sample.question, new_tokens=asked.task.max_new_tokens)
+            found.texts[number] = one.answer
+            found.entered.append(one.visual_tokens)
+            found.ledgers.append(one.ledger)
+            if one.ledger is not None:
+                found.visual.append(one.ledger.visual_tokens)
+                found.totals.append(list(one.ledger.visual_tokens))
+            tell(1)
+    found.seconds = time.perf_counter() - start
     return found
 
 

@@ -15,13 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from foveate.errors import FoveateError
-from foveate.evaluation.asking import Asked, answered
+from foveate.evaluation.asking import Asked, answered, searched
 from foveate.evaluation.bench import BLIND, Arm
 from foveate.evaluation.metrics.scenes import FAMILY_RULES, FamilyScore, Scenes, score_family
 from foveate.evaluation.samples import Task
 from foveate.evaluation.sources import world_samples
 from foveate.files import write_json
 from foveate.inference import answering, loaded, progress_bar
+from foveate.inference.strategies import Strategy
+from foveate.inference.strategies import parse as parse_strategy
 from foveate.reducers import parse, saved_reducers, spell
 
 Range = tuple[int, int]  # fewest, most
@@ -46,7 +48,7 @@ class Result:
 
     `visual_tokens`: per image, as they enter the language model; `layer_tokens`: per image in each of its layers, as observed, where
     reducers were attached; both are means over all questions, and the ranges hold the fewest and the most. `seconds`: wall clock of
-    answering.
+    answering. `strategy`: what searched the images, whose tokens are those of all its passes; "" where each question was asked once.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Result:
     rows: list[Verdict]
     visual_range: Range | None = None
     layer_ranges: list[Range] | None = None
+    strategy: str = ""
 
     @property
     def mean(self) -> float:
@@ -97,6 +100,7 @@ def evaluate(
     blind: bool = False,
     device: str | None = None,
     progress: bool = True,
+    strategy: str | Strategy | None = None,
 ) -> Result:
     """The answers to `data_dir`/test.json, greedy, scored per family.
 
@@ -104,6 +108,7 @@ def evaluate(
     `reducers`: what `foveate.attach` takes; left out, those that the model was saved with, if any ("none" is the bare model).
     `blind`: every image is replaced by a plain grey one of its size, which shows what the questions give away by themselves.
     `limit`: at most that many questions, all families in turn.
+    `strategy`: how each image is searched for the answer, a spelling or a Strategy; unless given, each question is asked once.
     FoveateError for a missing or empty folder, a broken test.json, an unknown family, an unreadable image, and logits that are not finite.
     """
     if batch_size < 1 or max_new_tokens < 1:
@@ -114,12 +119,16 @@ def evaluate(
         reducers = saved_reducers(model.config.name_or_path)
     elif isinstance(reducers, str):
         reducers = parse(reducers)
+    search = parse_strategy(strategy) if isinstance(strategy, str) else strategy
     reducers = list(reducers) if isinstance(reducers, list | tuple) else [reducers] if reducers is not None else []
     arm = Arm(BLIND if blind else spell(reducers), 1.0, None, tuple(reducers), blind=blind)
     asked = Asked.of(processor, task, batch_size)
     with answering(model), progress_bar(progress) as bar:
         tell = partial(bar.advance, bar.add_task("answering", total=len(task.samples)))
-        found = answered(model, processor, asked, arm.reducers, tell, blind=blind, observe=bool(reducers))
+        if search is None:
+            found = answered(model, processor, asked, arm.reducers, tell, blind=blind, observe=bool(reducers))
+        else:
+            found = searched(model, processor, asked, arm.reducers, search, tell, blind=blind)
 
     cell = found.cell(asked, arm.cell(task.name))
     folder = f"{Path(data_dir) / 'images'}/"
@@ -145,6 +154,7 @@ def evaluate(
         rows,
         (min(found.entered), max(found.entered)),
         [(min(counts), max(counts)) for counts in layers] or None,
+        "" if search is None else str(search),
     )
 
 
@@ -157,6 +167,7 @@ def print_result(result: Result, console: Console | None = None) -> None:
     """Print the accuracy of each family beside its majority answer."""
     what = f"reducers {result.reducers}, {spread(result.visual_tokens, result.visual_range)} visual tokens per image"
     what += ", grey images" if result.blind else ""
+    what += f"\nin all passes of {result.strategy}" if result.strategy else ""
     if result.layer_tokens is not None:
         ranges: Sequence[Range | None] = result.layer_ranges or [None] * len(result.layer_tokens)
         counts = map(spread, result.layer_tokens, ranges)

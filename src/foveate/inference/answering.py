@@ -78,15 +78,8 @@ def answer(
     whatever a GenerationConfig has) are put over it. `end`: see `ends`. Location tokens may be special ones, so these are left in unless
     `skip_special_tokens`. Call it inside of `torch.inference_mode()`. FoveateError if the model's logits are not finite.
     """
-    own, pad = model.generation_config, tokenizer.pad_token_id
     stops = ends(model, tokenizer, end)
-    tokens = {
-        "bos_token_id": own.bos_token_id,
-        "decoder_start_token_id": own.decoder_start_token_id,
-        "eos_token_id": stops or None,
-        "pad_token_id": next(iter(stops), None) if pad is None else pad,
-    }
-    config = Plain(**{**tokens, "do_sample": False, "num_beams": 1, **options})
+    config = _greedy(model, tokenizer, stops, options)
     output = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([Finite()]))
     return [read_answer(tokenizer, row, stops, skip_special_tokens) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
@@ -102,6 +95,27 @@ def read_answer(tokenizer: Any, row: list[int], stops: Sequence[int], skip_speci
         for token in tokenizer.all_special_tokens:
             text = text.replace(token, "").strip()
     return Said(text, min(length + 1, len(row)), thinking)
+
+
+def next_logits(model: Any, tokenizer: Any, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, vocabulary) float32: what the model says of the first token of each answer, to prompts as in `answer`."""
+    config = _greedy(
+        model, tokenizer, ends(model, tokenizer), {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    )
+    output = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([Finite()]))
+    logits: Tensor = output.logits[0].to(torch.float32)
+    return logits
+
+
+def _greedy(model: Any, tokenizer: Any, stops: list[int], options: Mapping[str, Any]) -> Plain:
+    own, pad = model.generation_config, tokenizer.pad_token_id
+    tokens = {
+        "bos_token_id": own.bos_token_id,
+        "decoder_start_token_id": own.decoder_start_token_id,
+        "eos_token_id": stops or None,
+        "pad_token_id": next(iter(stops), None) if pad is None else pad,
+    }
+    return Plain(**{**tokens, "do_sample": False, "num_beams": 1, **options})
 
 
 def without_thought(text: str) -> tuple[str, bool]:

@@ -13,7 +13,7 @@ The pictures of the documentation are made by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ from foveate.data.chat import Renderer
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
-from foveate.inference import answering, loaded, model_inputs, prompts, retiled
+from foveate.inference import answering, loaded, model_inputs, prompts, retiled, strategies
 from foveate.inspect.draw import Panel, draw
 from foveate.inspect.fate import Raster, colours, patches, rasters
+from foveate.inspect.paths import Path as Search
+from foveate.inspect.paths import draw_paths
 from foveate.inspect.words import answer_text
 from foveate.reducers import Reducer, in_model, parse, prepare
 from foveate.tokens import ImagePlan
@@ -63,8 +65,10 @@ def main(
     per_layer: bool,
     out: Path,
     tiling: str | None = None,
+    searches: Sequence[str] = (),
 ) -> Path:
-    """The command: reads its lists, looks, and writes the figure as a PNG file. `words`: the model, which may be missing, and images."""
+    """The command: reads its lists, looks, and writes the figure as a PNG file. `words`: the model, which may be missing, and images.
+    `searches`: strategies, whose paths are drawn in the place of what reducers keep."""
     if out.suffix.lower() != ".png":
         raise FoveateError(f"{out}: the picture is a PNG; name a file that ends in .png")
     budgets = [_share(text) for text in _listed("keep", [keep])] if keep is not None else []
@@ -75,7 +79,12 @@ def main(
     only_images = len(words) == 1 or words[0].startswith(SCENE) or Path(words[0]).is_file()
     model, images = (_MODEL, words) if only_images else (words[0], words[1:])
     drawn: dict[str, Any] = {"keep": budgets, "layers": [int(number) for number in numbers], "per_layer": per_layer, "tiling": tiling}
-    figure = look(model, images, question, reducers, **drawn)
+    if searches:
+        if budgets or numbers or per_layer:
+            raise FoveateError("--strategy draws the way of a search; --keep, --layer and --per-layer are about what reducers keep")
+        figure = look_for(model, images, question, searches, reducers or ["none"], tiling=tiling)
+    else:
+        figure = look(model, images, question, reducers, **drawn)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -126,7 +135,7 @@ def look(
     if not question.strip():
         raise FoveateError("the question is empty: what is kept may depend on it, and an answer needs one")
     if not images or not reducers:
-        raise FoveateError('nothing to look at: name at least one image and one reducer, such as "random:keep=0.25"')
+        raise FoveateError('nothing to look at: name at least one image and one reducer, such as "random:keep=0.25", or a strategy')
     if layers and per_layer:
         raise FoveateError("give either layers or per_layer, not both")
     methods = [(text, parse(text)) for text in reducers]
@@ -165,6 +174,38 @@ def look(
     if all(len(row) == 1 for row in panels):
         return draw(*head, pictures, _rows_of(3, [[panel for row in panels for panel in row]]))
     return draw(*head, pictures, _rows_of(4, panels))
+
+
+def look_for(
+    model_or_dir: Any,
+    images: Sequence[str | Path | Image.Image],
+    question: str,
+    searches: Sequence[str],
+    reducers: Sequence[str] = ("none",),
+    *,
+    processor: Any = None,
+    max_new_tokens: int = 32,
+    tiling: str | None = None,
+) -> Figure:
+    """A figure of how strategies search an image for the answer to `question`, each a spelling, under each of the `reducers`.
+
+    Arguments as those of `look`. FoveateError for what cannot be: more images than one, or none, unknown strategies and reducers, budgets
+    below one answer."""
+    found = [(search, strategies.parse(search), under, parse(under)) for search in searches for under in reducers]
+    pictures = [open_image(image) for image in images]
+    model, processor, name = loaded(model_or_dir, processor, "look_for(model, …, processor=...)")
+    retiled(model, processor, tiling)
+    if Path(name).is_dir():
+        name = Path(name).resolve().name
+    paths: list[Search] = []
+    for search, strategy, under, parts in found:
+        with strategies.opened(model, processor, parts) as eyes:
+            seen = strategy.run(eyes, pictures, question, new_tokens=max_new_tokens)
+        paths.append(Search(search if under == "none" else f"{search} + {under}", seen, False))
+    with strategies.opened(model, processor) as eyes:
+        bare, _ = eyes.say(eyes.write(pictures, question), max_new_tokens)
+    paths = [replace(path, changed=path.found.answer != bare) for path in paths]
+    return draw_paths(question, f"{name}, the whole picture: “{answer_text(bare)}”", pictures[0], paths)
 
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:

@@ -2,7 +2,8 @@
 
 A scene holds one to five coloured shapes that do not touch, and in most cases one piece of writing: a printed number, a printed word from
 a closed list, or a handwritten digit (scikit-learn's, the first half of its 1,797 images for training scenes and the second for test
-scenes). Coordinates are (row0, col0, row1, col1) in units of the picture's side, half-open, on a grid of 1/128.
+scenes). Coordinates are (row0, col0, row1, col1) in units of the picture's side, half-open, on a grid of 1/128, or as many times finer as
+things are smaller.
 """
 
 import functools
@@ -108,8 +109,9 @@ def digit_pool(split: Split) -> dict[int, tuple[int, ...]]:
 # --- making ---------------------------------------------------------------------------------------------------------------------------
 
 
-def scene(seed: int | str, split: Split = "train") -> Scene:
-    """The scene of a seed. The same seed gives another scene in the other split."""
+def scene(seed: int | str, split: Split = "train", detail: int = 1) -> Scene:
+    """The scene of a seed. The same seed gives another scene in the other split, and at another `detail`: all things are so many times
+    smaller than usual, so that their picture needs as many times the pixels a side, of which most show none of them."""
     rng = random.Random(f"scene/{split}/{seed}")
     dark = rng.random() < 0.5
     level = rng.randint(15, 60) if dark else rng.randint(205, 240)
@@ -131,7 +133,7 @@ def scene(seed: int | str, split: Split = "train") -> Scene:
         wanted.append({"kind": "shape", "name": shape, "colour": colour, "size": rng.choice(SIZES)})
     ink = _jitter(rng, (235, 235, 235) if dark else (20, 20, 20), 15)
     things = []
-    for item, box in zip(wanted, _place(rng, wanted), strict=True):
+    for item, box in zip(wanted, _place(rng, wanted, RASTER * detail), strict=True):
         if box is not None:
             rgb = _jitter(rng, COLOURS[str(item["colour"])], 14) if item["kind"] == "shape" else ink
             things.append(Thing(box=box, rgb=rgb, **item))  # type: ignore[arg-type]
@@ -143,7 +145,7 @@ def _jitter(rng: random.Random, rgb: tuple[int, int, int], by: int) -> tuple[int
     return r, g, b
 
 
-def _place(rng: random.Random, wanted: list[dict[str, str | int]]) -> list[Box | None]:
+def _place(rng: random.Random, wanted: list[dict[str, str | int]], raster: int = RASTER) -> list[Box | None]:
     """Boxes that keep a distance, drawn at random; after twenty layouts that do not fit, things that found no place are left out."""
     extents = []
     for item in wanted:
@@ -160,7 +162,7 @@ def _place(rng: random.Random, wanted: list[dict[str, str | int]]) -> list[Box |
         for i in order:
             height, width = extents[i]
             for _ in range(25):
-                row, col = rng.randint(2, RASTER - 2 - height), rng.randint(2, RASTER - 2 - width)
+                row, col = rng.randint(2, raster - 2 - height), rng.randint(2, raster - 2 - width)
                 box = (row, col, row + height, col + width)
                 if not any(_near(box, other) for other in taken.values()):
                     taken[i] = box
@@ -170,15 +172,15 @@ def _place(rng: random.Random, wanted: list[dict[str, str | int]]) -> list[Box |
                     break
         if len(taken) == len(wanted) or attempt == 19:
             break
-    return [_unit(taken[i]) if i in taken else None for i in range(len(wanted))]
+    return [_unit(taken[i], raster) if i in taken else None for i in range(len(wanted))]
 
 
 def _near(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:
     return a[0] < b[2] + _MARGIN and b[0] < a[2] + _MARGIN and a[1] < b[3] + _MARGIN and b[1] < a[3] + _MARGIN
 
 
-def _unit(box: tuple[int, int, int, int]) -> Box:
-    return box[0] / RASTER, box[1] / RASTER, box[2] / RASTER, box[3] / RASTER
+def _unit(box: tuple[int, int, int, int], raster: int) -> Box:
+    return box[0] / raster, box[1] / raster, box[2] / raster, box[3] / raster
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------------------------

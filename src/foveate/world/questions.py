@@ -115,9 +115,10 @@ def cell(position: float) -> int:
 
 
 def box_answer(box: Box) -> str:
-    """The first and the last cell of a box in unit coordinates, as answers name them."""
+    """The first and the last cell of a box in unit coordinates, as answers name them; one cell at least, however small the box."""
     top, left, bottom, right = (int(edge * RULER + 0.5) for edge in box)
-    return f"<loc{top}><loc{left}><loc{bottom - 1}><loc{right - 1}>"
+    top, left = min(top, RULER - 1), min(left, RULER - 1)
+    return f"<loc{top}><loc{left}><loc{max(top, bottom - 1)}><loc{max(left, right - 1)}>"
 
 
 def _pairs(*properties: str) -> frozenset[frozenset[str]]:

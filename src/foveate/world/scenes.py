@@ -40,24 +40,35 @@ __all__ = [
 VERSION = 1  # of the world: raised whenever the same seed would give other scenes or texts
 
 
-def world_scene(seed: int, split: Split, index: int) -> Scene:
-    """The scene behind `OUT/images/<split>/<index>.png` of the world of a seed."""
-    return scene(f"world/{seed}/{index}", split)
+def world_scene(seed: int, split: Split, index: int, detail: int = 1) -> Scene:
+    """The scene behind `OUT/images/<split>/<index>.png` of the world of a seed and a `detail`."""
+    return scene(f"world/{seed}/{index}", split, detail)
 
 
-def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, progress: bool = True, processes: int | None = None) -> None:
-    """Writes a world of `train` + `test` pictures of `size` px. The files are the same for any number of processes.
+def write_world(
+    out: Path,
+    train: int,
+    test: int,
+    seed: int,
+    size: int = 128,
+    progress: bool = True,
+    processes: int | None = None,
+    detail: int = 1,
+) -> None:
+    """Writes a world of `train` + `test` pictures of `size` px, whose things are `detail` times smaller than usual. The files are the same
+    for any number of processes.
 
     Running it again on a complete world of the same parameters does nothing; an interrupted one is written anew.
     Raises FoveateError for bad numbers and for a folder that holds anything else.
     """
-    for name, value, least in (("train", train, 0), ("test", test, 0), ("size", size, 32)):
+    for name, value, least in (("train", train, 0), ("test", test, 0), ("size", size, 32), ("detail", detail, 1)):
         if value < least:
             raise FoveateError(f"{name}={value}: a world needs {name} >= {least}")
     if train + test == 0:
         raise FoveateError("train=0 and test=0: a world needs at least one picture")
     out = Path(out)
     parameters = {"version": VERSION, "train": train, "test": test, "seed": seed, "size": size}
+    parameters |= {"detail": detail} if detail > 1 else {}
     mark = out / "world.json"
     if out.exists() and not out.is_dir():
         raise FoveateError(f"{out} is a file; name a folder for the scenes")
@@ -76,8 +87,8 @@ def write_world(out: Path, train: int, test: int, seed: int, size: int = 128, pr
     for split in ("train", "test"):
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
     write_json(mark, {**parameters, "complete": False}, indent=None)
-    jobs: list[tuple[Path, int, Split, int, int]] = [(out, seed, "train", i, size) for i in range(train)]
-    jobs += [(out, seed, "test", i, size) for i in range(test)]
+    jobs: list[tuple[Path, int, Split, int, int, int]] = [(out, seed, "train", i, size, detail) for i in range(train)]
+    jobs += [(out, seed, "test", i, size, detail) for i in range(test)]
     # Starting processes takes as long as some two thousand pictures.
     rows = [*track(spread(_write_one, jobs, processes, few=2000), "scenes", len(jobs), disable=not progress)]
     learn, check = rows[:train], rows[train:]
@@ -99,9 +110,9 @@ def in_turns(talk: dict[str, Any], turns: int) -> Iterator[dict[str, Any]]:
         yield {**talk, "id": f"{talk['id']}-{number}", "conversations": own}
 
 
-def _write_one(job: tuple[Path, int, Split, int, int]) -> dict[str, Any]:
-    out, seed, split, index, size = job
-    item = world_scene(seed, split, index)
+def _write_one(job: tuple[Path, int, Split, int, int, int]) -> dict[str, Any]:
+    out, seed, split, index, size, detail = job
+    item = world_scene(seed, split, index, detail)
     image = f"{split}/{index:06d}.png"
     Image.fromarray(render(item, size)).save(out / "images" / image, compress_level=1)
     things = []
