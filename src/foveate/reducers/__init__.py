@@ -41,8 +41,8 @@ from foveate.reducers.aim import AIM as AIM
 from foveate.reducers.visionzip import VisionZip as VisionZip
 from foveate.reducers.dart import DART as DART
 from foveate.reducers.divprune import DivPrune as DivPrune
-from foveate.reducers.cdpruner import CDPruner as CDPruner
 from foveate.reducers.vscan import VScan as VScan
+from foveate.reducers.cdpruner import CDPruner as CDPruner
 from foveate.reducers.hiprune import HiPrune as HiPrune
 from foveate.reducers.mmtok import MMTok as MMTok
 from foveate.reducers.v2drop import V2Drop as V2Drop

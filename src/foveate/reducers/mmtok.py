@@ -66,11 +66,9 @@ class MMTok(Reducer):
 
         def pick(slots: Tensor, left: int) -> Tensor:
             b, at = int(slots[0]) // N, slots % N
-            text = next(q.text for q in several if bool(q.about[b, at[0]]))[b]
+            text = next(q.text for q in several if bool(q.about[b, at[0]]))[b] & (view.layout.kind[b] == Kind.TEXT)
             unit, words = (normalize(x[b, here].to(torch.float32), dim=-1) for here in (at, text))
-            # Newlines stand among the text that sizes count; they are compared, and are no words.
-            similar = (words @ unit.T)[view.layout.kind[b, text] == Kind.TEXT]
-            to_words = (similar / self.text_temperature).softmax(1) / max(1, len(similar))
+            to_words = (words @ unit.T / self.text_temperature).softmax(1) / max(1, len(words))
             to_image = self.alpha * (unit @ unit.T / self.temperature).softmax(1) / len(unit)
             return covering(torch.cat([to_words, to_image]), left)
 
@@ -80,6 +78,7 @@ class MMTok(Reducer):
         return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
+        """At most: sizes do not tell words from an image's newlines, which are none."""
         reduced = [n for n in sizes.groups(self.scope) if budget(self.keep, n) < n]
         return products(((n, n + sizes.text) for n in reduced), sizes.width)
 
