@@ -62,6 +62,9 @@ def render(data: dict[str, Any]) -> str:
     for family in families:
         row = [family]
         for method in methods:
+            if method not in data["cells"][family]:  # no run has come to it
+                row.append("")
+                continue
             found = words(data["cells"][family][method])
             row.append(_cell(found))
             served[method] += row[-1].startswith("✓")
@@ -74,7 +77,7 @@ def render(data: dict[str, Any]) -> str:
         **data["versions"],
         families=len(families),
         methods=len(methods),
-        cells=len(families) * len(methods),
+        cells=sum(len(data["cells"][family]) for family in families),
         checks=len(CHECKS),
         passed=counted["ok"],
         failed=counted["failed"],
@@ -83,7 +86,10 @@ def render(data: dict[str, Any]) -> str:
         table="\n".join([head, *rows]),
         key="; ".join(f"**{letter}** {reason}" for reason, letter in LETTERS.items()) + ".",
         reasons="\n".join(f"| {reason} | {count} |" for reason, count in reasons.most_common()),
-        served="\n".join(f"| {_marked(method)} | {served[method]} | {len(families)} |" for method in methods),
+        served="\n".join(
+            f"| {_marked(method)} | {served[method]} | {sum(method in data['cells'][family] for family in families)} |"
+            for method in methods
+        ),
         failing="\n".join(f"- {family}, {check}: {what}" for family, check, what in sorted(bare)) or "None.",
     )
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.accounting.prompts import Prompt
-from foveate.contract import Attention, AttentionRows, ImageSize, Keys, Signal, TowerKeys, View, Workload
+from foveate.contract import Attention, AttentionRows, ImageSize, Keys, Signal, States, TowerKeys, View, Workload
 from foveate.engine.record import Record
 from foveate.reducers import METHODS, Reducer, in_model, parse
 from foveate.reducers.base import acting, tokens_by_layer
@@ -54,7 +54,7 @@ class Scores(dict[Signal, Any]):
         N = self.slots
         if isinstance(signal, Attention):
             return AttentionRows.of(torch.rand(1, 2, N, N, generator=generator).softmax(-1))
-        more = (6,) if isinstance(signal, TowerKeys | Keys) else ()
+        more = (6,) if isinstance(signal, TowerKeys | Keys | States) else ()
         return torch.rand(1, N, *more, generator=generator)
 
 

@@ -35,6 +35,10 @@ NEAREST = {
     "sparsevlm": "fastervlm",
     "pyramiddrop": "fastervlm:keep=0.5",
     "aim": "fastervlm:keep=0.125",
+    "mmtok:keep=0.5": "divprune:keep=0.5",
+    "v2drop": "divprune",
+    "priortr:keep=9": "fastervlm:keep=9",
+    "vscan:keep=0.2": "fastervlm:keep=0.2",
     "downsample:keep=0.5": "uniform:keep=0.5",
 }
 
@@ -55,7 +59,20 @@ def test_what_is_not_exportable_is_refused_with_the_nearest_that_is(refused: str
 
 
 def test_the_list_says_it_of_every_method() -> None:
-    able = {"random", "uniform", "avgpool2d", "tome", "hired", "fopru", "fastervlm", "visionzip", "divprune"}
+    able = {
+        "random",
+        "uniform",
+        "avgpool2d",
+        "tome",
+        "hired",
+        "fopru",
+        "fastervlm",
+        "vispruner",
+        "visionzip",
+        "divprune",
+        "hiprune",
+        "holov",
+    }
     assert {name for name, method in METHODS.items() if served(method) == "yes"} == able
     assert all(served(method) == "no" for name, method in METHODS.items() if name not in able)
 

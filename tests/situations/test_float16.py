@@ -34,6 +34,7 @@ MEANS = [
     "tome:keep=0.3,metric=keys",
     "aim:keep=0.2,steps=2",
     "aim:keep=0.2,steps=0,weighted=true",
+    "vscan:keep=2,windows=1,local=-1,late=1,rest=1.0",
     "avgpool2d:stride=2",
     "vcc:layer=1,stride=8",
 ]

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from foveate import FoveateError
-from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, Keys, Signal, TowerKeys, View
+from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, Keys, Signal, States, TowerKeys, View
 from foveate.reducers import METHODS, Reducer, before_processor, in_model, parse, spell, visual_tokens
 
 GRID, TEXT, WIDTH = (4, 4), 4, 8
@@ -119,7 +119,7 @@ class Everything(dict[Signal, Any]):
         torch.manual_seed(0)
         if isinstance(signal, Attention):
             return AttentionRows.of(torch.rand(1, 2, SLOTS, SLOTS).tril().softmax(-1))
-        return torch.rand(1, SLOTS, WIDTH) if isinstance(signal, Keys | TowerKeys) else torch.rand(1, SLOTS)
+        return torch.rand(1, SLOTS, WIDTH) if isinstance(signal, Keys | States | TowerKeys) else torch.rand(1, SLOTS)
 
 
 def view() -> View:

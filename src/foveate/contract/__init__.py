@@ -10,6 +10,7 @@ from foveate.contract.signals import (
     Noise,
     ReceivedAttention,
     Signal,
+    States,
     TowerKeys,
     content_keys,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "ReceivedAttention",
     "Signal",
     "Site",
+    "States",
     "ThroughLayer",
     "TowerKeys",
     "View",

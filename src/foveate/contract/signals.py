@@ -1,7 +1,7 @@
 """Where scores come from. A signal is a small frozen description of what a reducer wants to know; whoever makes the View provides it.
 
 `ClsAttention`, `ReceivedAttention`, `TowerKeys` are read in the vision tower and follow each token through the bridge to its slot;
-`Attention` and `Keys` are read in a decoder layer; `Noise` needs the images alone. Everything is float32.
+`Attention` and `Keys` are read in a decoder layer, `States` in front of one; `Noise` needs the images alone. Everything is float32.
 """
 
 from __future__ import annotations
@@ -86,6 +86,14 @@ class Keys(Signal):
     """(B, N, G * h) keys of decoder layer index `layer` after the rotary embedding, its key heads side by side."""
 
     words: ClassVar[str] = "keys of a decoder layer"
+    layer: int
+
+
+@dataclass(frozen=True)
+class States(Signal):
+    """(B, N, D) the states that entered decoder layer index `layer`, of the tokens that are here after it."""
+
+    words: ClassVar[str] = "states of two decoder layers"
     layer: int
 
 

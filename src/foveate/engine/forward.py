@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import Anatomy
-from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, View
+from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, States, View
 from foveate.engine.arrivals import Arrivals
 from foveate.engine.cache import CacheTable, capacity, recall, remember
 from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
@@ -51,6 +51,7 @@ class ForwardPass:
         self._which: Tensor | None = None  # of the images' tokens, which one each slot of the chunk holds
         self._asked: Asked | None = None
         self._injected: dict[int, Tensor] = {}  # by layer, what the model adds to the states in front of it
+        self._entered: dict[int, Tensor] = {}  # by layer, the states that went into it, until the next one has been decided on
         self._on_embeddings: View | None = None
         self._counted = True  # fractions name places, which several tokens may share: their gaps are not closed
         self._here: list[TokenMap] = []  # what the reducers of the layer under way have made of `_arriving`, the slots that came to it
@@ -206,6 +207,7 @@ class ForwardPass:
                 chunk.go_on(index)
         if index in wiring.cuts:
             hidden = self._cut(index, hidden)
+        self._entered = {index: hidden.detach()} if index in wiring.remembered else {}
         return self._bypass(index, hidden) if index in wiring.through else hidden
 
     def _cut(self, index: int, hidden: Tensor) -> Tensor:
@@ -281,6 +283,8 @@ class ForwardPass:
                     signals[signal] = probe.attention().of_slots(here, start)
                 else:
                     signals[signal] = here.apply(probe.keys()[:, start : start + here.source.shape[1]])
+            elif isinstance(signal, States) and signal.layer == index - 1:
+                signals[signal] = self._so_far().apply(self._entered[signal.layer].to(hidden.device))
             elif isinstance(signal, (*TOWER_SIGNALS, Groups)):
                 assert self._which is not None
                 spread = self.arrivals.values(signal, self._which)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from foveate.anatomy import Anatomy
-from foveate.contract import GROUPS, Attention, Keys, Signal
+from foveate.contract import GROUPS, Attention, Keys, Signal, States
 from foveate.engine.replay import ReplayInTower
 from foveate.engine.tower_cuts import Carried
 from foveate.errors import FoveateError
@@ -64,6 +64,11 @@ class Wiring:
     def watched(self) -> set[int]:
         """The decoder layers whose attention is looked at."""
         return {signal.layer for signal in self.needs if isinstance(signal, (Attention, Keys))}
+
+    @property
+    def remembered(self) -> set[int]:
+        """The decoder layers whose arriving states the next layer's reducers look at."""
+        return {signal.layer for signal in self.needs if isinstance(signal, States)}
 
     def _carry(self) -> None:
         """What is cut in the tower leaves the sequence in front of the language model; recorded maps do so themselves."""

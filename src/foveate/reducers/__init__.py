@@ -36,11 +36,18 @@ from foveate.reducers.pyramiddrop import PyramidDrop as PyramidDrop
 from foveate.reducers.fopru import FoPru as FoPru
 from foveate.reducers.schedule import Schedule as Schedule
 from foveate.reducers.fastervlm import FasterVLM as FasterVLM
+from foveate.reducers.vispruner import VisPruner as VisPruner
 from foveate.reducers.aim import AIM as AIM
 from foveate.reducers.visionzip import VisionZip as VisionZip
 from foveate.reducers.dart import DART as DART
 from foveate.reducers.divprune import DivPrune as DivPrune
+from foveate.reducers.vscan import VScan as VScan
 from foveate.reducers.cdpruner import CDPruner as CDPruner
+from foveate.reducers.hiprune import HiPrune as HiPrune
+from foveate.reducers.mmtok import MMTok as MMTok
+from foveate.reducers.v2drop import V2Drop as V2Drop
+from foveate.reducers.holov import HoloV as HoloV
+from foveate.reducers.priortr import PriorTR as PriorTR
 # isort: on
 
 _LISTED = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Reducer) and "name" in vars(kind)]

@@ -25,8 +25,8 @@ from torch.nn.functional import cosine_similarity, normalize
 from foveate.contract import BeforeLM, Cut, Signal, Site, View, Workload, products
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import asked, choose, groups, states
-from foveate.tokens import SCOPES, TokenMap, budget
+from foveate.reducers.common import asked, choose, groups, picked, states
+from foveate.tokens import SCOPES, budget
 
 NOISE = 1e-6  # share of a token's first gain below which what is left of it is rounding
 
@@ -81,15 +81,13 @@ class CDPruner(Reducer):
         relevance = view.signal(Relevance()).detach().flatten().clone()
         for slots in groups(layout, "image"):
             relevance[slots] = min_max(relevance[slots])
-        kept = torch.zeros(relevance.shape[0], dtype=torch.bool, device=x.device)
-        for slots in groups(layout, self.scope):
-            left = budget(self.keep, slots.numel())
-            if left < slots.numel():
-                unit, r = normalize(x[slots].to(torch.float32), dim=-1), relevance[slots]
-                similarity = (unit @ unit.T).fill_diagonal_(1.0)  # exactly, so that equal relevance ties
-                slots = slots[greedy_map(r[:, None] * similarity * r, left)[0]]
-            kept[slots] = True
-        return Cut(TokenMap.keep(layout, kept.view(layout.shape)))
+
+        def pick(slots: Tensor, left: int) -> Tensor:
+            unit, r = normalize(x[slots].to(torch.float32), dim=-1), relevance[slots]
+            similarity = (unit @ unit.T).fill_diagonal_(1.0)  # exactly, so that equal relevance ties
+            return greedy_map(r[:, None] * similarity * r, left)[0]
+
+        return Cut(picked(layout, self.keep, self.scope, pick))
 
     def count(self, work: Workload, stage: int = 0) -> list[int]:
         return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)

@@ -12,7 +12,7 @@ from torch import Tensor
 from foveate.contract import AttentionRows, BeforeLM, FromLayer, Question, Signal, Site, View
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.tokens import Layout, TokenMap
+from foveate.tokens import Layout, TokenMap, budget
 
 OF = ("original", "arriving")
 _TOO_MUCH = 1 << 63  # for a tensor of integers
@@ -74,6 +74,27 @@ def nearest_stride(name: str, keep: float, power: int) -> int:
 def meant(share: float) -> Fraction:
     """The fraction that was meant: int(576 * (1 / 3)) must not depend on the float beside 1/3."""
     return Fraction(str(share)).limit_denominator(1_000_000)
+
+
+def dealt(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
+    """`total` (at most the sum of `most`) in proportion to weights >= 0 and at most so many to each, by largest remainders; of equal ones
+    the first. Weights that add up to nothing, or to no number, count as equal."""
+    if not 0.0 < sum(weights) < float("inf"):
+        weights = [1.0] * len(most)
+    found, open_ = list(most), [i for i, most_i in enumerate(most) if most_i]
+    while open_:
+        whole = sum(weights[i] for i in open_)
+        quota = {i: total * weights[i] / whole if whole else total / len(open_) for i in open_}
+        full = [i for i in open_ if quota[i] >= most[i]]
+        if not full:
+            found = [int(quota[i]) if i in quota else most_i for i, most_i in enumerate(found)]
+            largest = sorted(open_, key=lambda i: int(quota[i]) - quota[i])
+            for i in largest[: total - sum(found[i] for i in open_)]:
+                found[i] += 1
+            break
+        total -= sum(most[i] for i in full)
+        open_ = [i for i in open_ if i not in full]
+    return found
 
 
 def in_front_of(layer: int, *needs: Signal) -> Site:
@@ -152,6 +173,16 @@ def images(layout: Layout) -> list[tuple[int, Tensor]]:
     """(row, its slots (n,), ascending) of each image of the batch."""
     there = torch.where(layout.visual, layout.image, -1)
     return [(b, (there[b] == i).nonzero()[:, 0]) for b in range(layout.shape[0]) for i in there[b].unique().tolist() if i >= 0]
+
+
+def picked(layout: Layout, keep: float | int, scope: str, pick: Callable[[Tensor, int], Tensor]) -> TokenMap:
+    """Keeps `keep` of each group of the scope, in raster order: those of its slots (n,) that `pick(slots, left)` names by their places
+    (left,) among them. A group of which all stay is not asked about."""
+    kept = torch.zeros(layout.kind.numel(), dtype=torch.bool, device=layout.kind.device)
+    for slots in groups(layout, scope):
+        left = budget(keep, slots.numel())
+        kept[slots if left == slots.numel() else slots[pick(slots, left)]] = True
+    return TokenMap.keep(layout, kept.view(layout.shape))
 
 
 def into(layout: Layout, home: Tensor, weight: Tensor | None = None, place: Tensor | None = None) -> TokenMap:

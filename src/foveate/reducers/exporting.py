@@ -48,8 +48,9 @@ def unexportable(reducer: Reducer) -> str:
 
 
 def nearest_exportable(reducer: Reducer) -> Reducer:
-    """The reducer that comes nearest to one that is not exportable: the same method with one option changed, else the newest that ranks by
-    the same, or by what stands for it outside of the language model. With the same `keep`, where it has one."""
+    """The reducer that comes nearest to one that is not exportable: the same method with one option changed, else, of those that
+    rank by the same, or by what stands for it outside of the language model, the newest that asks for least. With the same `keep`, where it
+    has one."""
     options = {option.name for option in dataclasses.fields(reducer)}
     for option, value in (("layer", 0), ("site", "lm"), ("scope", "image")):
         same = _changed(reducer, **{option: value}) if option in options else None
@@ -58,7 +59,8 @@ def nearest_exportable(reducer: Reducer) -> Reducer:
     looks = {_INSTEAD.get(what, what) for what in reducer.looks_at} & {"tower", "states"}
     looks = {"tower"} if "tower" in looks else looks
     alike = [m for m in METHODS.values() if m.looks_at == looks and m.amounts == ("keep",) and not m.experimental]
-    found = next(m() for m in reversed(alike) if not unexportable(m()))
+    able = [m() for m in reversed(alike) if not unexportable(m())]
+    found = min(able, key=lambda reducer: len(reducer.sites(_DEEP)[0].needs))  # the first of equals
     return _changed(found, keep=getattr(reducer, "keep", None)) or found
 
 
