@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from foveate.errors import FoveateError, nearest
 from foveate.losses.base import Loss as Loss
 from foveate.losses.base import Seen as Seen
 from foveate.losses.base import Step as Step
@@ -10,7 +9,7 @@ from foveate.losses.base import Whole as Whole
 from foveate.losses.plan import Plan as Plan
 from foveate.losses.plan import check_together as check_together
 from foveate.losses.plan import plan_step as plan_step
-from foveate.reducers.spelling import read_options
+from foveate.reducers.spelling import listed, read
 
 # The losses by the dates of their papers. A line both exports a loss and lists it.
 # isort: off
@@ -21,13 +20,9 @@ from foveate.losses.epic import EPIC as EPIC
 from foveate.losses.dualspeed import DualSpeed as DualSpeed
 # isort: on
 
-_LISTED = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Loss) and "name" in vars(kind)]
-LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in _LISTED}
+LOSSES: dict[str, type[Loss]] = listed(globals(), Loss)
 
 
 def parse_loss(text: str) -> Loss:
     """The loss of a spelling such as "epic:alpha=0.4"."""
-    name, options = read_options(text, "loss")
-    if name not in LOSSES:
-        raise FoveateError(f"unknown loss {name!r}{nearest(name, LOSSES)}; known are {', '.join(LOSSES)}")
-    return LOSSES[name].from_options(options)
+    return read(text, "loss", LOSSES)

@@ -15,11 +15,13 @@ from foveate.reducers.base import Reducer as Reducer
 from foveate.reducers.base import parse_with as parse_with
 from foveate.reducers.base import save_reducers as save_reducers
 from foveate.reducers.base import visual_tokens as visual_tokens
+from foveate.reducers.picker import Picker as Picker
 from foveate.reducers.preparing import Preparing as Preparing
 from foveate.reducers.preparing import before_processor as before_processor
 from foveate.reducers.preparing import in_model as in_model
 from foveate.reducers.preparing import prepare as prepare
 from foveate.reducers.ranker import Ranker as Ranker
+from foveate.reducers.spelling import listed
 
 # The methods in the order of tables: baselines, then papers by date. A line both exports a method and lists it.
 # isort: off
@@ -50,8 +52,7 @@ from foveate.reducers.holov import HoloV as HoloV
 from foveate.reducers.priortr import PriorTR as PriorTR
 # isort: on
 
-_LISTED = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Reducer) and "name" in vars(kind)]
-METHODS: dict[str, type[Reducer]] = {method.name: method for method in _LISTED}
+METHODS: dict[str, type[Reducer]] = listed(globals(), Reducer)
 BASELINES = tuple(method for method in METHODS.values() if method.paper == "-")
 
 

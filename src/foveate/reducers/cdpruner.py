@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from foveate.contract import BeforeLM, Cut, Signal, Site, View, Workload, products
+from foveate.contract import BeforeLM, Signal, Site, View, Workload, products
 from foveate.errors import FoveateError
-from foveate.reducers.base import Reducer
-from foveate.reducers.common import asked, choose, groups, picked, states
-from foveate.tokens import SCOPES, budget
+from foveate.reducers.common import asked, groups, states
+from foveate.reducers.picker import Pick, Picker
+from foveate.tokens import SCOPES
 
 NOISE = 1e-6  # share of a token's first gain below which what is left of it is rounding
 
@@ -52,7 +52,7 @@ def _similar(x_BND: Tensor, text_BN: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CDPruner(Reducer):
+class CDPruner(Picker):
     """Keeps `keep` of each crop's tokens, relevant and diverse, in raster order.
 
     scope: whose tokens compete, and what `keep` counts: "crop" (the paper's: T per tile), "image", "frame" or "sample".
@@ -64,19 +64,15 @@ class CDPruner(Reducer):
     examples: ClassVar[tuple[str, ...]] = ("cdpruner:keep=0.5",)
     keeps_all: ClassVar[tuple[str, ...]] = ("cdpruner:keep=1.0",)
     multiplies: ClassVar[tuple[str, ...]] = ("cdpruner:keep=0.5",)
+    scopes: ClassVar[tuple[str, ...]] = SCOPES
     keep: float | int = 64
     scope: str = "crop"
     positions: str = field(default="renumber", kw_only=True)
 
-    def check(self) -> None:
-        super().check()
-        budget(self.keep, 1)
-        choose(self, scope=SCOPES)
-
     def sites(self, layers: int) -> list[Site]:
         return [BeforeLM((Relevance(),))]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
+    def picking(self, view: View) -> Pick:
         layout, x = view.layout, states(self.name, view).detach().flatten(0, 1)
         relevance = view.signal(Relevance()).detach().flatten().clone()
         for slots in groups(layout, "image"):
@@ -87,13 +83,10 @@ class CDPruner(Reducer):
             similarity = (unit @ unit.T).fill_diagonal_(1.0)  # exactly, so that equal relevance ties
             return greedy_map(r[:, None] * similarity * r, left)[0]
 
-        return Cut(picked(layout, self.keep, self.scope, pick))
-
-    def count(self, work: Workload, stage: int = 0) -> list[int]:
-        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
+        return pick
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
-        reduced = [(n, left) for n in sizes.groups(self.scope) if (left := budget(self.keep, n)) < n]
+        reduced = self.reduced(sizes)
         picking = sum(left * (left - 1) * n for n, left in reduced)  # the k-th pick multiplies n columns with the k - 1 before it
         return products(((n, n) for n, _ in reduced), sizes.width) + picking
 

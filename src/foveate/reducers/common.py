@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +38,40 @@ def integers(reducer: Reducer, why: str = "", /, **least: int | None) -> None:
         if type(given) is not int or (low is not None and given < low) or abs(given) >= _TOO_MUCH:
             wanted = "an integer, such as -2 for the last block but one" if low is None else f"an integer >= {low}"
             raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible{why}; give {wanted}")
+
+
+def shares(reducer: Reducer, *options: str) -> None:
+    """Raises FoveateError where an option is no float from 0 to 1."""
+    for option in options:
+        given = getattr(reducer, option)
+        if type(given) is not float or not 0.0 <= given <= 1.0:
+            raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible; give a share from 0.0 to 1.0, as in {option}=0.5")
+
+
+def above_zero(reducer: Reducer, *options: str) -> None:
+    """Raises FoveateError where an option is no finite float above 0."""
+    for option in options:
+        given = getattr(reducer, option)
+        if type(given) is not float or not 0.0 < given < float("inf"):
+            raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible; give a number > 0, such as {option}=0.5")
+
+
+def cutting_layers(name: str, value: object) -> list[int]:
+    """The entries of an option `layers`, those in front of which a method cuts. Raises FoveateError unless they ascend from 1 on."""
+    layers = [int(k) if type(k) is int else 0 for k in numbers(name, "layers", value)]
+    if layers[0] < 1 or any(a >= b for a, b in pairwise(layers)):
+        raise FoveateError(f"{name}: layers={value!r} is not possible; give ascending integers >= 1, as in layers=3-7-16")
+    return layers
+
+
+def check_entries(name: str, keep: object, entries: Sequence[int | float], layers: Sequence[int]) -> None:
+    """Raises FoveateError unless `entries`, those of the option `keep`, are budgets: one, or one for each layer."""
+    for entry in entries:
+        budget(entry, 1)
+    if len(entries) not in (1, len(layers)):
+        raise FoveateError(
+            f"{name}: keep={keep!r} has {len(entries)} entries, layers={spelled(layers)} has {len(layers)}; give one entry for each layer"
+        )
 
 
 def numbers(name: str, option: str, value: object) -> list[int | float]:

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.contract import BeforeLM, Cut, Site, View, Workload, products
-from foveate.reducers.base import Reducer
 from foveate.reducers.common import choose, groups, into, states
+from foveate.reducers.picker import Pick, Picker
 from foveate.tokens import SCOPES, budget
 
 
 @dataclass(frozen=True)
-class DivPrune(Reducer):
+class DivPrune(Picker):
     """Keeps `keep` of each image's tokens, chosen for diversity, in raster order (or `order="pick"`).
 
     scope: whose tokens compete: "image" (all tiles together, the paper's), "crop", "frame" or "sample". `keep` is per such group.
@@ -38,6 +38,7 @@ class DivPrune(Reducer):
     examples: ClassVar[tuple[str, ...]] = ("divprune:keep=0.5", "divprune:keep=0.3,order=pick")
     keeps_all: ClassVar[tuple[str, ...]] = ("divprune:keep=1.0", "divprune:keep=1.0,order=pick")
     multiplies: ClassVar[tuple[str, ...]] = ("divprune:keep=0.5",)
+    scopes: ClassVar[tuple[str, ...]] = SCOPES
     keep: float | int = 0.098
     order: str = "raster"
     scope: str = "image"
@@ -45,28 +46,30 @@ class DivPrune(Reducer):
 
     def check(self) -> None:
         super().check()
-        budget(self.keep, 1)
-        choose(self, order=("raster", "pick"), scope=SCOPES)
+        choose(self, order=("raster", "pick"))
 
     def sites(self, layers: int) -> list[Site]:
         return [BeforeLM()]
 
+    def picking(self, view: View) -> Pick:
+        x = states(self.name, view).detach().flatten(0, 1)
+        return lambda slots, left: spread(x[slots], left)
+
     def reduce(self, view: View, stage: int = 0) -> Cut:
-        layout, x = view.layout, states(self.name, view).detach().flatten(0, 1)
-        slot = torch.arange(x.shape[0], device=x.device)
-        home, place = torch.full_like(slot, -1), slot.clone()
+        if self.order == "raster":
+            return super().reduce(view)
+        layout, pick = view.layout, self.picking(view)
+        place = torch.arange(layout.kind.numel(), device=layout.kind.device)
+        home = torch.full_like(place, -1)
         for slots in groups(layout, self.scope):
             left = budget(self.keep, slots.numel())
-            picks = slots[spread(x[slots], left)] if left < slots.numel() else slots
+            picks = slots[pick(slots, left)] if left < slots.numel() else slots
             home[picks] = picks
             place[picks] = picks.sort().values  # the k-th pick takes the k-th place that survives
-        return Cut(into(layout, home, place=place if self.order == "pick" else None))
-
-    def count(self, work: Workload, stage: int = 0) -> list[int]:
-        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
+        return Cut(into(layout, home, place=place))
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
-        return products(((n, n) for n in sizes.groups(self.scope) if budget(self.keep, n) < n), sizes.width)
+        return products(((n, n) for n, _ in self.reduced(sizes)), sizes.width)
 
 
 def spread(states_ND: Tensor, picks: int) -> Tensor:

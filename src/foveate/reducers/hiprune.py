@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from foveate.contract import BeforeLM, ReceivedAttention, Site, View
-from foveate.errors import FoveateError
-from foveate.reducers.common import choose, groups, integers, leaving, meant
+from foveate.reducers.common import choose, groups, integers, leaving, meant, shares
 from foveate.reducers.ranker import Ranker
 from foveate.tokens import top
 
@@ -50,8 +49,7 @@ class HiPrune(Ranker):
 
     def check(self) -> None:
         super().check()
-        if type(self.alpha) is not float or not 0.0 <= self.alpha <= 1.0:
-            raise FoveateError(f"hiprune: alpha={self.alpha!r} is not possible; give a share from 0.0 to 1.0, as in alpha=0.1")
+        shares(self, "alpha")
         integers(self, object=None, layer=None)
         choose(self, scope=("crop", "image", "frame"))
 

@@ -24,15 +24,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.contract import BeforeLM, ClsAttention, Cut, Site, View, Workload, products
-from foveate.errors import FoveateError
-from foveate.reducers.base import Reducer
-from foveate.reducers.common import choose, dealt, integers, picked, states
-from foveate.tokens import budget
+from foveate.contract import BeforeLM, ClsAttention, Site, View, Workload, products
+from foveate.reducers.common import above_zero, dealt, integers, states
+from foveate.reducers.picker import Pick, Picker
 
 
 @dataclass(frozen=True)
-class HoloV(Reducer):
+class HoloV(Picker):
     """Keeps `keep` of each tile's patches, shared out among `parts` runs of them by attention and variety.
 
     layer: tower block of the attention. scope: what `keep` counts in, "crop" (tile), "image" or "frame". tau: unverified, see the module.
@@ -54,16 +52,13 @@ class HoloV(Reducer):
 
     def check(self) -> None:
         super().check()
-        budget(self.keep, 1)
         integers(self, parts=1, layer=None)
-        if type(self.tau) is not float or not 0.0 < self.tau < float("inf"):
-            raise FoveateError(f"holov: tau={self.tau!r} is not possible; give a number > 0, as in tau=1.0")
-        choose(self, scope=("crop", "image", "frame"))
+        above_zero(self, "tau")
 
     def sites(self, layers: int) -> list[Site]:
         return [BeforeLM((ClsAttention(self.layer),))]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
+    def picking(self, view: View) -> Pick:
         score, x = view.signal(ClsAttention(self.layer)).flatten(), states(self.name, view).detach().flatten(0, 1)
 
         def pick(slots: Tensor, left: int) -> Tensor:
@@ -77,14 +72,10 @@ class HoloV(Reducer):
             best = [torch.argsort(part, descending=True, stable=True)[:quota] for part, quota in zip(worth, quotas, strict=True)]
             return torch.cat([start + of for start, of in zip(starts, best, strict=False)])
 
-        return Cut(picked(view.layout, self.keep, self.scope, pick))
-
-    def count(self, work: Workload, stage: int = 0) -> list[int]:
-        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
+        return pick
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
-        reduced = [n for n in sizes.groups(self.scope) if budget(self.keep, n) < n]
-        return products(((part, part) for n in reduced for part in self._lengths(n)), sizes.width)
+        return products(((part, part) for n, _ in self.reduced(sizes) for part in self._lengths(n)), sizes.width)
 
     def _lengths(self, patches: int) -> list[int]:
         """Of each part, as equal as can be; of fewer patches than parts each is one."""

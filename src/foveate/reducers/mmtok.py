@@ -22,15 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.contract import BeforeLM, Cut, Site, View, Workload, products
-from foveate.errors import FoveateError
-from foveate.reducers.base import Reducer
-from foveate.reducers.common import choose, picked, questions, states
-from foveate.tokens import Kind, budget
+from foveate.contract import BeforeLM, Site, View, Workload, products
+from foveate.reducers.common import above_zero, questions, states
+from foveate.reducers.picker import Pick, Picker
+from foveate.tokens import Kind
 
 
 @dataclass(frozen=True)
-class MMTok(Reducer):
+class MMTok(Picker):
     """Keeps `keep` of each tile's tokens that cover the prompt's words and the tile best.
 
     alpha: how much the image weighs beside the words. scope: what `keep` counts in, "crop" (tile, the paper's), "image" or "frame".
@@ -51,17 +50,12 @@ class MMTok(Reducer):
 
     def check(self) -> None:
         super().check()
-        budget(self.keep, 1)
-        for option in ("alpha", "temperature", "text_temperature"):
-            value = getattr(self, option)
-            if type(value) is not float or not 0.0 < value < float("inf"):
-                raise FoveateError(f"mmtok: {option}={value!r} is not possible; give a number > 0, such as {option}=0.5")
-        choose(self, scope=("crop", "image", "frame"))
+        above_zero(self, "alpha", "temperature", "text_temperature")
 
     def sites(self, layers: int) -> list[Site]:
         return [BeforeLM()]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
+    def picking(self, view: View) -> Pick:
         x, N, several = states(self.name, view).detach(), view.layout.shape[1], questions(self.name, view)
 
         def pick(slots: Tensor, left: int) -> Tensor:
@@ -72,15 +66,11 @@ class MMTok(Reducer):
             to_image = self.alpha * (unit @ unit.T / self.temperature).softmax(1) / len(unit)
             return covering(torch.cat([to_words, to_image]), left)
 
-        return Cut(picked(view.layout, self.keep, self.scope, pick))
-
-    def count(self, work: Workload, stage: int = 0) -> list[int]:
-        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
+        return pick
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """At most: sizes do not tell words from an image's newlines, which are none."""
-        reduced = [n for n in sizes.groups(self.scope) if budget(self.keep, n) < n]
-        return products(((n, n + sizes.text) for n in reduced), sizes.width)
+        return products(((n, n + sizes.text) for n, _ in self.reduced(sizes)), sizes.width)
 
 
 def covering(cover_RN: Tensor, picks: int) -> Tensor:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +37,7 @@ from torch import Tensor
 from foveate.contract import Attention, AttentionRows, Cut, FromLayer, Site, View, Workload, products
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import OF, choose, images, into, leaving, numbers, questions, spelled
+from foveate.reducers.common import OF, check_entries, choose, cutting_layers, images, into, leaving, numbers, questions, spelled
 from foveate.tokens import TokenMap, budget, top
 
 LISTS = {
@@ -84,19 +83,10 @@ class SparseVLM(Reducer):
 
     def check(self) -> None:
         super().check()
-        layers = numbers(self.name, "layers", self.layers)
-        if any(type(k) is not int or k < 1 for k in layers) or any(a >= b for a, b in pairwise(layers)):
-            raise FoveateError(f"sparsevlm: layers={self.layers!r} is not possible; give ascending integers >= 1, as in layers=3-7-16")
+        layers = self._layers
         if isinstance(self.keep, str) and self.keep.startswith("v") and self.keep not in LISTS:
             raise FoveateError(f"sparsevlm: keep={self.keep!r} is no list of the code's; choose one of {', '.join(LISTS)}, or give numbers")
-        entries = self._entries
-        for entry in entries:
-            budget(entry, 1)
-        if len(entries) not in (1, len(layers)):
-            raise FoveateError(
-                f"sparsevlm: keep={self.keep!r} has {len(entries)} entries, layers={spelled(layers)} has {len(layers)}; "
-                "give one entry for each layer"
-            )
+        check_entries(self.name, self.keep, self._entries, layers)
         choose(self, recycle=(True, False), merge=("sum", "mean"), order=("raster", "append"), of=OF)
 
     def canonical(self) -> dict[str, Any]:
@@ -109,7 +99,7 @@ class SparseVLM(Reducer):
 
     @property
     def _layers(self) -> list[int]:
-        return [int(k) for k in numbers(self.name, "layers", self.layers)]
+        return cutting_layers(self.name, self.layers)
 
     def sites(self, layers: int) -> list[Site]:
         return [FromLayer(k, (Attention(k - 1),)) for k in self._layers]

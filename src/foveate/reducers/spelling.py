@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from foveate.errors import FoveateError, nearest
 
@@ -27,6 +27,13 @@ class Spelled:
             raise FoveateError(f"{cls.name} needs {', '.join(missing)}: write {cls.name}:{','.join(m + '=…' for m in missing)}")
         return cls(**options)
 
+    def least(self, bound: int, *options: str) -> None:
+        """FoveateError unless the options are whole numbers of at least `bound`."""
+        for option in options:
+            value = getattr(self, option)
+            if type(value) is not int or value < bound:
+                raise FoveateError(f"{self.name}: {option}={value!r} is not possible; give a whole number of at least {bound}")
+
     def __str__(self) -> str:
         return self.spelled()
 
@@ -44,6 +51,9 @@ class Spelled:
         return self.name + (":" + ",".join(options) if options else "")
 
 
+Kind = TypeVar("Kind", bound=Spelled)
+
+
 def read_options(text: str, what: str) -> tuple[str, dict[str, Any]]:
     """(name, options) of one spelling. `what` it is, for the FoveateError where it cannot be read."""
     name, _, rest = text.strip().partition(":")
@@ -54,6 +64,20 @@ def read_options(text: str, what: str) -> tuple[str, dict[str, Any]]:
             raise FoveateError(f"{what} {text.strip()!r}: cannot read {item!r}; write option=value")
         options[key.strip()] = _value(value.strip())
     return name, options
+
+
+def listed(names: Mapping[str, Any], base: type[Any]) -> dict[str, Any]:
+    """The kinds of `base` among a module's names that can be spelled, by their spelling, in order."""
+    kinds: list[Any] = [kind for kind in names.values() if isinstance(kind, type) and issubclass(kind, base) and "name" in vars(kind)]
+    return {kind.name: kind for kind in kinds}
+
+
+def read(text: str, what: str, kinds: Mapping[str, type[Kind]]) -> Kind:
+    """One of `kinds` from its spelling. FoveateError for an unknown name or option; `what` it is."""
+    name, options = read_options(text, what)
+    if name not in kinds:
+        raise FoveateError(f"unknown {what} {name!r}{nearest(name, kinds)}; known are {', '.join(kinds)}")
+    return kinds[name].from_options(options)
 
 
 def _value(text: str) -> int | float | str | bool:

@@ -16,14 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from foveate.contract import FromLayer, Site, States, View
-from foveate.errors import FoveateError
-from foveate.reducers.common import numbers, spelled, states
+from foveate.reducers.common import check_entries, cutting_layers, numbers, spelled, states
 from foveate.reducers.ranker import Ranker
 from foveate.tokens import budget
 
@@ -46,23 +44,14 @@ class V2Drop(Ranker):
 
     def check(self) -> None:
         super().check()
-        layers, entries = numbers(self.name, "layers", self.layers), numbers(self.name, "keep", self.keep)
-        if any(type(k) is not int or k < 1 for k in layers) or any(a >= b for a, b in pairwise(layers)):
-            raise FoveateError(f"v2drop: layers={self.layers!r} is not possible; give ascending integers >= 1, as in layers=3-17-22")
-        for entry in entries:
-            budget(entry, 1)
-        if len(entries) not in (1, len(layers)):
-            raise FoveateError(
-                f"v2drop: keep={self.keep!r} has {len(entries)} entries, layers={spelled(layers)} has {len(layers)}; "
-                "give one entry for each layer"
-            )
+        check_entries(self.name, self.keep, numbers(self.name, "keep", self.keep), self._layers)
 
     def canonical(self) -> dict[str, Any]:
         return {"keep": spelled(numbers(self.name, "keep", self.keep)), "layers": spelled(self._layers)}
 
     @property
     def _layers(self) -> list[int]:
-        return [int(k) for k in numbers(self.name, "layers", self.layers)]
+        return cutting_layers(self.name, self.layers)
 
     def sites(self, layers: int) -> list[Site]:
         return [FromLayer(k, (States(k - 1),)) for k in self._layers]

@@ -23,15 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foveate.contract import BeforeLM, ClsAttention, Cut, Site, View, Workload, products
-from foveate.errors import FoveateError
-from foveate.reducers.base import Reducer
-from foveate.reducers.common import choose, integers, meant, picked, states
-from foveate.tokens import budget
+from foveate.contract import BeforeLM, ClsAttention, Site, View, Workload, products
+from foveate.reducers.common import integers, meant, shares, states
+from foveate.reducers.picker import Pick, Picker
 
 
 @dataclass(frozen=True)
-class VisPruner(Reducer):
+class VisPruner(Picker):
     """Keeps `keep` of each tile's patches: the share `important` by [CLS] attention in tower block `layer`, the rest for diversity.
 
     step: how many leave the list at most in one round. scope: what `keep` counts in, "crop" (tile), "image" or "frame".
@@ -52,18 +50,13 @@ class VisPruner(Reducer):
 
     def check(self) -> None:
         super().check()
-        budget(self.keep, 1)
-        if type(self.important) is not float or not 0.0 <= self.important <= 1.0:
-            raise FoveateError(
-                f"vispruner: important={self.important!r} is not possible; give a share from 0.0 to 1.0, as in important=0.5"
-            )
+        shares(self, "important")
         integers(self, step=1, layer=None)
-        choose(self, scope=("crop", "image", "frame"))
 
     def sites(self, layers: int) -> list[Site]:
         return [BeforeLM((ClsAttention(self.layer),))]
 
-    def reduce(self, view: View, stage: int = 0) -> Cut:
+    def picking(self, view: View) -> Pick:
         score, x = view.signal(ClsAttention(self.layer)).flatten(), states(self.name, view).detach().flatten(0, 1)
 
         def pick(slots: Tensor, left: int) -> Tensor:
@@ -73,14 +66,11 @@ class VisPruner(Reducer):
             unit = normalize(x[slots[others]].to(torch.float32), dim=-1)
             return torch.cat([order[:first], others[thinned(unit @ unit.T, left - first, self.step)]])
 
-        return Cut(picked(view.layout, self.keep, self.scope, pick))
-
-    def count(self, work: Workload, stage: int = 0) -> list[int]:
-        return work.leaving(lambda arriving, _: budget(self.keep, arriving), self.scope)
+        return pick
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
-        reduced = [(n, left) for n in sizes.groups(self.scope) if (left := budget(self.keep, n)) < n]
-        return products(((n - self._important(left), n - self._important(left)) for n, left in reduced), sizes.width)
+        others = [n - self._important(left) for n, left in self.reduced(sizes)]
+        return products(((n, n) for n in others), sizes.width)
 
     def _important(self, left: int) -> int:
         return int(meant(self.important) * left)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from foveate.errors import FoveateError, nearest
-from foveate.reducers.spelling import read_options
+from foveate.reducers.spelling import listed, read
 from foveate.tilings.base import Sight as Sight
 from foveate.tilings.base import Tiling as Tiling
 from foveate.tilings.pixels import cut as cut
@@ -27,13 +26,9 @@ from foveate.tilings.bluelm import BlueLM as BlueLM
 from foveate.tilings.lrs import LRS as LRS
 # isort: on
 
-_LISTED = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Tiling) and "name" in vars(kind)]
-TILINGS: dict[str, type[Tiling]] = {method.name: method for method in _LISTED}
+TILINGS: dict[str, type[Tiling]] = listed(globals(), Tiling)
 
 
 def parse(text: str) -> Tiling:
     """A tiling from its spelling, such as "internvl:tiles=6,budget=12". FoveateError for an unknown name or option."""
-    name, options = read_options(text, "tiling")
-    if name not in TILINGS:
-        raise FoveateError(f"unknown tiling {name!r}{nearest(name, TILINGS)}; known are {', '.join(TILINGS)}")
-    return TILINGS[name].from_options(options)
+    return read(text, "tiling", TILINGS)

@@ -65,13 +65,6 @@ class Tiling(Spelled, ABC):
     def check(self) -> None:
         """Raises FoveateError where an option is not possible."""
 
-    def least(self, bound: int, *options: str) -> None:
-        """FoveateError unless the options are whole numbers of at least `bound`."""
-        for option in options:
-            value = getattr(self, option)
-            if type(value) is not int or value < bound:
-                raise FoveateError(f"{self.name}: {option}={value!r} is not possible; give a whole number of at least {bound}")
-
     @property
     def scales(self) -> int:
         """Maps that the tower's features are joined to by channels before the bridge; 1: every view becomes tokens of its own."""

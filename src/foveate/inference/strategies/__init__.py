@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from foveate.errors import FoveateError, nearest
 from foveate.inference.strategies.base import Found as Found
 from foveate.inference.strategies.base import Strategy as Strategy
 from foveate.inference.strategies.eyes import Eyes as Eyes
@@ -11,7 +10,7 @@ from foveate.inference.strategies.eyes import opened as opened
 from foveate.inference.strategies.session import Seen as Seen
 from foveate.inference.strategies.words import WORDS as WORDS
 from foveate.inference.strategies.words import Words as Words
-from foveate.reducers.spelling import read_options
+from foveate.reducers.spelling import listed, read
 
 # The methods: none, then papers by date. A line both exports a method and lists it.
 # isort: off
@@ -21,13 +20,9 @@ from foveate.inference.strategies.zoomeye import ZoomEye as ZoomEye
 from foveate.inference.strategies.lrs import LRS as LRS
 # isort: on
 
-_LISTED = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Strategy) and "name" in vars(kind)]
-STRATEGIES: dict[str, type[Strategy]] = {method.name: method for method in _LISTED}
+STRATEGIES: dict[str, type[Strategy]] = listed(globals(), Strategy)
 
 
 def parse(text: str) -> Strategy:
     """A strategy from its spelling, such as "zoomeye:nodes=20,words=world". FoveateError for an unknown name or option."""
-    name, options = read_options(text, "strategy")
-    if name not in STRATEGIES:
-        raise FoveateError(f"unknown strategy {name!r}{nearest(name, STRATEGIES)}; known are {', '.join(STRATEGIES)}")
-    return STRATEGIES[name].from_options(options)
+    return read(text, "strategy", STRATEGIES)

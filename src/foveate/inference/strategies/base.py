@@ -83,13 +83,6 @@ class Strategy(Spelled, ABC):
     def check(self) -> None:
         """Raises FoveateError where an option is not possible."""
 
-    def least(self, bound: int, *options: str) -> None:
-        """FoveateError unless the options are whole numbers of at least `bound`."""
-        for option in options:
-            value = getattr(self, option)
-            if type(value) is not int or value < bound:
-                raise FoveateError(f"{self.name}: {option}={value!r} is not possible; give a whole number of at least {bound}")
-
     def between(self, low: float, high: float, *options: str) -> None:
         """FoveateError unless the options are numbers of these bounds."""
         for option in options:
