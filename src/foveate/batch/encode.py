@@ -24,7 +24,7 @@ from torch import Tensor
 from foveate.anatomy import read
 from foveate.anatomy.families import deepstack
 from foveate.batch.answering import Job
-from foveate.batch.parts import Alone, Done, Parts, carry_out, entry, failures, processes
+from foveate.batch.parts import Alone, Done, Parts, carry_out, entry, failures
 from foveate.batch.questions import Questions
 from foveate.contract import Noise
 from foveate.data.pixels import open_image, outline
@@ -32,6 +32,7 @@ from foveate.errors import FoveateError
 from foveate.files import write_json
 from foveate.inference import Broken, answering, load_model, model_inputs, prompts
 from foveate.probes.encoding import Encodings, Item
+from foveate.processes import processes
 from foveate.reducers import Reducer
 from foveate.reducers.exporting import Reduced, exported, in_grid, reduce_embeddings
 from foveate.tokens import Layout

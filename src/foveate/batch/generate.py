@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from foveate.batch.answering import Attached, Job, absolute
-from foveate.batch.parts import Done, Parts, Work, carry_out, failures, processes
+from foveate.batch.parts import Done, Parts, Work, carry_out, failures
 from foveate.batch.questions import Questions
 from foveate.errors import FoveateError, nearest
 from foveate.files import write
+from foveate.processes import processes
 from foveate.reducers.exporting import exported
 
 ENGINES = ("transformers", "ray", "vllm")

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from foveate.errors import FoveateError, NotApplicable, readable
 from foveate.files import write, write_json
 from foveate.inference import Broken, progress_bar
 from foveate.lock import locked
+from foveate.processes import processes
 
 JOB = "job.json"
 SHOWN = 5  # of the rows that failed, so many are named
@@ -57,11 +56,6 @@ class Parts:
     def done(self) -> int:
         """Rows whose file is there."""
         return self.total - sum(len(self.rows(block)) for block in self.missing())
-
-
-def processes() -> PartialState:
-    """The processes of this run, and where this one's model is to be: on its GPU, or else the CPU, as `load_model` has it."""
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def carry_out(

@@ -29,6 +29,7 @@ from foveate.evaluation.samples import Task
 from foveate.files import write_json
 from foveate.lock import locked
 from foveate.machine import kept_memory
+from foveate.processes import processes
 from foveate.reducers import parse, save_reducers
 from foveate.tokens import ImagePlan
 from foveate.train import files
@@ -68,7 +69,7 @@ def train(recipe: Recipe) -> Path:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     check_sharding(recipe)
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+    state = processes(TIMEOUT)
     final, plain = recipe.output / "final", json.loads(recipe.model_dump_json())
     new = files.compare(recipe.output, {"recipe": plain})
     if files.is_complete(final) and not new:
