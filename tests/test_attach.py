@@ -51,6 +51,7 @@ KEEP_ALL = [
     "random:keep=1.0,positions=renumber",
     "visionzip:dominant=8,contextual=8+pyramiddrop:keep=1.0",
 ]
+FACTORS = ("gain", "passing")  # of a recorded decision, one for each slot
 KEEP_ALL_TOO = [whole for method in INSIDE for whole in method.keeps_all if whole not in KEEP_ALL]
 
 
@@ -93,9 +94,11 @@ def check_same(found: list[Any], recorded: list[Any]) -> None:
     now = before = None
     for new, old in zip(found, recorded, strict=True):
         here = old.reduce(View(new.map.source if before is None else before.target)).map
-        now, before = (new.map, here) if now is None or before is None else (now.then(new.map), before.then(here))
+        to_new, to_old = (new.map, here) if now is None or before is None else (now.then(new.map), before.then(here))
         for b in range(here.source.shape[0]):
-            assert edges(now, b) == edges(before, b)
+            assert edges(to_new, b) == edges(to_old, b)
+        if not new.through:  # else the next layer sees all again
+            now, before = to_new, to_old
 
 
 def joined(first: list[Any], second: list[Any]) -> list[Any]:
@@ -114,7 +117,8 @@ def joined(first: list[Any], second: list[Any]) -> list[Any]:
         names = [f.name for f in dataclasses.fields(Layout)]
         source = Layout(**{name: torch.cat([getattr(a.source, name), getattr(b.source, name)], 1) for name in names})
         whole = TokenMap.merge(source, member, torch.cat(weights, 1), representative)
-        found.append(dataclasses.replace(one, map=dataclasses.replace(whole, mean=a.mean)))
+        factors = {name: torch.cat([getattr(one, name), getattr(other, name)], 1) for name in FACTORS if getattr(one, name) is not None}
+        found.append(dataclasses.replace(one, map=dataclasses.replace(whole, mean=a.mean), **factors))
     return found
 
 

@@ -21,6 +21,7 @@ class Reason(StrEnum):
     TOWER_INPUTS = "the tower's blocks are given more than states"
     RECURRENT = "the decoder layer does not attend"
     SHARED_KEYS = "decoder layers read the keys of other layers"
+    NO_BRANCH = "the decoder layer has no feed-forward branch of a known name"
 
 
 class NotApplicable(FoveateError):

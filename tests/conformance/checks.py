@@ -173,16 +173,18 @@ def decoding(name: str, reducer: str | None, whole: str) -> None:
 
 
 def masking(name: str, reducer: str | None, whole: str) -> None:
-    """Where positions are kept, dropping tokens is masking them out of the bare model."""
+    """Where positions are kept, dropping tokens is masking them out of the bare model; passing a layer by is being masked out there, and
+    behind it what one was in front of it."""
     loaded = load(name, "eager")
     if loaded.recurs:
         raise Skip(RECURS)
     inputs, model = loaded.batch("right"), loaded.model
     maps: dict[int, TokenMap] = {}
+    through: dict[int, TokenMap] = {}
     if reducer is not None:
         with foveate.attach(model, keeping(reducer)) as run, torch.no_grad():
             dropped = model(**inputs, use_cache=False).logits
-        maps = run.last.maps
+        maps, through = run.last.maps, run.last.bypasses
         for token_map in maps.values():
             if token_map.weight is not None or token_map.member.shape[-1] > 1 or token_map.mean:
                 raise Skip(MERGES)
@@ -196,11 +198,12 @@ def masking(name: str, reducer: str | None, whole: str) -> None:
         if layer in maps:
             whole_map = maps[layer]
             alive = whole_map if alive is None else alive.then(whole_map)
-            there = alive.representative
-            hidden_BN = torch.ones_like(hidden_BN)
-            hidden_BN[torch.arange(len(there))[:, None].expand_as(there)[there >= 0], there[there >= 0]] = False
-            hidden_BN &= inputs["attention_mask"].bool()
-        hooks.append(module.register_forward_pre_hook(_masker(hidden_BN), with_kwargs=True))
+            hidden_BN = _gone(alive, inputs)
+        here_BN = hidden_BN
+        if layer in through:
+            here_BN = _gone(through[layer] if alive is None else alive.then(through[layer]), inputs)
+            hooks.append(module.register_forward_hook(_passer(here_BN), with_kwargs=True))
+        hooks.append(module.register_forward_pre_hook(_masker(here_BN), with_kwargs=True))
     try:
         with torch.no_grad():
             masked = model(**inputs, use_cache=False).logits
@@ -209,6 +212,22 @@ def masking(name: str, reducer: str | None, whole: str) -> None:
             hook.remove()
     survives = inputs["attention_mask"].bool() & ~hidden_BN
     _close(dropped[survives], masked[survives], "rows that survive")
+
+
+def _gone(left: TokenMap, inputs: dict[str, Any]) -> Tensor:
+    """(B, N) bool: tokens that a map leaves out."""
+    there, gone = left.representative, torch.ones_like(inputs["attention_mask"], dtype=torch.bool)
+    gone[torch.arange(len(there))[:, None].expand_as(there)[there >= 0], there[there >= 0]] = False
+    return gone & inputs["attention_mask"].bool()
+
+
+def _passer(by_BN: Tensor) -> Callable[..., Any]:
+    def restore(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        before = args[0] if args else kwargs["hidden_states"]
+        states = torch.where(by_BN[..., None], before, output[0] if isinstance(output, tuple) else output)
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    return restore
 
 
 def _masker(hidden_BN: Tensor) -> Callable[..., Any]:

@@ -75,7 +75,7 @@ def first_cut(reducer: Reducer, layout: Layout) -> tuple[list[int], list[int]]:
     view = View.of(tokens, layout=layout, layers=DEPTH)
     object.__setattr__(view, "signals", Scores(N))
     left = lengths(reducer.reduce(view).map.target, len(sizes_))
-    return reducer.count(Workload(sizes_, tuple(size.tokens for size in sizes_))), left
+    return reducer.count(Workload(sizes_, tuple(size.tokens for size in sizes_), layers=DEPTH)), left
 
 
 SPELLED = [text for m in METHODS.values() if in_model([m()]) for text in (*m.examples, *m.keeps_all) if "+" not in text]
@@ -104,7 +104,7 @@ parts = st.lists(st.lists(st.tuples(st.integers(3, 5), st.integers(3, 5)), min_s
 def test_what_is_counted_is_what_is_left(text: str, images: Grids, frames: bool) -> None:
     (reducer,) = parse(text)
     layout = layout_of(images, frames=frames)
-    work = Workload(sizes(layout), tuple(size.tokens for size in sizes(layout)))
+    work = Workload(sizes(layout), tuple(size.tokens for size in sizes(layout)), layers=DEPTH)
     said, left = first_cut(reducer, layout)
     if reducer.exact(work):
         assert said == left

@@ -19,13 +19,15 @@ PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores")
 
 @dataclass(frozen=True)
 class Trained:
-    """Which parts a training step updates. `lora_rank` > 0 adapts the frozen language model's linear maps named in `lora_targets`."""
+    """Which parts a training step updates. `lora_rank` > 0 adapts the frozen language model's linear maps named in `lora_targets`;
+    `reducers`: the weights of those that have some."""
 
     tower: bool = False
     bridge: bool = True
     lm: bool = False
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
+    reducers: bool = False
 
 
 @dataclass(frozen=True)

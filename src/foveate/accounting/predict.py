@@ -20,6 +20,7 @@ from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
 from foveate.reducers import Reducer
 from foveate.reducers.base import tokens_by_layer
+from foveate.reducers.learned import while_trained
 from foveate.tokens import ImagePlan
 
 
@@ -63,6 +64,8 @@ def predict(
         calls = encodings_of(config, image_size, grid, images)
         prompts = [prompt_of(config, calls, images, per_image, text_tokens)]
     layers = len(decoder(config).linear)
+    if mode == "train" and trained is not None and trained.reducers:
+        reducers = while_trained(reducers)
     left = {images: tokens_by_layer(reducers, images, layers) for images in {tuple(prompt.images) for prompt in prompts}}
     visual = [[sum(left[tuple(prompt.images)][layer]) for prompt in prompts] for layer in range(layers)]
     total = [[count + prompt.text for count, prompt in zip(row, prompts, strict=True)] for row in visual]
@@ -123,7 +126,7 @@ def _ledger(
         raise FoveateError(f"token counts of {len(total)} layers, but the language model has {len(stack.linear)}")
     trained = (trained or Trained()) if mode == "train" else Trained(bridge=False)
     before = trained.tower or trained.bridge
-    flows = before or trained.lm or trained.lora_rank > 0
+    flows = before or trained.lm or trained.lora_rank > 0 or trained.reducers
     weights, products = (3 if trained.lm else 2 if flows else 1), (3 if flows else 1)
     lora = lora_per_layer(config, trained.lora_rank, trained.lora_targets) if trained.lora_rank else [0] * len(stack.linear)
     linear = [2 * sum(rows) * (weights * macs + 3 * extra) for rows, macs, extra in zip(total, stack.linear, lora, strict=True)]

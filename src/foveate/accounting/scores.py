@@ -66,6 +66,7 @@ def _in_lm(config: Any, reducers: Sequence[Reducer], prompt: Prompt, tower_width
                 query_width=stack.attention_width[before],
                 keys=sum(counts[before]) + prompt.text,
                 tower_width=tower_width,
+                layers=len(counts),
             )
             score += reducer.score_flops(sizes, stage)
     return score

@@ -1,6 +1,6 @@
 """How a model of the library is read: where its images enter, how their tokens lie, where its layers are, what they attend to."""
 
-from foveate.anatomy.layers import attends, tensor_parallel_group
+from foveate.anatomy.layers import attends, feed_forward, tensor_parallel_group
 from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
 from foveate.anatomy.raster import Laid, places
 from foveate.anatomy.reading import MODALITIES, TESTED, Anatomy, features_of, forget_reader, read, register_reader
@@ -21,6 +21,7 @@ __all__ = [
     "columns_of",
     "extras_of",
     "features_of",
+    "feed_forward",
     "forget_reader",
     "places",
     "read",

@@ -25,6 +25,20 @@ def _calls_interface(kind: Any) -> bool:
     return False
 
 
+# What a layer adds last: its norm where that stands behind the branch, else the branch. Experts beside a shared one are two branches.
+_BRANCHES = (("post_feedforward_layernorm",), ("post_mlp_layernorm",), ("mlp", "feed_forward", "shared_mlp", "block_sparse_moe"))
+
+
+def feed_forward(layer: nn.Module) -> nn.Module | None:
+    """The part of a decoder layer whose output is the feed-forward branch, as it is added to the states; None where it is not one known
+    part."""
+    for names in _BRANCHES:
+        found = [part for name in names if isinstance(part := getattr(layer, name, None), nn.Module)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
 def tensor_parallel_group(layer: nn.Module) -> Any:
     """The ranks over which a layer's heads are shared out (a torch.distributed.ProcessGroup), None where this rank has all of them."""
     parameter: Any

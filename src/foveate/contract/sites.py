@@ -19,22 +19,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
+
 from foveate.contract import Signal
 from foveate.tokens import TokenMap
 
 
 @dataclass(frozen=True)
 class Cut:
-    """The sequence is what the map makes of it from here on."""
+    """The sequence is what the map makes of it from here on.
+
+    gain  (B, N) what the arriving states are multiplied with before that; None: nothing. In the tower there is none
+    loss  (B,) a term of each row's loss, while the reducer's weights are trained; None: it adds none
+    """
 
     map: TokenMap
+    gain: Tensor | None = None
+    loss: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Bypass:
-    """At `ThroughLayer`: what the map keeps goes through the layer, the rest passes by. A selection: one source a target, weight 1."""
+    """At `ThroughLayer`: what the map keeps goes through the layer, the rest passes by. A selection: one source a target, weight 1.
+
+    gain     (B, N) of each arriving slot, what its feed-forward branch is multiplied with where it goes through; None: nothing
+    passing  (B, N) likewise, what its state is multiplied with where it passes by
+    loss     as in `Cut`
+    """
 
     map: TokenMap
+    gain: Tensor | None = None
+    passing: Tensor | None = None
+    loss: Tensor | None = None
 
 
 Decision = Cut | Bypass

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.contract.signals import Signal
 from foveate.tokens import Layout
@@ -46,6 +46,7 @@ class View:
     image_keys  (I,) int64 content hash of each image
     first       the view in front of the first decoder layer, for what is decided once on the embeddings; None: this is it
     layers      decoder layers of the model
+    weights     the module that the reducer decides by, where it is one that learns
     """
 
     layout: Layout
@@ -56,6 +57,12 @@ class View:
     first: View | None = None
     layers: int | None = None
     unknown: str = ""
+    weights: nn.Module | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the weights are being trained: what has no gradient when it is decided hard is then to be decided softly."""
+        return self.weights is not None and self.weights.training and any(p.requires_grad for p in self.weights.parameters())
 
     @classmethod
     def of(
@@ -68,6 +75,7 @@ class View:
         image_keys: Tensor | None = None,
         signals: dict[Signal, Any] | None = None,
         layers: int | None = None,
+        weights: nn.Module | None = None,
     ) -> View:
         """A view of plain tensors: one image a row, `tokens` (B, L, D), followed by `text`, the states (B, T, D) of the question or how
         many there are (these are the last of `tokens` then). grid: (rows, columns) of the image. With a layout, `tokens` are all slots.
@@ -82,7 +90,7 @@ class View:
         for signal, value in given.items():
             if isinstance(value, Tensor) and value.shape[1] != N:
                 given[signal] = torch.cat([value, value.new_zeros((B, N - value.shape[1], *value.shape[2:]))], 1)
-        return cls(layout, tokens, image_keys, given, (Question.of(layout, layout.valid),), layers=layers)
+        return cls(layout, tokens, image_keys, given, (Question.of(layout, layout.valid),), layers=layers, weights=weights)
 
     def asked_at(self, slot_B: Tensor) -> View:
         """The same where the prompt of each row ends at a slot: what follows is the answer, which a method does not look at."""

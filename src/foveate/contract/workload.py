@@ -73,6 +73,7 @@ class Workload:
     heads        of the attention that is looked at, whose queries of one token have `query_width` values in all
     keys         tokens that this attention saw
     tower_width  of the tower's keys, mean over heads
+    layers       decoder layers of the model; 0: not told
     """
 
     images: tuple[ImageSize, ...]
@@ -83,6 +84,7 @@ class Workload:
     query_width: int = 0
     keys: int = 0
     tower_width: int = 0
+    layers: int = 0
 
     @property
     def slots(self) -> int:

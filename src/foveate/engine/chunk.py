@@ -155,11 +155,11 @@ class Chunk:
             return self.samples
         return self.samples.gather(1, self.whole.representative.clamp(min=0))
 
-    def go_through(self, layer: int, token_map: TokenMap) -> None:
+    def go_through(self, layer: int, token_map: TokenMap, renumber: bool) -> None:
         """What the map keeps goes through this one layer, the rest passes by."""
         names = ("layout", "whole", "moved", "cut", "shift", "shift_before")
         self._aside = {name: getattr(self, name) for name in names} | {"moves": list(self.moves), "cuts": list(self.cuts)}
-        self.enter(layer, token_map, renumber=False)
+        self.enter(layer, token_map, renumber)
 
     def come_back(self, segment: int) -> None:
         """After that layer: the chunk is as it was in front of it, in a segment of its own, since the layer has cached less."""

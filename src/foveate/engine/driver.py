@@ -12,6 +12,7 @@ from foveate.anatomy import MODALITIES, Anatomy
 from foveate.engine.arrivals import Ahead
 from foveate.engine.cache import recall
 from foveate.engine.forward import ForwardPass, padded_mask
+from foveate.engine.gains import Gains
 from foveate.engine.tower_cuts import Encoder
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
@@ -77,6 +78,7 @@ class Driver:
         self._encodings: Encodings | None = None
         self._watched: list[Watched] = []
         self._hooks: list[Any] = []
+        self._gains = Gains()
         try:
             self._install()
         except BaseException:
@@ -110,6 +112,7 @@ class Driver:
             decoder.register_forward_pre_hook(Hook(self._before_decoder), with_kwargs=True),
             decoder.register_forward_hook(Hook(self._after_decoder), always_call=True),
             *(layers[index].register_forward_hook(Hook(self._after_bypass, index), prepend=True) for index in wiring.through),
+            *(hook for index in wiring.through for hook in self._gains.hooks(layers[index])),
             layers[-1].register_forward_hook(Hook(self._after_last_layer)),
         ]
         if anatomy.rotary is not None:
@@ -242,13 +245,18 @@ class Driver:
         if forward.has_images:
             self._done(forward, self._reducers)
         levels = getattr(output, "hidden_states", None)
-        if levels and forward.record.maps:
+        if levels and (forward.record.maps or forward.record.bypasses):
             output.hidden_states = forward.levels(levels)
         return None
 
     def _before_layer(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         forward = self._live.forward
-        return forward.before_layer(index, args, kwargs) if forward is not None and forward.under_way else None
+        if forward is None or not forward.under_way:
+            return None
+        new = forward.before_layer(index, args, kwargs)
+        if forward.gain is not None:
+            self._gains.begin(module, forward.gain)
+        return new
 
     def _after_bypass(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         forward = self._live.forward

@@ -17,7 +17,7 @@ from foveate.engine.cache import CacheTable, capacity, recall, remember
 from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
 from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
 from foveate.engine.record import Record
-from foveate.engine.replay import Replay, decide
+from foveate.engine.replay import Replay, decide, held
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
 from foveate.probes.layer import LayerProbe
@@ -56,7 +56,10 @@ class ForwardPass:
         self._counted = True  # fractions name places, which several tokens may share: their gaps are not closed
         self._here: list[TokenMap] = []  # what the reducers of the layer under way have made of `_arriving`, the slots that came to it
         self._arriving: Layout | None = None
-        self._passing: tuple[TokenMap, Tensor] | None = None  # what goes through the layer under way, and the states of all
+        self._passing: tuple[TokenMap, Tensor] | None = None  # what goes through the layer under way, and the states of the rest
+        self._first: Tensor | None = None  # the states of all in front of the first layer, where some pass that by
+        self.gain: Tensor | None = None  # (B, M) what the feed-forward branch of the layer under way is multiplied with
+        self.losses: list[tuple[Reducer, Tensor]] = []  # what reducers whose weights are trained add to the loss, (B,)
 
     @property
     def chunk(self) -> Chunk:
@@ -145,7 +148,7 @@ class ForwardPass:
 
     def before_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """What decoder layer `index` is given in place of its arguments; None: those."""
-        chunk = self.chunk
+        chunk, self.gain = self.chunk, None
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if chunk.cache is None:  # the decoder has made one by itself
             chunk.cache = kwargs.get("past_key_values")
@@ -213,16 +216,23 @@ class ForwardPass:
     def _cut(self, index: int, hidden: Tensor) -> Tensor:
         chunk = self.chunk
         for reducer, number in self.wiring.cuts[index]:
-            token_map = decide(reducer, number, self._view(index, hidden), Cut)
+            decision = decide(reducer, number, self._view(index, hidden, reducer), Cut)
+            self._note_loss(reducer, decision)
+            token_map = decision.map
             if not isinstance(reducer, Replay):  # recorded maps are aligned already, and meet each other as they did
                 token_map = token_map.aligned()
             renumber = reducer.positions_at(number) == "renumber" and self._counted
-            if self._shortcuts and chunk.memory is None and token_map.is_identity:
+            if decision.gain is not None:
+                hidden = hidden * decision.gain[..., None].to(hidden.dtype)
+            same = self._shortcuts and chunk.memory is None and token_map.is_identity
+            if not same or decision.gain is not None:
+                how = "renumber" if renumber else "keep"
+                self.record.steps.append(Replay(index, token_map, gain=held(decision.gain), positions=how))
+            if same:
                 continue
             hidden = token_map.apply(hidden)
             chunk.enter(index, token_map, renumber)
             self._here.append(token_map)
-            self.record.steps.append(Replay(index, token_map, positions="renumber" if renumber else "keep"))
         if self._here:
             whole = self._here[0] if len(self._here) == 1 else self._so_far()
             self.record.maps[index] = TokenMap(whole.source, chunk.layout, whole.member, whole.weight, whole.representative, whole.mean)
@@ -235,7 +245,9 @@ class ForwardPass:
         chunk = self.chunk
         self._passing = None
         reducer, number = self.wiring.through[index]
-        token_map = decide(reducer, number, self._view(index, hidden), Bypass)
+        decision = decide(reducer, number, self._view(index, hidden, reducer), Bypass)
+        self._note_loss(reducer, decision)
+        token_map, self.gain = decision.map, decision.gain
         if not isinstance(reducer, Replay):
             token_map = token_map.aligned()
         if not is_selection(token_map):
@@ -243,15 +255,26 @@ class ForwardPass:
                 f"{reducer.name}: what goes through decoder layer {index} must be a selection of its tokens, each of them once and of "
                 "weight 1; where tokens are to be merged, decide a Cut at FromLayer"
             )
-        if self._shortcuts and chunk.memory is None and token_map.is_identity:
+        renumber = reducer.positions_at(number) == "renumber" and self._counted
+        same = self._shortcuts and chunk.memory is None and token_map.is_identity
+        if not same or decision.gain is not None:
+            how, gain, passing = "renumber" if renumber else "keep", held(decision.gain), held(decision.passing)
+            self.record.steps.append(Replay(index, token_map, True, gain, passing, positions=how))
+        if same:
             if chunk.changed:
                 chunk.pass_by(index)
             return hidden
-        self._passing = token_map, hidden
-        chunk.go_through(index, token_map)
+        factor, self._first = decision.passing, hidden if index == 0 else self._first
+        self._passing = token_map, hidden if factor is None else hidden * factor[..., None].to(hidden.dtype)
+        chunk.go_through(index, token_map, renumber)
+        if self.gain is not None:
+            self.gain = self.gain.gather(1, token_map.representative.clamp(min=0))
         self.record.bypasses[index] = replace(token_map, target=chunk.layout)
-        self.record.steps.append(Replay(index, token_map, through=True))
         return token_map.apply(hidden)
+
+    def _note_loss(self, reducer: Reducer, decision: Cut | Bypass) -> None:
+        if decision.loss is not None:
+            self.losses.append((reducer, decision.loss))
 
     def after_bypass(self, index: int, output: Any) -> Any:
         """What comes out of layer `index`, with what has passed it by."""
@@ -271,8 +294,8 @@ class ForwardPass:
         assert self._arriving is not None
         return functools.reduce(TokenMap.then, self._here, TokenMap.identity(self._arriving))
 
-    def _view(self, index: int, hidden: Tensor) -> View:
-        """What the reducers at layer `index` may look at."""
+    def _view(self, index: int, hidden: Tensor, reducer: Reducer | None = None) -> View:
+        """What the reducers at layer `index` may look at, and what one of them decides by."""
         chunk = self.chunk
         signals: dict[Signal, Any] = {}
         for signal in self.wiring.needs:
@@ -303,13 +326,15 @@ class ForwardPass:
         )
         if self._on_embeddings is None:
             self._on_embeddings = view
-        return view
+        return view if reducer is None else replace(view, weights=self.wiring.weights.get(reducer.name))
 
     # ---- what the caller gets
 
     def levels(self, states: tuple[Any, ...]) -> tuple[Any, ...]:
         """Hidden states, each at the chunk's full length: level 0 is what the first layer was given, level i what layer i - 1 gave."""
         length = self.chunk.arrived.shape[1]
+        if self._first is not None:
+            states = (self._first, *states[1:])
         return tuple(
             x if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[1] == length else self.chunk.full_length(x, max(1, i))
             for i, x in enumerate(states)

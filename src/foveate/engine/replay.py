@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from foveate.contract import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Workload
 from foveate.errors import FoveateError
 from foveate.probes.marker import scoring
 from foveate.reducers import Reducer
-from foveate.tokens import TokenMap
+from foveate.tokens import Layout, TokenMap
+
+Made = TypeVar("Made", Cut, Bypass)
 
 
-def decide(reducer: Reducer, number: int, view: View, kind: type[Decision]) -> TokenMap:
-    """The map that a reducer decides on at site `number` of its sites. FoveateError where that is no decision of the site's `kind`."""
+def decide(reducer: Reducer, number: int, view: View, kind: type[Made]) -> Made:
+    """What a reducer decides at site `number` of its sites. FoveateError where that is no decision of the site's `kind`."""
     with scoring(), torch.autocast(view.layout.kind.device.type, enabled=False):  # scores are float32, also where the model is not
-        decision: Decision = reducer.reduce(view, number)
+        decision = reducer.reduce(view, number)
     if not isinstance(decision, kind):
         raise FoveateError(f"{reducer.name} decides {type(decision).__name__} at a site where {kind.__name__} is possible")
-    return decision.map
+    return decision
+
+
+def held(factor: Tensor | None) -> Tensor | None:
+    """What a decision multiplies by, as it is recorded: without gradient."""
+    return None if factor is None else factor.detach()
+
+
+def _onto(factor: Tensor | None, layout: Layout) -> Tensor | None:
+    """Factors on a sequence that goes on: what comes there is as it is."""
+    return None if factor is None else torch.nn.functional.pad(factor, (0, layout.shape[1] - factor.shape[1]), value=1.0)
 
 
 @dataclass(frozen=True)
@@ -36,19 +49,21 @@ class _Recorded(Reducer):
 
 @dataclass(frozen=True)
 class Replay(_Recorded):
-    """A recorded map in front of a decoder layer (or `through` it), on the same batch or on one that goes on after it."""
+    """A recorded decision in front of a decoder layer (or `through` it), on the same batch or on one that goes on after it."""
 
     layer: int = 0
     map: TokenMap | None = None
     through: bool = False
+    gain: Tensor | None = None
+    passing: Tensor | None = None
 
     def sites(self, layers: int) -> list[Site]:
         return [ThroughLayer(self.layer) if self.through else FromLayer(self.layer)]
 
     def reduce(self, view: View, stage: int = 0) -> Decision:
         assert self.map is not None
-        token_map = self.map.onto(view.layout)
-        return Bypass(token_map) if self.through else Cut(token_map)
+        token_map, gain = self.map.onto(view.layout), _onto(self.gain, view.layout)
+        return Bypass(token_map, gain, _onto(self.passing, view.layout)) if self.through else Cut(token_map, gain)
 
 
 @dataclass(frozen=True)

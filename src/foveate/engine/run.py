@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from foveate.accounting import Ledger
 from foveate.anatomy import Anatomy
@@ -52,6 +52,7 @@ class Run:
         self._chosen = Chosen()
         self._others: dict[Any, _Other] = {}
         self._made = 0
+        self._losses: list[tuple[Reducer, Tensor]] = []
         hooks.prepare()
         self._driver = self._wired(self.reducers)
         setattr(anatomy.core, RUN, self)
@@ -126,7 +127,7 @@ class Run:
 
     def _wired(self, reducers: list[Reducer], number: int = 0) -> Driver | None:
         """The hooks for some reducers; None where they have nothing to do and nothing is recorded."""
-        wiring = Wiring.of(reducers, self.anatomy)
+        wiring = Wiring.of(reducers, self.anatomy, str(getattr(self.config, "name_or_path", "")))
         _forget_compiled()
         if not wiring.acts and self.record == "none":
             return None
@@ -143,6 +144,7 @@ class Run:
 
     def _done(self, forward: ForwardPass, reducers: list[Reducer]) -> None:
         """A forward pass with images has gone through."""
+        self._losses = forward.losses
         if self.record == "none":
             return
         seen = forward.record
@@ -150,6 +152,11 @@ class Run:
         acting = forward.wiring.tower.items()
         seen.proportional = {block for block, steps in acting if any(getattr(reducer, "proportional", False) for reducer, _ in steps)}
         self.passes = [*self.passes, seen] if self.record == "all" else [seen]
+
+    def take_losses(self) -> list[tuple[Reducer, Tensor]]:
+        """What reducers whose weights are trained add to the loss of the last forward pass, (B,) of each; once, whoever asks first."""
+        taken, self._losses = self._losses, []
+        return taken
 
     @property
     def last(self) -> Record:

@@ -145,7 +145,7 @@ class Encoder:
         assert call.seen is not None
         with scoring(), torch.autocast(states.device.type, enabled=False):
             view = self._view(call, index, states)
-        token_map = decide(reducer, self._live.count if isinstance(reducer, ReplayInTower) else stage, view, Cut)
+        token_map = decide(reducer, self._live.count if isinstance(reducer, ReplayInTower) else stage, view, Cut).map
         if self._shortcuts and token_map.is_identity:
             return states
         stays = torch.zeros_like(view.layout.valid).scatter(1, token_map.representative.clamp(min=0), True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from foveate.anatomy import Anatomy
 from foveate.contract import GROUPS, Attention, Keys, Signal, States
 from foveate.engine.replay import ReplayInTower
@@ -16,24 +18,28 @@ from foveate.engine.tower_cuts import Carried
 from foveate.errors import FoveateError
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer
+from foveate.reducers.learned import find_weights
 
 Step = tuple[Reducer, int]  # a reducer, and which of its sites it is at
 
 
 @dataclass
 class Wiring:
-    """By block of the tower and by decoder layer, what acts in front of it (`tower`, `cuts`) or around it (`through`)."""
+    """By block of the tower and by decoder layer, what acts in front of it (`tower`, `cuts`) or around it (`through`); its weights
+    by method."""
 
     tower: dict[int, list[Step]] = field(default_factory=dict)
     cuts: dict[int, list[Step]] = field(default_factory=dict)
     through: dict[int, Step] = field(default_factory=dict)
     needs: set[Signal] = field(default_factory=set)
     tower_needs: set[Signal] = field(default_factory=set)
+    weights: dict[str, nn.Module] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, reducers: Sequence[Reducer], anatomy: Anatomy) -> Wiring:
-        """FoveateError where a reducer's layer is not there, or two of them do not go together."""
-        found, depth = cls(), len(anatomy.layers)
+    def of(cls, reducers: Sequence[Reducer], anatomy: Anatomy, model: str = "") -> Wiring:
+        """FoveateError where a reducer's layer is not there, two of them do not go together, or one's weights are missing. model: its
+        name, beside whose weights those of the reducers lie."""
+        found, depth = cls(weights=find_weights(anatomy, reducers, model)), len(anatomy.layers)
         for reducer in reducers:
             for number, site in enumerate(reducer.sites(depth)):
                 step = reducer, number

@@ -12,7 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from foveate.errors import FoveateError
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, forget_last_call
-from foveate.reducers import save_reducers, saved_reducers
+from foveate.reducers import save_reducers, save_weights, saved_reducers, saved_weights
 
 
 def to_llava(model: Any, processor: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -98,6 +98,7 @@ def export(model: Any, processor: Any, out: str | Path) -> Path:
     plain.save_pretrained(out)
     if reducers := saved_reducers(model.config.name_or_path):
         save_reducers(reducers, out)
+        save_weights({}, out, saved_weights(model.config.name_or_path))
     return out
 
 

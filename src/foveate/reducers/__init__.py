@@ -7,14 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from foveate.errors import FoveateError
 from foveate.reducers.base import SAVED_NAME as SAVED_NAME
 from foveate.reducers.base import Reducer as Reducer
 from foveate.reducers.base import parse_with as parse_with
 from foveate.reducers.base import save_reducers as save_reducers
 from foveate.reducers.base import visual_tokens as visual_tokens
+from foveate.reducers.beside import beside
+from foveate.reducers.learned import Learned as Learned
+from foveate.reducers.learned import add_weights as add_weights
+from foveate.reducers.learned import save_weights as save_weights
+from foveate.reducers.learned import saved_weights as saved_weights
+from foveate.reducers.learned import take_weights as take_weights
 from foveate.reducers.picker import Picker as Picker
 from foveate.reducers.preparing import Preparing as Preparing
 from foveate.reducers.preparing import before_processor as before_processor
@@ -40,6 +44,7 @@ from foveate.reducers.schedule import Schedule as Schedule
 from foveate.reducers.fastervlm import FasterVLM as FasterVLM
 from foveate.reducers.vispruner import VisPruner as VisPruner
 from foveate.reducers.aim import AIM as AIM
+from foveate.reducers.pmod import PMoD as PMoD
 from foveate.reducers.visionzip import VisionZip as VisionZip
 from foveate.reducers.dart import DART as DART
 from foveate.reducers.divprune import DivPrune as DivPrune
@@ -50,6 +55,7 @@ from foveate.reducers.mmtok import MMTok as MMTok
 from foveate.reducers.v2drop import V2Drop as V2Drop
 from foveate.reducers.holov import HoloV as HoloV
 from foveate.reducers.priortr import PriorTR as PriorTR
+from foveate.reducers.visionselector import VisionSelector as VisionSelector
 # isort: on
 
 METHODS: dict[str, type[Reducer]] = listed(globals(), Reducer)
@@ -72,18 +78,9 @@ def saved_reducers(model: str | Path) -> list[Reducer] | None:
     model: a folder, or the name of a model on the Hub (its main revision); without a connection the local cache is what there is.
     Raises FoveateError for a file that is not ours and for methods that are not known, or not at the version that was saved.
     """
-    path = Path(model) / SAVED_NAME
-    if not path.is_file():
-        if not str(model) or Path(model).is_dir():
-            return None
-        quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}
-        try:
-            found = cached_file(str(model), SAVED_NAME, **quiet)
-        except (OSError, ValueError):  # neither a folder nor what could be a name on the Hub
-            found = None
-        if found is None:
-            return None
-        path = Path(found)
+    path = beside(model, SAVED_NAME)
+    if path is None:
+        return None
     try:
         saved = [dict(options) for options in json.loads(path.read_text(encoding="utf-8"))["reducers"]]
     except (ValueError, KeyError, TypeError) as error:

@@ -161,7 +161,7 @@ def passing(reducers: Sequence[Reducer], images: Sequence[ImageSize], counts: li
             each = iter(in_tower)
             left = [sum(next(each) for _ in parts) for parts in crops]
         else:
-            left = reducer.count(Workload(tuple(images), tuple(counts[site.layer])), stage)
+            left = reducer.count(Workload(tuple(images), tuple(counts[site.layer]), layers=len(counts)), stage)
         end = len(counts) if site.effect.lasts else site.layer + 1
         counts[site.layer : end] = [left] * (end - site.layer)
 

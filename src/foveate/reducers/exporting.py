@@ -5,7 +5,8 @@ gives one encoded image to many requests. So it can run a method that
 
 - acts once, between the tower and the first decoder layer,
 - leaves as many tokens as follow from sizes alone, to the token,
-- looks neither at the question nor at the other images of a prompt.
+- looks neither at the question nor at the other images of a prompt,
+- has no weights of its own.
 
 All of it is read off what a method says of itself: its sites, what it looks at, the scope that it counts in.
 """
@@ -23,6 +24,7 @@ from foveate.contract import ImageSize, Signal, Workload, content_keys
 from foveate.errors import FoveateError
 from foveate.reducers import METHODS
 from foveate.reducers.base import Reducer
+from foveate.reducers.learned import Learned
 from foveate.reducers.plain import reduce
 from foveate.tokens import Layout
 
@@ -42,6 +44,8 @@ def unexportable(reducer: Reducer) -> str:
             return "acts in the LM"
     if len(sites) != 1:
         return "acts more than once"
+    if isinstance(reducer, Learned):
+        return "decides by weights of its own"
     if "text" in reducer.looks_at:
         return "looks at the question"
     return "counts over all images of a prompt" if getattr(reducer, "scope", "image") == "sample" else ""

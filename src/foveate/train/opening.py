@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import foveate.model  # noqa: F401  registers the Auto classes
@@ -18,6 +18,8 @@ from foveate.data.chat import Renderer
 from foveate.model.assembly import from_backbones, savable
 from foveate.model.processing import FoveateProcessor, default_template
 from foveate.model.weights import load_weights, reading
+from foveate.reducers import add_weights, parse, saved_weights
+from foveate.reducers.learned import registered
 from foveate.train.order import seed_of
 from foveate.train.settings import LoraOf, Recipe, Trained
 from foveate.train.stages import advance, first_bridge, growth, is_assembled, model_folder, part_modules, tiling_of, trained_parts
@@ -26,13 +28,15 @@ from foveate.train.stages import advance, first_bridge, growth, is_assembled, mo
 @dataclass
 class Opened:
     """A model ready to be trained on a stage. `tuner` is PEFT's, where LoRA was injected; `trained` what is trained, for the cost model;
-    `use_cache` what its config said, which the Trainer overwrites."""
+    `use_cache` what its config said, which the Trainer overwrites; `weights` those of reducers that it came with, this stage's and
+    others'."""
 
     model: Any
     processor: Any
     tuner: Any
     trained: Updated
     use_cache: bool | None
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
@@ -42,6 +46,7 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
     stage, spec = recipe.stages[index], recipe.model
     torch.manual_seed(seed_of(recipe.seed, stage.name, "model"))
     built = previous is None and spec.checkpoint is None
+    weights: Mapping[str, Tensor] = {}
     if built:
         assert spec.vision is not None
         assert spec.text is not None
@@ -63,6 +68,9 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         options = {"dtype": getattr(torch, spec.dtype), "attn_implementation": spec.attn_implementation}
         model = load_weights(AutoModelForImageTextToText, source, f"the model {source} could not be loaded", **options)
         processor = open_processor(source, spec.chat_template)
+        weights = saved_weights(source) or {}
+    named = [one for spelled in stage.spelled for one in parse(spelled)]
+    add_weights(model, named, saved=weights, seed=seed_of(recipe.seed, stage.name, "reducers"))
     save_end(model, processor)
     if is_assembled(model.config):
         size = advance(model.config, stage).image_size
@@ -76,8 +84,8 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
         # so that a step without any image does to the bridge what it does in several processes (gradients of zero, not none at all)
         model.config.always_run_vision = True
     trained = trained_parts(stage, model)
-    tuner = choose_trained(model, stage.train, trained.lora_targets)
-    return Opened(model, processor, tuner, trained, getattr(model.config, "use_cache", None))
+    tuner = choose_trained(model, stage.train, trained.lora_targets, stage.learned)
+    return Opened(model, processor, tuner, trained, getattr(model.config, "use_cache", None), weights)
 
 
 def save_end(model: Any, processor: Any) -> None:
@@ -101,8 +109,9 @@ def save_end(model: Any, processor: Any) -> None:
         processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(renderer.end_id)
 
 
-def choose_trained(model: Any, trained: Trained, targets: Sequence[str]) -> Any:
-    """Freeze what is not trained and inject LoRA into the linear maps of the decoder layers that are called `targets`.
+def choose_trained(model: Any, trained: Trained, targets: Sequence[str], learned: Sequence[str] = ()) -> Any:
+    """Freeze what is not trained and inject LoRA into the linear maps of the decoder layers that are called `targets`; of the reducers'
+    weights those of the methods `learned` may be trained.
 
     Returns PEFT's tuner, or None."""
     tower, bridge = part_modules(model)
@@ -110,6 +119,8 @@ def choose_trained(model: Any, trained: Trained, targets: Sequence[str]) -> Any:
     model.requires_grad_(trained.lm is True)
     tower.requires_grad_(trained.tower)
     bridge.requires_grad_(trained.bridge)
+    for name, module in (registered(read(model)) or {}).items():
+        module.requires_grad_(trained.reducers and name in learned)
     if trained.tower and hasattr(model, "model") and hasattr(model.model, "unused_tower_parameters"):
         unused = set(model.model.unused_tower_parameters())
         for name, parameter in tower.named_parameters():

@@ -30,7 +30,7 @@ from foveate.files import write_json
 from foveate.lock import locked
 from foveate.machine import kept_memory
 from foveate.processes import processes
-from foveate.reducers import parse, save_reducers
+from foveate.reducers import parse, save_reducers, save_weights, take_weights
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Totals
@@ -284,7 +284,9 @@ def write_model(opened: Opened, stage: str, reducer: str, target: Path) -> None:
         vars(model.config).pop("use_cache", None)
     else:
         model.config.use_cache = opened.use_cache
+    weights = take_weights(model)
     model.save_pretrained(target)
+    save_weights(weights, target, opened.weights)
     opened.processor.save_pretrained(target)
     if reducer != NONE:
         save_reducers(parse(reducer), target)

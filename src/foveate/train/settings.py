@@ -13,6 +13,8 @@ from foveate.accounting import Trained as Updated
 from foveate.errors import FoveateError
 from foveate.losses import Loss, check_together, parse_loss
 from foveate.model.grown import KEPT
+from foveate.reducers import parse
+from foveate.reducers.learned import learned
 from foveate.train.schedule import NONE, Part
 from foveate.train.sizes import read_bytes
 from foveate.train.values import ReducerString, Share, TilingString, Weight, known_optimizer, readable_template, trainable_dtype
@@ -121,28 +123,30 @@ def _lm_kind(value: Any) -> str:
 
 
 class Trained(Strict):
-    """What a stage trains. The language model's embeddings and head belong to `lm`."""
+    """What a stage trains. The language model's embeddings and head belong to `lm`; `reducers`: the weights of those that have some."""
 
     bridge: bool = True
     tower: bool = False
+    reducers: bool = False
     lm: Annotated[Annotated[bool, Tag(WHOLE)] | Annotated[LoraOf, Tag(ADAPTED)], Discriminator(_lm_kind)] = False
 
     @model_validator(mode="after")
     def _something(self) -> Trained:
         if not self.parts:
-            raise ValueError("nothing is trained: set at least one of bridge, tower, lm")
+            raise ValueError("nothing is trained: set at least one of bridge, tower, lm, reducers")
         return self
 
     @property
     def parts(self) -> list[str]:
         """Names of the parts that are trained; LoRA adapters belong to `lm`."""
-        return [part for part in ("bridge", "tower", "lm") if getattr(self, part)]
+        return [part for part in ("bridge", "tower", "lm", "reducers") if getattr(self, part)]
 
     @property
     def updated(self) -> Updated:
         """The same, as the cost model takes it."""
         lora = self.lm.lora if isinstance(self.lm, LoraOf) else None
-        return Updated(self.tower, self.bridge, self.lm is True, lora.rank if lora else 0, tuple(lora.targets) if lora else ())
+        adapted = (lora.rank, tuple(lora.targets)) if lora else (0, ())
+        return Updated(self.tower, self.bridge, self.lm is True, *adapted, reducers=self.reducers)
 
 
 class Slot(Strict):
@@ -191,6 +195,7 @@ class Rates(Strict):
     bridge: float | None = Field(default=None, gt=0)
     tower: float | None = Field(default=None, gt=0)
     lm: float | None = Field(default=None, gt=0)
+    reducers: float | None = Field(default=None, gt=0)
 
 
 def _rate_kind(value: Any) -> str:
@@ -312,6 +317,12 @@ class Stage(Strict):
                 raise ValueError(
                     "a stage of kind align takes one source of data and looks at image after image: leave out `pack` and the list"
                 )
+        if self.train.reducers and not self.learned:
+            raise ValueError(
+                "`train.reducers` trains the weights of the stage's reducers, but none of its `reducers` has any; leave it out"
+            )
+        if self.train.reducers and self.pack:
+            raise ValueError("reducers that are trained count their loss sample by sample: leave out `pack`")
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
         if self.fixed_micro_batch is not None and self.batch_size % self.fixed_micro_batch:
@@ -362,6 +373,11 @@ class Stage(Strict):
         """All reducers that the model is to have, each once, in training and while it is asked."""
         own = None if self.evaluate is None else self.evaluate.own_reducers
         return list(dict.fromkeys([*(one for part in self.parts for one in part.cycle), *([] if own is None else [own])]))
+
+    @property
+    def learned(self) -> list[str]:
+        """Names of the reducers of its schedule that have weights."""
+        return list(learned([one for part in self.parts for spelled in part.cycle for one in parse(spelled)]))
 
     @property
     def rates(self) -> dict[str, float] | None:

@@ -92,6 +92,9 @@ def deepspeed_problem() -> str:
 def stage_problem(stage: Stage, by: str) -> str:
     if stage.evaluate is not None and by == FSDP:
         return "evaluate needs the whole model in each process, which FSDP divides; leave it out"
+    before = stage.train.bridge or stage.train.tower or stage.train.lm is True
+    if stage.train.reducers and not before and by == FSDP:  # their gradients were seen not to come to the optimiser
+        return "FSDP does not train reducers where nothing in front of the decoder layers is; train the bridge too, or leave out FSDP"
     if stage.micro_batch == "auto":
         return "micro_batch auto is not for sharded training, give a number of samples"
     if stage.kind == "align":

@@ -32,8 +32,9 @@ from foveate.model.configuration import FoveateConfig
 from foveate.model.grown import check_attention, check_language_model, lineage, refuse_tiling
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower import TOWER_SIGNALS
-from foveate.reducers import Reducer, parse
+from foveate.reducers import Reducer, parse, saved_weights
 from foveate.reducers.base import acting
+from foveate.reducers.learned import learned, lent_weights
 from foveate.tokens import ImagePlan
 from foveate.train.schedule import Part
 from foveate.train.settings import BridgeScales, Keep, Lora, LoraOf, Model, Recipe, Stage
@@ -106,6 +107,7 @@ def walk(recipe: Recipe, load: Read) -> Iterator[Setup]:
     FoveateError naming the stage: a bridge or image size that does not fit, LoRA targets that are not there, an image size that the tower
     does not take, reducers that the model cannot serve, and samples longer than the positions that a language model has learned."""
     config = start(recipe.model, recipe.stages[0], load)
+    check_weights(recipe)
     for stage in recipe.stages:
         with naming(stage):
             before, config = config, advance(config, stage)
@@ -114,6 +116,23 @@ def walk(recipe: Recipe, load: Read) -> Iterator[Setup]:
                 check_attention(recipe.model.attn_implementation)
                 check_language_model(skeleton(config))
         yield setup
+
+
+def check_weights(recipe: Recipe) -> None:
+    """FoveateError where a stage has a reducer whose weights neither it trains, nor a stage before, nor came with the checkpoint."""
+    there: set[str] | None = None
+    for stage in recipe.stages:
+        needed = learned([one for spelled in stage.spelled for one in parse(spelled) if not getattr(one, "untrained", False)])
+        if needed and there is None:
+            checkpoint = recipe.model.checkpoint
+            there = {key.partition(".")[0] for key in saved_weights(model_folder(checkpoint)) or {}} if checkpoint else set()
+        if stage.train.reducers:
+            there = (there or set()) | set(stage.learned)
+        if missing := sorted(needed.keys() - (there or set())):
+            raise FoveateError(
+                f"stage {stage.name}: {missing[0]} needs weights that nothing has trained: set train.reducers: true here or in a stage "
+                "before, or begin with a checkpoint that has them"
+            )
 
 
 def read_config(name: str, key: str, known: Mapping[str, Callable[[], Any]] = MappingProxyType({})) -> Any:
@@ -367,7 +386,8 @@ def pictures(config: FoveateConfig) -> Encoded:
 def check_reducers(reducers: list[Reducer], config: Any) -> None:
     """Layers that are not there, methods that do not go together, and signals that the tower does not give."""
     model = skeleton(config)
-    attach(model, reducers, record="none").detach()
+    with lent_weights(model, reducers):  # whether there are any is asked of the recipe as a whole
+        attach(model, reducers, record="none").detach()
     sites = [site for site, _, _ in acting(reducers, len(read(model).layers))]
     needs = [signal for site in sites for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
     if not is_assembled(config) or not (needs or any(site.effect.place == "tower" for site in sites)):

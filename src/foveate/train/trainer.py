@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader
 from transformers.trainer_callback import PrinterCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from foveate.data.collate import IGNORED
 from foveate.data.conversations import SHOWN
 from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
+from foveate.reducers.learned import while_trained
 from foveate.tokens import ImagePlan
 from foveate.train import files
 from foveate.train.account import Costs, Since, Totals
@@ -36,11 +36,13 @@ from foveate.train.order import Order, ProcessBatches
 from foveate.train.packing import Packing, attention_of
 from foveate.train.passes import Passes
 from foveate.train.progress import ProgressLine, StageInfo
+from foveate.train.routers import OWN, Routers
 from foveate.train.scheduled import ScheduleCallback
 from foveate.train.sharding import ShardedTrainer
 from foveate.train.stages import part_modules
 from foveate.train.stand_in import StandIn
 from foveate.train.supervised import SupervisedRows
+from foveate.train.validating import validate
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +82,8 @@ class FoveateTrainer(ShardedTrainer):
         self.rates, self.validation, self.stand_in = rates, validation, stand_in
         self.called: Callable[[Any], Any] = BFloat16Copy().of if stage.bf16_copy else lambda model: model
         self.visual = part_modules(self.model)
-        seen = {parameter for module in self.visual for parameter in module.parameters()}
+        self.routers = Routers(self.model, fill=self.args.world_size == 1 or not self.args.ddp_find_unused_parameters)
+        seen = {*self.routers.all, *(parameter for module in self.visual for parameter in module.parameters())}
         self.trains_text = any(parameter.requires_grad and parameter not in seen for parameter in self.model.parameters())
         self.flow = Flow(log_steps, save_steps, stage.steps, validation)
         self.add_callback(self.flow)
@@ -117,6 +120,7 @@ class FoveateTrainer(ShardedTrainer):
         part_of = {
             parameter: part for part, module in zip(("tower", "bridge"), self.visual, strict=True) for parameter in module.parameters()
         }
+        part_of |= dict.fromkeys(self.routers.all, "reducers")
         groups = []
         for group in optimizer.param_groups:
             for part, rate in self.rates.items():
@@ -154,7 +158,8 @@ class FoveateTrainer(ShardedTrainer):
         """Of such an image in each decoder layer, under the reducer of the moment."""
         if self.stage.align is not None:
             return [0] * self.stage.layers
-        return visual_tokens(parse(self._passes[0][0]), self.tokens_per_image, self.stage.layers)
+        reducers = parse(self._passes[0][0])
+        return visual_tokens(while_trained(reducers) if self.routers.trained else reducers, self.tokens_per_image, self.stage.layers)
 
     @property
     def _passes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -163,6 +168,11 @@ class FoveateTrainer(ShardedTrainer):
             return (self.switch.current,), ()
         plan = self.passes.plan(max(self._micro[0], 0), self.switch.current)
         return plan.students, plan.teachers
+
+    @property
+    def _term_names(self) -> list[str]:
+        """Of what the loss is made of, where that is told."""
+        return [*([] if self.passes is None else self.passes.names), *([OWN] if self.routers.trained else [])]
 
     _micro = (-1, 0)  # the optimiser step under way, and micro-batches of it that were begun
     _step_images = 0
@@ -215,7 +225,7 @@ class FoveateTrainer(ShardedTrainer):
             loss = self._several(self.passes, called, model, inputs, **kwargs)
         else:
             with self.rows.alone(inputs) as given:
-                loss, outputs = super().compute_loss(called, given, *args, **{**kwargs, "return_outputs": True})
+                loss, outputs = self._call(called, given, *args, **{**kwargs, "return_outputs": True})
             if self.stage.sources:
                 self.by_source.add(outputs["logits"], inputs["labels"])
         if (
@@ -224,10 +234,20 @@ class FoveateTrainer(ShardedTrainer):
             loss = loss + sum((0.0 * parameter).sum() for parameter in model.parameters() if parameter.requires_grad)
         return loss
 
+    def _call(self, called: Any, inputs: Mapping[str, Any], *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        """The Trainer's loss of a micro-batch and what the reducers add to it, and the model's outputs."""
+        loss, outputs = super().compute_loss(called, inputs, *args, num_items_in_batch=num_items_in_batch, **kwargs)
+        whole = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # else the Trainer takes the mean of the micro-batches
+        samples = self.order.batch_size / self.args.world_size if whole else len(inputs["labels"])
+        own = self.routers.term(self.switch.run, self.state.global_step / self.stage.steps, samples)
+        if own is not None:
+            self._terms[OWN] = self._terms.get(OWN, 0.0) + own.detach().double() / (1 if whole else self.args.gradient_accumulation_steps)
+        return (loss if own is None else loss + own.to(loss.device)), outputs
+
     def _several(self, passes: Passes, called: Any, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The loss of a step of several passes, scaled as the Trainer scales that of one."""
         assert self.switch.run is not None
-        forward = partial(super().compute_loss, called, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        forward = partial(self._call, called, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         plan = passes.plan(self.state.global_step, self.switch.current)
         whole = passes.whole(inputs["labels"], num_items_in_batch, self.args.world_size)
         terms = passes.terms(plan, self.switch.run, self.switch.current, model, whole, forward)
@@ -249,45 +269,6 @@ class FoveateTrainer(ShardedTrainer):
             f"stage {self.stage.name}, step {self.state.global_step + 1}: {what} (samples {samples}). The run stops here; its last "
             "complete checkpoint stays. Look at these samples, lower learning_rate, or set max_grad_norm; another `output` starts anew"
         )
-
-    def validate(self) -> float:
-        """Mean loss over the supervised tokens of the validation samples, in evaluation mode, under the reducer of the moment."""
-        assert self.validation is not None
-        loading, world, rank = self.validation.loading, self.args.world_size, self.args.process_index
-        samples = range(len(loading.data))
-        # Every process has as many batches: the last may begin again, at a sample that does not count.
-        rows = range(rank, -(-len(samples) // world) * world, world)
-        micro = self.args.per_device_train_batch_size
-        batches = [[row % len(samples) for row in rows[start : start + micro]] for start in range(0, len(rows), micro)]
-        loader: DataLoader[Any] = DataLoader(
-            samples,  # type: ignore[arg-type]
-            batch_sampler=batches,
-            collate_fn=loading,
-            num_workers=self.args.dataloader_num_workers,
-            generator=torch.Generator(),
-        )
-        model: Any = self.model_wrapped if self.divided else self.model
-        called = self.called(model)
-        sums = torch.zeros(2, dtype=torch.float64)
-        model.eval()
-        with torch.no_grad():
-            for number, batch in enumerate(loader, start=1):
-                if number == len(batches) and rows[-1] >= len(samples):
-                    batch["labels"][-1] = IGNORED
-                del batch["plans"], batch["sources"]
-                count = int((batch["labels"][:, 1:] != IGNORED).sum())
-                if self.stage.align is not None:
-                    total, found = self.stage.align(called, self._prepare_inputs(batch))
-                    sums += torch.tensor([float(total), found], dtype=torch.float64)
-                    continue
-                with self.rows.alone(self._prepare_inputs(batch)) as given:
-                    loss = called(**given)["loss"]
-                if count:
-                    sums += torch.tensor([float(loss) * count, count], dtype=torch.float64)
-        model.train()
-        if world > 1:
-            sums = self.accelerator.reduce(sums.to(self.args.device), reduction="sum").cpu()
-        return float(sums[0] / sums[1])
 
     def _ask(self) -> dict[str, Any]:
         """What the log has of an evaluation; the weights are kept if they are the best so far."""
@@ -317,11 +298,11 @@ class FoveateTrainer(ShardedTrainer):
         self.since.sources = [[a + b for a, b in zip(*pair, strict=True)] for pair in zip(before, own, strict=True)]
         seconds = time.monotonic() - self._clock
         self.since.loss += loss_sum
-        if self.passes is not None:
-            terms = torch.tensor([float(self._terms.get(name, 0.0)) for name in self.passes.names], dtype=torch.float64)
+        if names := self._term_names:
+            terms = torch.tensor([float(self._terms.get(name, 0.0)) for name in names], dtype=torch.float64)
             if self.args.world_size > 1:
                 terms = self.accelerator.reduce(terms.to(self.args.device), reduction="mean").cpu()
-            for name, term in zip(self.passes.names, terms.tolist(), strict=True):
+            for name, term in zip(names, terms.tolist(), strict=True):
                 self.since.terms[name] = self.since.terms.get(name, 0.0) + term
         self.since.images += int(images)
         self.since.seconds += seconds
@@ -337,7 +318,7 @@ class FoveateTrainer(ShardedTrainer):
             self._gather()
             row = self._row(logs)
             if self.flow.validates(self.state.global_step):
-                row["validation_loss"] = self.validate()
+                row["validation_loss"] = validate(self)
             if self.flow.asks(self.state.global_step):
                 row |= self._ask()
             self._clock = time.monotonic()  # the seconds of the log are those of training
@@ -360,7 +341,7 @@ class FoveateTrainer(ShardedTrainer):
             "loss": self.since.loss / max(self.since.steps, 1),
             "learning_rate": logs["learning_rate"] if self.rates is None else self._rates_now,
         }
-        if self.passes is not None:
+        if self._term_names:
             row["losses"] = {name: term / max(self.since.steps, 1) for name, term in self.since.terms.items()}
         if isinstance(logs.get("grad_norm"), float):
             row["grad_norm"] = logs["grad_norm"]

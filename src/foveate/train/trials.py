@@ -19,6 +19,7 @@ from foveate.data.conversations import MARKER, Conversation
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.reducers import parse
+from foveate.reducers.learned import lent_weights
 from foveate.train.account import Costs
 from foveate.train.opening import Opened
 from foveate.train.order import division, seed_of
@@ -91,7 +92,7 @@ def rehearse(recipe: Recipe, index: int, opened: Opened, state: PartialState) ->
     with torch.random.fork_rng(), torch.no_grad():
         for reducers, stage in spelled.items():
             try:
-                with attach(model.eval(), parse(reducers), record="none"):
+                with lent_weights(model.eval(), parse(reducers)), attach(model, parse(reducers), record="none"):
                     model(**batch)
             except (FoveateError, ValueError, RuntimeError) as error:
                 raise FoveateError(f"stage {stage.name}: {reducers} cannot run on this model: {first_line(error)}") from error
