@@ -272,12 +272,15 @@ def look(
     layer: Annotated[list[str] | None, typer.Option(help="Decoder layers, such as 0,2,4, in front of which to look.")] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="Look in front of every layer at which the set changes.")] = False,
     tiling: TilingOption = None,
+    frames: Annotated[
+        str | None, typer.Option(help='The image is a film, or a folder of its frames: which of them, such as "uniform:frames=8".')
+    ] = None,
     out: Annotated[Path, typer.Option(help="The PNG file to write.")] = Path("look.png"),
 ) -> None:
     """Draw which patches of an image the reducers keep or merge, or how strategies search it, with the model's answers."""
     from foveate.inspect.look import main as run
 
-    print(run(words, ask, reduce or [], keep, layer or [], per_layer, out, tiling, strategy or []))
+    print(run(words, ask, reduce or [], keep, layer or [], per_layer, out, tiling, strategy or [], frames))
 
 
 @app.command()

@@ -130,6 +130,7 @@ def test_batches_hold_every_request_once(keys: list[tuple[str, int]], size: int)
         ("what?", ["a", "b"], ["image a", "image b", "text what?"]),
         ("<image>\nis it <image> ?", ["a", "b"], ["image a", "text is it ", "image b", "text  ?"]),
         ("what is <image> ?", ["a", "b"], ["image a", "image b", "text what is <image> ?"]),
+        ("what?", ["a.mp4"], ["video a.mp4", "text what?"]),
         ("what?", None, ["text what?"]),
         ("what?", [], ["text what?"]),
     ],
@@ -154,8 +155,9 @@ def test_images_are_decoded_and_prepared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ({"type": "video", "url": "clip.mp4"}, "brings video, but only images and text"),
-        ({"type": "audio", "url": "clip.wav"}, "brings audio, but only images and text"),
+        ({"type": "video", "url": "nowhere.mp4"}, "cannot read the clip nowhere.mp4: it is missing"),
+        ({"type": "video", "url": [0.0]}, "brings video, but only images, files of videos and text"),
+        ({"type": "audio", "url": "clip.wav"}, "brings audio, but only images, files of videos and text"),
         ({"type": "image", "url": "nowhere/clip.mp4"}, "brings 'nowhere/clip.mp4', which is no image"),
         ({"type": "image", "url": {"array": [0.0]}}, "brings a dict, which is no image"),
     ],

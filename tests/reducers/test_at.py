@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from foveate.contract import ImageSize, Workload
 from foveate.errors import FoveateError
-from foveate.reducers import METHODS, Reducer, SparseVLM, in_model, parse
+from foveate.reducers import METHODS, DyCoke, FewerFrames, PruneVid, Reducer, SparseVLM, in_model, parse
 from foveate.tokens import budget
 from tests.reducers.ragged import counted
 
@@ -44,6 +45,9 @@ SETTABLE = [m for m in METHODS.values() if in_model([m()]) and any(option.name i
 @pytest.mark.parametrize("keep", [0.25, 0.11])
 def test_every_method_leaves_about_as_many(method: type[Reducer], keep: float) -> None:
     """At its first cut; methods that cut more than once leave fewer further on."""
+    if method.video:
+        check_clip(method, keep)
+        return
     left = counted(method().at(keep), PER_IMAGE, PER_IMAGE)
     if method is SparseVLM:  # and what it recycles
         assert budget(keep, PER_IMAGE) <= left <= budget(keep, PER_IMAGE) + 20
@@ -51,6 +55,20 @@ def test_every_method_leaves_about_as_many(method: type[Reducer], keep: float) -
         assert left == pytest.approx(keep * PER_IMAGE, abs=1)
     else:  # strides and the like
         assert left == pytest.approx(keep * PER_IMAGE, rel=0.05)
+
+
+def check_clip(method: type[Reducer], keep: float) -> None:
+    """Of a clip of 24 frames, of which some methods leave fewer, and DyCoke never less than a quarter."""
+    if method is DyCoke and keep < 0.25:
+        with pytest.raises(FoveateError, match="at least a quarter"):
+            method().at(keep)
+        return
+    size = ImageSize((PER_IMAGE,), (24,) * 24)
+    (left,) = method().at(keep).count(Workload((size,), (PER_IMAGE,)))
+    if method is PruneVid:  # at most, with as much of a window static as leaves most
+        assert keep * PER_IMAGE - 24 <= left <= PER_IMAGE
+    else:
+        assert left == pytest.approx(keep * PER_IMAGE, abs=12 if method is FewerFrames else 24 if method is DyCoke else 1)
 
 
 @pytest.mark.parametrize("text", ["avgpool2d", "vcc"])

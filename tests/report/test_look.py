@@ -16,6 +16,7 @@ from tests.command import refused
 
 import foveate
 from foveate.cli import main
+from foveate.data.clips import open_clip
 from foveate.errors import FoveateError
 from foveate.inference import load_model, prompts
 from foveate.inspect import draw as drawing
@@ -359,3 +360,50 @@ def test_what_is_the_model(words: list[str], model: str, images: list[str], tmp_
 )
 def test_what_cannot_be(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(["look", *words], capsys)
+
+
+# ---- clips
+
+
+def film(path: Path) -> Path:
+    """A folder of four frames, the last two of another scene."""
+    path.mkdir()
+    for number, name in enumerate((27, 27, 13, 13)):
+        open_image(f"scene:{name}").save(path / f"{number}.png")
+    return path
+
+
+def test_a_clip_is_a_strip_of_its_frames(vlm: tuple[Any, Any], tmp_path: Path) -> None:
+    """Of the second frame, which is the first again, nothing is kept; the third is another scene."""
+    clip = open_clip(film(tmp_path / "shots"), rate=2)
+    figure = look(vlm[0], [clip], QUESTION, ["evs:keep=128,scope=sample", "fewerframes:keep=1,scope=sample"], processor=vlm[1])
+    assert titles(figure) == ["evs:keep=128,scope=sample", "fewerframes:keep=1,scope=sample"]
+    strips = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    for strip in strips:
+        assert [text.get_text() for text in strip.texts] == ["0.0 s", "0.5 s", "1.0 s", "1.5 s"]
+        assert len({image.get_extent()[3] for image in strip.images}) == 1  # side by side
+    colour = [[float(np.ptp(np.asarray(image.get_array(), np.float32), axis=-1).mean()) for image in strip.images] for strip in strips]
+    assert colour[0][1] == colour[0][3] == 0.0
+    assert min(colour[0][0], colour[0][2]) > 5
+    assert colour[1][0] == colour[1][1] == colour[1][3] == 0.0 < colour[1][2]
+
+
+def test_the_command_takes_a_film(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(film(tmp_path / "shots"))
+    out = str(tmp_path / "strip.png")
+    with pytest.raises(SystemExit) as end:
+        main(["look", path, "--frames", "uniform:frames=2", "--ask", QUESTION, "--reduce", "evs:scope=sample", "--out", out])
+    assert end.value.code == 0
+    assert Image.open(out).width > 1000
+    for words, says in (
+        ([path, "--frames", "unifrom"], "did you mean 'uniform'"),
+        (["asset:vlm", path, path, "--frames", "uniform"], "--frames is for one film, and 2 are named"),
+        (["gone.mp4", "--frames", "uniform"], "cannot read the clip gone.mp4: it is missing"),
+    ):
+        assert says in refused(["look", *words, "--ask", QUESTION, "--reduce", "evs", "--out", out], capsys)
+
+
+def test_a_clip_is_looked_at_by_itself(vlm: tuple[Any, Any], tmp_path: Path) -> None:
+    clip = open_clip(film(tmp_path / "shots"))
+    with pytest.raises(FoveateError, match="a clip is looked at by itself"):
+        look(vlm[0], [clip, "scene:1"], QUESTION, ["random"], processor=vlm[1])

@@ -103,6 +103,15 @@ class Workload:
             return [sum(left(*part) for part in parts) for parts in self._parts(scope)]
         return _dealt(left(sum(self.arriving), sum(image.tokens for image in self.images)), self.arriving)
 
+    def leaving_clips(self, left: Callable[[Sequence[int]], int], scope: str = "image") -> list[int]:
+        """Of each image what `left` says of the tokens of each of its frames; of one without several frames, of its crops. With the scope
+        "sample" all images are the frames of one clip, and are taken to lose the same share."""
+        parts = [image.frames if len(image.frames) > 1 else image.crops for image in self.images]
+        clips = [_dealt(here, before) for here, before in zip(self.arriving, parts, strict=True)]
+        if scope == "sample":
+            return _dealt(left([tokens for frames in clips for tokens in frames if tokens]), self.arriving)
+        return [left([tokens for tokens in frames if tokens]) for frames in clips]
+
     def _parts(self, scope: str) -> list[list[tuple[int, int]]]:
         """(arriving, original) of each group of each image."""
         parts = [image.groups(scope) for image in self.images]

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from foveate.data import conversations
 from foveate.data.chat import Renderer
+from foveate.data.clips import Clip
 from foveate.errors import FoveateError
 from foveate.inference.answering import answer
 from foveate.reducers import Reducer, prepare
@@ -35,15 +36,22 @@ def marked(question: str, images: int) -> str:
     return question if conversations.MARKER in question else f"{conversations.MARKER}\n" * images + question
 
 
-def model_inputs(processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str]) -> Any:
-    """What the processor makes of prompts that `prompts` wrote, each about its own images, padded on the left."""
+def model_inputs(
+    processor: Any, images: Sequence[Sequence[Image.Image]], texts: Sequence[str], clips: Sequence[Sequence[Clip]] = ()
+) -> Any:
+    """What the processor makes of prompts that `prompts` wrote, each about its own images and clips, padded on the left. The frames of
+    clips are those that it is given."""
     given: dict[str, Any] = {"images": [list(own) for own in images]} if any(images) else {}
+    if any(clips):
+        flat = [clip for own in clips for clip in own]
+        given["videos"] = [list(clip.pixels) for clip in flat]
+        given["videos_kwargs"] = {"video_metadata": [clip.metadata for clip in flat], "do_sample_frames": False}
     if begun(processor.tokenizer, texts[0]):
         given["add_special_tokens"] = False
     try:
         return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **given)
     except ValueError as error:
-        raise FoveateError(f"{type(processor).__name__} does not take these images and prompts: {error}") from error
+        raise FoveateError(f"{type(processor).__name__} does not take these images, videos and prompts: {error}") from error
 
 
 def begun(tokenizer: Any, text: str) -> bool:

@@ -27,7 +27,7 @@ Pixels = NDArray[np.uint8]
 @dataclass(frozen=True)
 class Panel:
     """One drawing: its rasters, their names, the picture under each where that is known, the colours of merged tokens, and what is
-    written above; `changed`: the answer is not the bare model's."""
+    written above; `changed`: the answer is not the bare model's; `across`: rasters side by side, 0 for as many as make a square."""
 
     rasters: list[Raster]
     names: list[str]
@@ -36,6 +36,7 @@ class Panel:
     title: str
     line: str
     changed: bool = False
+    across: int = 0
 
 
 def draw(question: str, answer: str, images: Sequence[Image.Image], panels: Sequence[Sequence[Panel]]) -> Figure:
@@ -44,8 +45,11 @@ def draw(question: str, answer: str, images: Sequence[Image.Image], panels: Sequ
     columns = max(len(row) for row in panels)
     width = min(10.0, max(6.5, 3.4 * columns))
     margin, gap, small, large = 0.1, 0.2, 0.17, 0.23  # the last two: lines of text
-    side = min((width - 2 * margin - gap * (columns - 1)) / columns, 4.2)
-    sizes = [_places(panel.rasters, side)[1:] for row in panels for panel in row]
+    strips = any(panel.across for row in panels for panel in row)
+    if strips:
+        width = 10.0
+    side = min((width - 2 * margin - gap * (columns - 1)) / columns, width if strips else 4.2)
+    sizes = [_places(panel.rasters, side, panel.across)[1:] for row in panels for panel in row]
     tall = side * min(1.5, max(high / wide for wide, high in sizes))
     letters = int(side * 13)
     written = [[(_spelling(panel.title, letters), _wrapped(panel.line, letters)) for panel in row] for row in panels]
@@ -112,10 +116,10 @@ def _wrapped(text: str, letters: int) -> list[str]:
     return textwrap.wrap(text, letters, max_lines=3, placeholder=" …”", break_on_hyphens=False)
 
 
-def _places(found: Sequence[Raster], inches: float) -> tuple[list[tuple[float, float]], float, float]:
-    """Left and upper edge of each raster, in cells, side by side in as many rows as make a square; width and height of it all, which is
-    to be `inches` wide."""
-    each = ceil(sqrt(len(found)))
+def _places(found: Sequence[Raster], inches: float, across: int) -> tuple[list[tuple[float, float]], float, float]:
+    """Left and upper edge of each raster, in cells, so many side by side, 0 for as many as make a square; width and height of it all, which
+    is to be `inches` wide."""
+    each = across or ceil(sqrt(len(found)))
     cell = max(raster.shape[1] for raster in found)
     gap = 0.04 * cell
     wide = each * (cell + gap) - gap
@@ -130,7 +134,7 @@ def _places(found: Sequence[Raster], inches: float) -> tuple[list[tuple[float, f
 
 
 def _draw_panel(axes: Any, panel: Panel, inches: float) -> None:
-    places, wide, high = _places(panel.rasters, inches)
+    places, wide, high = _places(panel.rasters, inches, panel.across)
     axes.set_xlim(0, wide)
     axes.set_ylim(high, 0)
     axes.set_aspect("equal", anchor="NW")

@@ -8,6 +8,8 @@ The pictures of the documentation are made by
     foveate look scene:27 --ask "what number is printed?" --reduce divprune --reduce fastv --reduce tome --keep 0.5,0.25,0.11 \\
         --out docs/pictures/kept.png
     foveate look scene:13 --ask "what digit is handwritten?" --reduce pyramiddrop --per-layer --out docs/pictures/pyramiddrop.png
+
+Of a clip each panel is a strip of its frames. A model without videos is shown them as pictures.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from foveate import inference
 from foveate.anatomy import read
 from foveate.data import conversations, pixels
 from foveate.data.chat import Renderer
+from foveate.data.clips import Clip, open_clip
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
@@ -42,6 +45,7 @@ from foveate.world.pictures import render, scene
 
 SCENE = "scene:"
 _MODEL = "asset:vlm"
+_STRIP, _THUMBS = 8, 4  # frames of a clip side by side, and those that stand beside the question
 _SIDE = 128  # px of an embedded scene, as in the world that the shipped models are trained on
 
 
@@ -54,6 +58,7 @@ class _Asked:
     processor: Any
     inputs: Any
     images: list[Image.Image]
+    clip: Clip | None = None
 
 
 def main(
@@ -66,9 +71,10 @@ def main(
     out: Path,
     tiling: str | None = None,
     searches: Sequence[str] = (),
+    frames: str | None = None,
 ) -> Path:
-    """The command: reads its lists, looks, and writes the figure as a PNG file. `words`: the model, which may be missing, and images.
-    `searches`: strategies, whose paths are drawn in the place of what reducers keep."""
+    """The command: reads its lists, looks, and writes the figure as a PNG file. `words`: the model, which may be missing, and images; with
+    `frames`, a sampling, one film. `searches`: strategies, whose paths are drawn in the place of what reducers keep."""
     if out.suffix.lower() != ".png":
         raise FoveateError(f"{out}: the picture is a PNG; name a file that ends in .png")
     budgets = [_share(text) for text in _listed("keep", [keep])] if keep is not None else []
@@ -80,11 +86,15 @@ def main(
     model, images = (_MODEL, words) if only_images else (words[0], words[1:])
     drawn: dict[str, Any] = {"keep": budgets, "layers": [int(number) for number in numbers], "per_layer": per_layer, "tiling": tiling}
     if searches:
-        if budgets or numbers or per_layer:
-            raise FoveateError("--strategy draws the way of a search; --keep, --layer and --per-layer are about what reducers keep")
+        if budgets or numbers or per_layer or frames is not None:
+            raise FoveateError(
+                "--strategy draws the way of a search in a picture; --keep, --layer, --per-layer and --frames are about what reducers keep"
+            )
         figure = look_for(model, images, question, searches, reducers or ["none"], tiling=tiling)
+    elif frames is not None and len(images) != 1:
+        raise FoveateError(f"--frames is for one film, and {len(images)} are named")
     else:
-        figure = look(model, images, question, reducers, **drawn)
+        figure = look(model, images if frames is None else [open_clip(images[0], frames)], question, reducers, **drawn)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, format="png", metadata={"Software": None}, pil_kwargs={"optimize": True})
@@ -110,7 +120,7 @@ def _listed(option: str, texts: Sequence[str]) -> list[str]:
 
 def look(
     model_or_dir: Any,
-    images: Sequence[str | Path | Image.Image],
+    images: Sequence[str | Path | Image.Image | Clip],
     question: str,
     reducers: Sequence[str],
     *,
@@ -124,7 +134,7 @@ def look(
     """A figure of what `reducers`, each a spelling, leave of `images` when the model is asked `question`, with its answers.
 
     model_or_dir: a folder, hub name or "asset:" name, or a loaded model together with its `processor`.
-    images: files, pictures, or "scene:7" for a test scene of the embedded world; the question is about all of them.
+    images: files, pictures, or "scene:7" for a test scene of the embedded world; the question is about all of them. Or one clip.
     keep: budgets, shares of the visual tokens; every reducer is drawn at each of them, in columns.
     layers: decoder layers in front of which to look; per_layer: every layer in front of which the set changes. Without either, what is
         left at the end.
@@ -140,7 +150,8 @@ def look(
         raise FoveateError("give either layers or per_layer, not both")
     methods = [(text, parse(text)) for text in reducers]
     rows = [[at_budget(parts, share) for share in keep] if keep else [(text, parts)] for text, parts in methods]
-    pictures = [open_image(image) for image in images]
+    clip = images[0] if len(images) == 1 and isinstance(images[0], Clip) else None
+    pictures = [open_image(image) for image in images] if clip is None else list(clip.frames)  # type: ignore[arg-type]
     model, processor, name = loaded(model_or_dir, processor, "look(model, …, processor=...)")
     retiled(model, processor, tiling)
     if Path(name).is_dir():
@@ -150,9 +161,8 @@ def look(
         if not 0 <= layer < depth:
             raise FoveateError(f"there is no layer {layer}: the model has {depth} decoder layers, 0 to {depth - 1}")
 
-    markers = (conversations.MARKER + "\n") * len(pictures)
-    prompt = prompts(processor, [question if conversations.MARKER in question else markers + question])[0]
-    bare = _ask(model, processor, pictures, prompt, [], max_new_tokens)
+    prompt = _prompt(processor, question, len(pictures), clip)
+    bare = _ask(model, processor, pictures, prompt, [], max_new_tokens, clip)
     total = bare.run.last.visual_tokens[0]
     asked = question.replace(conversations.MARKER, "").strip()
     head = asked, f"{name}, all {total} tokens: “{answer_text(bare.answer)}”"
@@ -160,7 +170,7 @@ def look(
     for row in rows:
         drawn = []
         for text, parts in row:
-            seen = _ask(model, processor, pictures, prompt, parts, max_new_tokens)
+            seen = _ask(model, processor, pictures, prompt, parts, max_new_tokens, clip)
             counts, cuts = seen.run.last.visual_tokens, sorted(seen.run.last.maps)
             own: list[Panel] = []
             for layer in (cuts or [0]) if per_layer else layers or [depth - 1]:
@@ -171,6 +181,9 @@ def look(
             drawn.append(own)
         # Layers stand side by side, and budgets then one below the other.
         panels += drawn if per_layer or layers else [[panel for own in drawn for panel in own]]
+    if clip is not None:
+        few = pictures[:: -(-len(pictures) // _THUMBS)]
+        return draw(*head, few, [[replace(panel, across=min(_STRIP, len(panel.rasters)))] for row in panels for panel in row])
     if all(len(row) == 1 for row in panels):
         return draw(*head, pictures, _rows_of(3, [[panel for row in panels for panel in row]]))
     return draw(*head, pictures, _rows_of(4, panels))
@@ -210,6 +223,8 @@ def look_for(
 
 def open_image(image: str | Path | Image.Image) -> Image.Image:
     """A picture as it is, a file, or the test scene that "scene:7" names."""
+    if isinstance(image, Clip):
+        raise FoveateError(f"{image.name}: a clip is looked at by itself, without other images")
     if isinstance(image, Image.Image):
         return pixels.open_image(image)
     if not str(image).startswith(SCENE):
@@ -230,13 +245,31 @@ def at_budget(reducers: Sequence[Reducer], keep: float) -> tuple[str, list[Reduc
     return "+".join(part.spelled(always=part.amounts) for part in found), found
 
 
-def _ask(model: Any, processor: Any, pictures: list[Image.Image], prompt: str, reducers: list[Reducer], new: int) -> _Asked:
-    """Greedy, with the reducers attached."""
+def _takes_videos(processor: Any) -> bool:
+    return getattr(processor, "video_processor", None) is not None
+
+
+def _prompt(processor: Any, question: str, pictures: int, clip: Clip | None) -> str:
+    """About so many pictures, or about a clip."""
+    if clip is not None and _takes_videos(processor):
+        return Renderer(processor).prompt([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}])
+    markers = (conversations.MARKER + "\n") * pictures
+    return prompts(processor, [question if conversations.MARKER in question else markers + question])[0]
+
+
+def _ask(
+    model: Any, processor: Any, pictures: list[Image.Image], prompt: str, reducers: list[Reducer], new: int, clip: Clip | None = None
+) -> _Asked:
+    """Greedy, with the reducers attached. The pictures may be the frames of a clip."""
     pictures = [prepare(reducers, picture) for picture in pictures]
-    inputs = model_inputs(processor, [pictures], [prompt]).to(model.device, model.dtype)
+    if clip is not None and _takes_videos(processor):
+        inputs = model_inputs(processor, [[]], [prompt], [[replace(clip, frames=tuple(pictures))]])
+    else:
+        inputs = model_inputs(processor, [pictures], [prompt])
+    inputs = inputs.to(model.device, model.dtype)
     with answering(model), attach(model, in_model(reducers)) as run:
         [said] = inference.answer(model, processor.tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
-    return _Asked(said.text, run, processor, inputs, pictures)
+    return _Asked(said.text, run, processor, inputs, pictures, clip)
 
 
 def _panel(seen: _Asked, layer: int, title: str, line: str, bare: str, earlier: Panel | None) -> Panel:
@@ -253,7 +286,8 @@ def _panel(seen: _Asked, layer: int, title: str, line: str, bare: str, earlier: 
             "a place of its own in the picture: what was kept of it cannot be drawn. foveate profile counts it, layer by layer"
         ) from error
     shades = colours(found) if earlier is None else colours(found, earlier.rasters, earlier.shades)
-    return Panel(found, _names(found, len(seen.images)), _pictures(seen, found), shades, title, line, seen.answer != bare)
+    names = _names(found, len(seen.images)) if seen.clip is None else [f"{seen.clip.times[at]:.1f} s" for at in _frames(seen, found)]
+    return Panel(found, names, _pictures(seen, found), shades, title, line, seen.answer != bare)
 
 
 def _names(found: list[Raster], images: int) -> list[str]:
@@ -275,7 +309,9 @@ def _pictures(seen: _Asked, found: list[Raster]) -> list[Image.Image | None]:
     """For each raster the picture under it: what the tower was shown, so that the processor's cropping and padding is in it. None where
     it is not known which part of an image a raster covers."""
     whole: list[Image.Image | None] = [None] * len(found)
-    if len(found) == len(seen.images):
+    if seen.clip is not None:
+        whole = [seen.images[at] for at in _frames(seen, found)]
+    elif len(found) == len(seen.images):
         whole = [seen.images[raster.image] for raster in found]
     pixels, sizes = seen.inputs.get("pixel_values"), seen.inputs.get("image_sizes")
     if isinstance(pixels, Tensor) and isinstance(sizes, Tensor) and hasattr(seen.processor, "tiling"):  # a model of ours: by its plans
@@ -297,6 +333,11 @@ def _pictures(seen: _Asked, found: list[Raster]) -> list[Image.Image | None]:
             shown = image if apart.mean() < 8 else shown
         out.append(shown)
     return out
+
+
+def _frames(seen: _Asked, found: list[Raster]) -> list[int]:
+    """Which frame of the clip each raster is; where a model makes one of two, the first of them."""
+    return [number * len(seen.images) // len(found) for number in range(len(found))]
 
 
 def _views(pixels: Tensor, plans: Sequence[ImagePlan], found: list[Raster]) -> list[Tensor]:

@@ -32,6 +32,7 @@ from foveate.reducers.spelling import listed
 from foveate.reducers.random import Random as Random
 from foveate.reducers.uniform import Uniform as Uniform
 from foveate.reducers.avgpool2d import AvgPool2d as AvgPool2d
+from foveate.reducers.fewerframes import FewerFrames as FewerFrames
 from foveate.reducers.downsample import Downsample as Downsample
 from foveate.reducers.tome import ToMe as ToMe
 from foveate.reducers.fastv import FastV as FastV
@@ -40,22 +41,29 @@ from foveate.reducers.hired import HiRED as HiRED
 from foveate.reducers.sparsevlm import SparseVLM as SparseVLM
 from foveate.reducers.pyramiddrop import PyramidDrop as PyramidDrop
 from foveate.reducers.fopru import FoPru as FoPru
+from foveate.reducers.dycoke import DyCoke as DyCoke
 from foveate.reducers.schedule import Schedule as Schedule
 from foveate.reducers.fastervlm import FasterVLM as FasterVLM
 from foveate.reducers.vispruner import VisPruner as VisPruner
 from foveate.reducers.aim import AIM as AIM
 from foveate.reducers.pmod import PMoD as PMoD
 from foveate.reducers.visionzip import VisionZip as VisionZip
+from foveate.reducers.prunevid import PruneVid as PruneVid
 from foveate.reducers.dart import DART as DART
 from foveate.reducers.divprune import DivPrune as DivPrune
+from foveate.reducers.fastvid import FastVID as FastVID
+from foveate.reducers.vidcom2 import VidCom2 as VidCom2
+from foveate.reducers.holitom import HoliTom as HoliTom
 from foveate.reducers.vscan import VScan as VScan
 from foveate.reducers.cdpruner import CDPruner as CDPruner
 from foveate.reducers.hiprune import HiPrune as HiPrune
 from foveate.reducers.mmtok import MMTok as MMTok
 from foveate.reducers.v2drop import V2Drop as V2Drop
 from foveate.reducers.holov import HoloV as HoloV
-from foveate.reducers.priortr import PriorTR as PriorTR
+from foveate.reducers.evs import EVS as EVS
 from foveate.reducers.visionselector import VisionSelector as VisionSelector
+from foveate.reducers.flashvid import FlashVID as FlashVID
+from foveate.reducers.priortr import PriorTR as PriorTR
 # isort: on
 
 METHODS: dict[str, type[Reducer]] = listed(globals(), Reducer)

@@ -30,6 +30,7 @@ class Reducer(Spelled, ABC):
     experimental  whether its rule rests on an abstract or another's words alone, and may change when the source can be read
     beyond        whether it ignores layers that the model does not have, instead of refusing the model
     amounts       the options that say how many tokens stay, which `at` sets
+    video         whether it compares the frames of a clip, so that it is of little use on pictures
     looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", what its choice follows
 
     What the common tests run, on images of 16 tokens in a model of four decoder layers and more:
@@ -43,6 +44,7 @@ class Reducer(Spelled, ABC):
     version: ClassVar[int] = 1
     experimental: ClassVar[bool] = False
     beyond: ClassVar[bool] = False
+    video: ClassVar[bool] = False
     amounts: ClassVar[tuple[str, ...]] = ("keep",)
     looks_at: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[tuple[str, ...]] = ()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from itertools import pairwise
+from math import floor, isfinite
 
 import torch
 from torch import Tensor
@@ -111,25 +112,33 @@ def meant(share: float) -> Fraction:
     return Fraction(str(share)).limit_denominator(1_000_000)
 
 
-def dealt(total: int, weights: Sequence[float], most: Sequence[int]) -> list[int]:
-    """`total` (at most the sum of `most`) in proportion to weights >= 0 and at most so many to each, by largest remainders; of equal ones
-    the first. Weights that add up to nothing, or to no number, count as equal."""
-    if not 0.0 < sum(weights) < float("inf"):
-        weights = [1.0] * len(most)
-    found, open_ = list(most), [i for i, most_i in enumerate(most) if most_i]
-    while open_:
-        whole = sum(weights[i] for i in open_)
-        quota = {i: total * weights[i] / whole if whole else total / len(open_) for i in open_}
-        full = [i for i in open_ if quota[i] >= most[i]]
-        if not full:
-            found = [int(quota[i]) if i in quota else most_i for i, most_i in enumerate(found)]
-            largest = sorted(open_, key=lambda i: int(quota[i]) - quota[i])
-            for i in largest[: total - sum(found[i] for i in open_)]:
-                found[i] += 1
-            break
-        total -= sum(most[i] for i in full)
-        open_ = [i for i in open_ if i not in full]
-    return found
+def dealt(total: int, weights: Sequence[float], most: Sequence[int], least: int = 0) -> list[int]:
+    """`total` tokens shared out by weights, to the token: each gets the whole part of its quota and those with the largest rest one more,
+    of equal ones the first. None gets more than its `most`; each gets `least`, or its most, where the total is enough for that.
+
+    Who would pass a bound is set at it, and the others share what is left. Of weights that are not positive numbers all count the same."""
+    total = min(total, sum(most))
+    floors = [min(least, cap) for cap in most]
+    if sum(floors) > total:
+        floors = [0] * len(most)
+    even = not all(isfinite(weight) and weight >= 0 for weight in weights)
+    weight = [Fraction(1) if even else Fraction(value) for value in weights]
+    quota: dict[int, Fraction] = {}
+    free = list(range(len(most)))
+    while free:
+        rest, scale = total - sum(quota.values(), Fraction(0)), sum((weight[i] for i in free), Fraction(0))
+        wanted = {i: rest * weight[i] / scale if scale else rest / len(free) for i in free}
+        bounded = {i: min(max(wanted[i], Fraction(floors[i])), Fraction(most[i])) for i in free}
+        excess = sum(bounded.values()) - sum(wanted.values())
+        # Of two kinds of violations the one that weighs more is settled first: the other may then vanish.
+        fixed = [i for i in free if (bounded[i] > wanted[i] if excess > 0 else bounded[i] < wanted[i])] if excess else free
+        quota.update({i: bounded[i] for i in fixed})
+        free = [i for i in free if i not in quota]
+    given = [floor(quota[i]) for i in range(len(most))]
+    order = sorted(range(len(most)), key=lambda i: (given[i] - quota[i], i))
+    for i in order[: total - sum(given)]:
+        given[i] += 1
+    return given
 
 
 def in_front_of(layer: int, *needs: Signal) -> Site:

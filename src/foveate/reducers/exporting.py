@@ -62,7 +62,7 @@ def nearest_exportable(reducer: Reducer) -> Reducer:
             return same
     looks = {_INSTEAD.get(what, what) for what in reducer.looks_at} & {"tower", "states"}
     looks = {"tower"} if "tower" in looks else looks
-    alike = [m for m in METHODS.values() if m.looks_at == looks and m.amounts == ("keep",) and not m.experimental]
+    alike = [m for m in METHODS.values() if m.looks_at == looks and m.amounts == ("keep",) and not m.experimental and not m.video]
     able = [m() for m in reversed(alike) if not unexportable(m())]
     found = min(able, key=lambda reducer: len(reducer.sites(_DEEP)[0].needs))  # the first of equals
     return _changed(found, keep=getattr(reducer, "keep", None)) or found

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import mimetypes
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import GenerationConfig
 
 from foveate import inference
 from foveate.data.chat import Renderer
+from foveate.data.clips import Sampling, Uniform, open_clip
 from foveate.data.conversations import MARKER
 from foveate.data.pixels import PictureError, open_image
 from foveate.engine.run import Run
@@ -97,7 +99,8 @@ def batches(keys: Sequence[tuple[str, int]], size: int) -> list[list[int]]:
 
 
 def question(text: str, visuals: Any) -> Messages:
-    """A text and its images as a conversation: each image at its marker, or all in front of a text that does not have one for each."""
+    """A text and its images as a conversation: each image at its marker, or all in front of a text that does not have one for each. What
+    names the file of a video is one."""
     images = [] if visuals is None else list(visuals) if isinstance(visuals, list | tuple) else [visuals]
     pieces = text.split(MARKER)
     if len(pieces) != len(images) + 1:
@@ -105,42 +108,54 @@ def question(text: str, visuals: Any) -> Messages:
     content: list[dict[str, Any]] = []
     for number, piece in enumerate(pieces):
         if number:
-            content.append({"type": "image", "url": images[number - 1]})
+            visual = images[number - 1]
+            film = isinstance(visual, str) and str(mimetypes.guess_type(visual)[0]).startswith("video/")
+            content.append({"type": "video" if film else "image", "url": visual})
             piece = piece.removeprefix("\n")  # chat templates write the line break after an image themselves
         if piece.strip():
             content.append({"type": "text", "text": piece})
     return [{"role": "user", "content": content}]
 
 
-def conversation(messages: Sequence[Mapping[str, Any]], reducers: Sequence[Reducer] = ()) -> Messages:
-    """lmms-eval's messages as processors take them, images decoded and as the reducers prepare them.
+def conversation(
+    messages: Sequence[Mapping[str, Any]],
+    reducers: Sequence[Reducer] = (),
+    frames: Sampling = Uniform(),  # noqa: B008
+) -> Messages:
+    """lmms-eval's messages as processors take them, images decoded and as the reducers prepare them, of videos so many `frames`.
 
-    FoveateError for what is neither text nor an image.
+    FoveateError for what is neither text nor an image or a video, and for what cannot be read.
     """
     found = []
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        found.append({"role": message["role"], "content": [_part(part, reducers) for part in parts]})
+        found.append({"role": message["role"], "content": [_part(part, reducers, frames) for part in parts]})
     return found
 
 
-def _part(part: Mapping[str, Any], reducers: Sequence[Reducer]) -> dict[str, Any]:
+def _part(part: Mapping[str, Any], reducers: Sequence[Reducer], frames: Sampling) -> dict[str, Any]:
     if part["type"] == "text":
         return {"type": "text", "text": part["text"]}
-    if part["type"] != "image":
-        raise FoveateError(f"a request brings {part['type']}, but only images and text are answered; leave its task out")
     image = part["url"]
+    if part["type"] == "video" and isinstance(image, str | Path):
+        clip = open_clip(image, frames)
+        return {"type": "video", "video": replace(clip, frames=tuple(prepare(reducers, frame) for frame in clip.frames))}
+    if part["type"] != "image":
+        raise FoveateError(f"a request brings {part['type']}, but only images, files of videos and text are answered; leave its task out")
     what = repr(image) if isinstance(image, str) else f"a {type(image).__name__}"
     try:
         opened = open_image(image if isinstance(image, Image.Image) else Path(image))
     except (PictureError, TypeError) as error:
-        raise FoveateError(f"a request brings {what}, which is no image ({error}); only images and text are answered") from error
+        raise FoveateError(
+            f"a request brings {what}, which is no image ({error}); only images, files of videos and text are answered"
+        ) from error
     return {"type": "image", "image": prepare(reducers, opened)}
 
 
-def has_images(messages: Messages) -> bool:
-    return any(part["type"] == "image" for message in messages for part in message["content"])
+def media(messages: Messages) -> frozenset[str]:
+    """Of "image" and "video" what a conversation shows."""
+    return frozenset(part["type"] for message in messages for part in message["content"]) - {"text"}
 
 
 def check_template(processor: Any) -> None:
@@ -156,13 +171,13 @@ def check_template(processor: Any) -> None:
 
 
 def answer(model: Any, processor: Any, run: Run | None, asked: Sequence[Messages], options: Mapping[str, Any]) -> list[Reply]:
-    """Answers to a batch of conversations, all of them with images or none; `run` is what is attached to the model, and `options` are
+    """Answers to a batch of conversations of the same `media`; `run` is what is attached to the model, and `options` are
     those of `generate`. Without it visual tokens are not known. FoveateError if the model's logits are not finite.
 
     Thoughts in front of answers are no part of them; questions are put with an empty one where the chat template writes thoughts."""
-    images = [[part["image"] for message in messages for part in message["content"] if part["type"] == "image"] for messages in asked]
+    images, clips = ([_shown(messages, kind) for messages in asked] for kind in ("image", "video"))
     chat = Renderer(processor)
-    inputs = model_inputs(processor, images, [chat.prompt(messages) for messages in asked]).to(model.device, model.dtype)
+    inputs = model_inputs(processor, images, [chat.prompt(messages) for messages in asked], clips).to(model.device, model.dtype)
     if run is not None:
         run.passes.clear()
     said = inference.answer(model, processor.tokenizer, inputs, end=chat.end_id, skip_special_tokens=True, **options)
@@ -174,3 +189,7 @@ def answer(model: Any, processor: Any, run: Run | None, asked: Sequence[Messages
     else:
         entered, visual = inputs["attention_mask"].sum(1).tolist(), [()] * len(asked)
     return [Reply(one.text, entered[row], one.tokens, visual[row]) for row, one in enumerate(said)]
+
+
+def _shown(messages: Messages, kind: str) -> list[Any]:
+    return [part[kind] for message in messages for part in message["content"] if part["type"] == kind]

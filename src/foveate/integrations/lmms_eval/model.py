@@ -18,6 +18,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.model_utils.progress import make_progress
 from loguru import logger
 
+from foveate.data.clips import parse as sampling
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError, nearest
@@ -31,7 +32,7 @@ from foveate.integrations.lmms_eval.answering import (
     conversation,
     cut,
     generation,
-    has_images,
+    media,
     question,
     spelling,
     whole,
@@ -50,6 +51,7 @@ class _Foveate(lmms):
     batch_size            requests that are answered together
     max_new_tokens        for tasks that do not say
     attn_implementation   "eager", "sdpa", "flash_attention_2" …
+    frames                which frames of videos are shown: a sampling, with colons for commas (rate:fps=1:most=32)
 
     FoveateError for unknown arguments and impossible ones, and for reducers that the model cannot take.
     """
@@ -64,6 +66,7 @@ class _Foveate(lmms):
         batch_size: int | str = 1,
         max_new_tokens: int = 1024,
         attn_implementation: str | None = None,
+        frames: str = "uniform:frames=8",
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -79,6 +82,7 @@ class _Foveate(lmms):
             raise FoveateError(f"dtype={dtype!r} is not possible; give auto, float32, bfloat16 or float16")
         self.batch_size, self.max_new_tokens = whole("batch_size", batch_size), whole("max_new_tokens", max_new_tokens)
         self.reducers = [] if reduce is None else parse(spelling(str(reduce)))  # what is wrong with them is said before loading
+        self.frames = sampling(spelling(str(frames)))
         self.accelerator = Accelerator()
         options = {"dtype": dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         options = {name: value for name, value in options.items() if value is not None}
@@ -119,12 +123,11 @@ class _Foveate(lmms):
         with torch.inference_mode(), self._attached() as run:
             for batch in batches(keys, self.batch_size):
                 options = generation(tasks[batch[0]], self.max_new_tokens)
-                asked = {number: conversation(self._asked(requests[number]), self.before) for number in batch}
-                for shown in (True, False):  # processors want images in every row or in none
-                    some = [number for number in batch if has_images(asked[number]) == shown]
-                    if some:
-                        found = answer(self.model, self.processor, run, [asked[number] for number in some], options)
-                        answers.update(zip(some, found, strict=True))
+                asked = {number: conversation(self._asked(requests[number]), self.before, self.frames) for number in batch}
+                for shown in {media(asked[number]) for number in batch}:  # processors want images in every row or in none
+                    some = [number for number in batch if media(asked[number]) == shown]
+                    found = answer(self.model, self.processor, run, [asked[number] for number in some], options)
+                    answers.update(zip(some, found, strict=True))
                 bar.update(len(batch))
         bar.close()
         _log(list(answers.values()), time.perf_counter() - start)
