@@ -11,6 +11,8 @@ from typing import Any
 import benchmarks.common as common
 import pytest
 from benchmarks.common import Usage, busy, command, earlier, measured
+from benchmarks.elastic.run import RECIPES, difference, parts
+from benchmarks.elastic.run import table as elastic
 from benchmarks.overhead.run import table as overhead
 from benchmarks.prefill.show import table as prefill
 from benchmarks.serving.show import table as serving
@@ -155,3 +157,19 @@ def test_the_processors_peak_is_told_for_both_types_and_each_number_of_threads()
     found = peaks(threads=2, sizes=(32, 64))
     assert {name: list(counts) for name, counts in found.items()} == {"bfloat16": ["1", "2"], "float32": ["1", "2"]}
     assert all(flops > 0 for counts in found.values() for flops in counts.values())
+
+
+def test_elastic_bridges_are_compared_on_the_same_questions() -> None:
+    def row(arm: str, tokens: int, *correct: int) -> dict[str, Any]:
+        return {"arm": arm, "seed": 0, "tokens": tokens, "pictures": ["a", "a", "b", "b"], "correct": list(correct)}
+
+    few, many, alone = row("mqt", 4, 1, 0, 0, 0), row("mqt", 16, 1, 1, 1, 0), row("mqt-16", 16, 1, 1, 1, 0)
+    assert difference(many, few) == (50.0, 0.0)  # one more in each picture
+    assert difference(row("mqt", 4, 1, 1, 0, 0), few)[0] == 25.0
+    assert difference(row("mqt", 4, 1, 1, 0, 0), few)[1] == pytest.approx(100 * 1.96 * 0.5**0.5 / 4)
+    shown = elastic({"rows": [few, many, alone], "steps": 0, "scenes": 9, "machine": "here"})
+    assert "| mqt | 16 | 75.0 | +50.0 ± 0.0 | 75.0 | +0.0 ± 0.0 |" in shown
+    assert "chain-of-sight" not in shown
+    assert [parts(arm) for arm in ("mqt", "chain-of-sight-20")] == [("mqt", None), ("chain-of-sight", 20)]
+    for name in ("mqt", "chain-of-sight"):
+        assert load_recipe(RECIPES / f"{name}.yaml", ["stages.0.view_tokens=4"]).stages[0].view_tokens == 4

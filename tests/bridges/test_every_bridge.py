@@ -16,7 +16,14 @@ SMALL: dict[str, dict[str, Any]] = {  # every bridge takes 4 x 4 patches and two
     "pixel_shuffle": {"ratio": 2},
     "resampler": {"queries": 3, "width": 16, "head_dim": 8},
     "chain_of_sight": {"scales": [[4, 3], [2, 2]], "grid": 4, "width": 16, "head_dim": 8},
+    "mqt": {"queries": 9, "width": 16, "head_dim": 8},
+    "resa": {"grid": 4, "reads": [1, 0], "head_dim": 6},
+    "c_abstractor": {"side": 2, "depth": 2, "grid": 4, "width": 16},
+    "d_abstractor": {"side": 2, "depth": 2, "grid": 4, "width": 16, "head_dim": 8},
+    "ldpv2": {"side": 2},
+    "wide_windows": {"window": 2, "ratios": [2, 1], "grid": 4, "width": 16, "head_dim": 8},
 }
+LOOK_AROUND = {"resa", "c_abstractor", "d_abstractor", "ldpv2", "wide_windows"}  # whose tokens also see patches outside of their boxes
 GRID = (4, 4)
 kinds = pytest.mark.parametrize("kind", BRIDGES)
 
@@ -95,7 +102,8 @@ def test_a_token_depends_on_exactly_the_patches_of_its_box(kind: str) -> None:
         inside = torch.zeros(4, 4, dtype=torch.bool)
         inside[r0:r1, c0:c1] = True
         for gradient in torch.autograd.grad(out[0, token] @ direction, x, retain_graph=True):
-            assert torch.equal(gradient[0].abs().sum(-1).view(4, 4) > 0, inside)
+            found = gradient[0].abs().sum(-1).view(4, 4) > 0
+            assert bool(found[inside].all()) if kind in LOOK_AROUND else torch.equal(found, inside)
 
 
 @kinds
@@ -187,7 +195,7 @@ def test_only_chain_of_sight_is_scaled(kind: str) -> None:
     ("config", "message"),
     [
         ({"kind": "chain_of_sigth", "scales": [[4, 1]]}, "'chain_of_sigth'; did you mean 'chain_of_sight'"),
-        ({"kind": "zzz"}, "'zzz'; choose from mlp, avg_pool2d, pixel_shuffle, resampler, chain_of_sight"),
+        ({"kind": "zzz"}, f"'zzz'; choose from {', '.join(BRIDGES)}"),
         ({"scales": [[4, 1]]}, "unknown bridge kind None"),
         ({"kind": "mlp", "text_wdith": 3}, "mlp bridge has no argument 'text_wdith'; did you mean 'text_width'"),
         ({"kind": "resampler"}, "resampler bridge needs 'queries'"),

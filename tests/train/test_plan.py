@@ -134,6 +134,15 @@ def test_llavolta_recipes(recipe: str, parts: list[tuple[int, float]], mean: int
     assert settings == [(256, 1e-3, 0.03), (128, 2e-5, 0.03)]
 
 
+def test_mqt_recipe() -> None:
+    """The mean of what is drawn, counted at numbers whose own mean is that of all; compression is against all tokens."""
+    bridge, instruct = of("mqt-7b")
+    assert (bridge.tokens_per_image, bridge.parts[0].view_tokens, instruct.tokens_per_image) == (256, None, 256)
+    assert instruct.mean_tokens == 32 * Fraction(257, 2)
+    assert [part.compression for part in instruct.parts] == pytest.approx([256 / (part.view_tokens or 0) for part in instruct.parts])
+    assert any("view_tokens are drawn of 256 numbers" in note for note in instruct.notes)
+
+
 def test_share_and_means_follow_the_parts() -> None:
     projector, instruct = of("llavolta-7b-two", "stages.1.reducers.0.share=1/4", "stages.1.reducers.1.share=3/4")
     assert instruct.mean_tokens == 14652  # the paper's ablation 25/75, by the formula
@@ -144,7 +153,7 @@ def test_share_and_means_follow_the_parts() -> None:
 
 
 def test_every_recipe_of_the_papers_is_planned_here() -> None:
-    tested = {f"chain-of-sight-7b-{name}" for name in ("32-528", "48-784", "80-1296")} | {"llava-1.5-7b"}
+    tested = {f"chain-of-sight-7b-{name}" for name in ("32-528", "48-784", "80-1296")} | {"llava-1.5-7b", "mqt-7b"}
     tested |= {
         f"llavolta-7b-{name}" for name in ("two", "three-deeper", "three-wider", "four-wider-deeper", "four-deeper-wider", "last-stage")
     }

@@ -112,7 +112,12 @@ def plan_call(config: Any, plan: ImagePlan) -> Encoded:
     """The call that encodes one image that becomes a plan of its own."""
     width, height = (max(crop.pixels[axis] for crop in plan.crops) for axis in (0, 1))
     call = _seen(config, len(plan.crops), height, width)
-    return Encoded(call.method, {**call.given, "image_sizes": torch.tensor([plan.given])})
+    return asking({"image_sizes": torch.tensor([plan.given])}, call, plan.each)
+
+
+def asking(more: dict[str, Tensor], call: Encoded, each: int) -> Encoded:
+    """A call that encodes one image, with `more` arguments, and asks for `each` tokens of its crops; 0: for all."""
+    return Encoded(call.method, {**call.given, **more, **({"view_tokens": torch.tensor([each])} if each else {})})
 
 
 def _seen(config: Any, crops: int, height: int, width: int) -> Encoded:
@@ -160,13 +165,13 @@ def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt,
     tiled = [plan for plan in plans if plan.size is not None]
     if tiled and len(tiled) == len(plans):
         return _tiled(config, tiled, text)
-    grids = Counter(crop.grid for plan in plans for crop in plan.crops)
-    calls = {grid: image_of(config, None, grid) for grid in grids}
-    made = {grid: prompt_of(config, [(call, Fraction(1))], 1, None, 0) for grid, call in calls.items()}
+    kinds = Counter((crop.grid, plan.each) for plan in plans for crop in plan.crops)
+    calls = {kind: asking({}, image_of(config, None, kind[0]), kind[1]) for kind in kinds}
+    made = {kind: prompt_of(config, [(call, Fraction(1))], 1, None, 0) for kind, call in calls.items()}
     sizes, text = [], text + sum(len(plan.marks) for plan in plans)
     for plan in plans:
         for crop in plan.crops:
-            alone = made[crop.grid]
+            alone = made[crop.grid, plan.each]
             beside = crop.tokens - (alone.tokens - alone.text)
             if beside not in (0, alone.text):
                 raise FoveateError(
@@ -174,8 +179,8 @@ def planned(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt,
                     f"{crop.tokens}; {WAY_OUT}"
                 )
             text += beside
-        sizes.append(ImageSize.joined([image for crop in plan.crops for image in made[crop.grid].images]))
-    return Prompt(sizes, text), [(calls[grid], Fraction(count)) for grid, count in grids.items()]
+        sizes.append(ImageSize.joined([image for crop in plan.crops for image in made[crop.grid, plan.each].images]))
+    return Prompt(sizes, text), [(calls[kind], Fraction(count)) for kind, count in kinds.items()]
 
 
 def _tiled(config: Any, plans: Sequence[ImagePlan], text: int) -> tuple[Prompt, Calls]:

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from foveate.bridges.avg_pool2d import AvgPool2d
-from foveate.bridges.base import Bridge
+from foveate.bridges.base import Bridge, ElasticBridge
+from foveate.bridges.c_abstractor import CAbstractor
 from foveate.bridges.chain_of_sight import ChainOfSight
+from foveate.bridges.d_abstractor import DAbstractor
+from foveate.bridges.ldpv2 import LDPv2
 from foveate.bridges.mlp import MLP
+from foveate.bridges.mqt import MQT
 from foveate.bridges.pixel_shuffle import PixelShuffle
+from foveate.bridges.resa import ReSA
 from foveate.bridges.resampler import Resampler
+from foveate.bridges.wide_windows import WideWindows
 from foveate.errors import FoveateError
 
 BRIDGES: dict[str, type[Bridge]] = {
@@ -19,9 +25,32 @@ BRIDGES: dict[str, type[Bridge]] = {
     "pixel_shuffle": PixelShuffle,
     "resampler": Resampler,
     "chain_of_sight": ChainOfSight,
+    "mqt": MQT,
+    "resa": ReSA,
+    "c_abstractor": CAbstractor,
+    "d_abstractor": DAbstractor,
+    "ldpv2": LDPv2,
+    "wide_windows": WideWindows,
 }
 
-__all__ = ["BRIDGES", "MLP", "AvgPool2d", "Bridge", "ChainOfSight", "PixelShuffle", "Resampler", "build_bridge", "complete_config"]
+__all__ = [
+    "BRIDGES",
+    "MLP",
+    "MQT",
+    "AvgPool2d",
+    "Bridge",
+    "CAbstractor",
+    "ChainOfSight",
+    "DAbstractor",
+    "ElasticBridge",
+    "LDPv2",
+    "PixelShuffle",
+    "ReSA",
+    "Resampler",
+    "WideWindows",
+    "build_bridge",
+    "complete_config",
+]
 
 
 def build_bridge(config: Mapping[str, Any]) -> Bridge:

@@ -34,7 +34,9 @@ class Bridge(nn.Module, ABC):
 
     @abstractmethod
     def boxes(self, grid: Grid) -> list[Box]:
-        """For each token the patches that it is made from: (row0, column0, row1, column1), half-open."""
+        """For each token the patches that it stands for: (row0, column0, row1, column1), half-open.
+
+        It is made from these, and from no others unless the method says that it looks around them."""
 
     @abstractmethod
     def flops(self, grid: Grid) -> int:
@@ -43,6 +45,21 @@ class Bridge(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: list[Tensor], grid: Grid) -> Tensor:
         """(B, tokens(grid), text_width) from `levels` tensors (B, rows * columns, vision_width), no CLS, raster order, shallow to deep."""
+
+    def budgets(self, grid: Grid) -> Sequence[int]:
+        """Numbers of tokens that one image may become, ascending; the last is `tokens(grid)`, which alone is left in most methods."""
+        return (self.tokens(grid),)
+
+    def within(self, grid: Grid, budget: int | None) -> int:
+        """`budget` if one image may become so many tokens, all of them for None. FoveateError that names those that it may become."""
+        found = self.budgets(grid)
+        if budget is None:
+            return found[-1]
+        if budget not in found or isinstance(budget, bool):
+            few = f"{found[0]} to {found[-1]}" if isinstance(found, range) else " or ".join(map(str, found))
+            more = "" if isinstance(self, ElasticBridge) else "; a bridge of kind mqt or chain_of_sight makes as many as it is asked for"
+            raise FoveateError(f"the {self.kind} bridge makes {few} tokens of a view of {grid[0]} x {grid[1]} patches, not {budget}{more}")
+        return budget
 
     def config(self) -> dict[str, Any]:
         """JSON-able {"kind": ..., constructor arguments} for `build_bridge`. Subclasses add their own arguments."""
@@ -70,6 +87,18 @@ class Bridge(nn.Module, ABC):
                     f"feature level {level} has shape {tuple(x.shape)}; the {self.kind} bridge expects "
                     f"(images, {expected[0]}, {expected[1]}): {grid[0]} x {grid[1]} patches without CLS, vision_width {expected[1]}"
                 )
+
+
+class ElasticBridge(Bridge):
+    """A bridge that makes fewer tokens where it is asked to. The tokens of a smaller budget are the first of those of a larger one."""
+
+    @abstractmethod
+    def flops(self, grid: Grid, budget: int | None = None) -> int:
+        """Those of as many tokens as `budget` says, all of them for None."""
+
+    @abstractmethod
+    def forward(self, features: list[Tensor], grid: Grid, budget: int | None = None) -> Tensor:
+        """(B, budget or tokens(grid), text_width), see Bridge. FoveateError for a budget that is none of `budgets(grid)`."""
 
 
 def positive(name: str, value: Any) -> int:

@@ -7,15 +7,19 @@ paper and gives its published parameter count. Left out of that code: the summar
 A scale (window, queries) cuts the grid into windows of window x window patches; each window has `queries` learnable queries of its own,
 which read the window's patches level by level (shallow before deep). All windows of a scale share the other weights. The scales' tokens are
 concatenated, the coarsest first; the paper reports that the opposite order costs a lot.
+
+A budget takes the first scales alone: the coarsest, the two coarsest, and so on to all of them. That is not of the paper, which grows the
+bridge between two trainings; a scale never reads another, so that the others need not run.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from foveate.bridges.base import Bridge, positive
+from foveate.bridges.base import ElasticBridge, positive
 from foveate.bridges.cross_attention import WindowResampler, multiply_adds, reset_parameters
 from foveate.bridges.windows import Box, Grid, window_boxes, window_grid, window_partition
 from foveate.errors import FoveateError
@@ -23,7 +27,7 @@ from foveate.errors import FoveateError
 Scale = tuple[int, int]
 
 
-class ChainOfSight(Bridge):
+class ChainOfSight(ElasticBridge):
     """`scales` as (window side in patches, queries per window), coarse to fine, for a square grid of `grid` x `grid` patches.
 
     The queries belong to windows, so a bridge is made for one grid; `scaled` gives a copy for another grid or other windows.
@@ -56,8 +60,11 @@ class ChainOfSight(Bridge):
         reset_parameters(self)
 
     def tokens(self, grid: Grid) -> int:
+        return self.budgets(grid)[-1]
+
+    def budgets(self, grid: Grid) -> Sequence[int]:
         self._check_grid(grid)
-        return sum((self.grid // window) ** 2 * queries for window, queries in self.scales)
+        return list(accumulate((self.grid // window) ** 2 * queries for window, queries in self.scales))
 
     def boxes(self, grid: Grid) -> list[Box]:
         self._check_grid(grid)
@@ -70,20 +77,24 @@ class ChainOfSight(Bridge):
                 "use images of that size, or make a bridge for a square grid with .scaled(scales=..., grid=...)"
             )
 
-    def flops(self, grid: Grid) -> int:
+    def flops(self, grid: Grid, budget: int | None = None) -> int:
         attention = sum(
             multiply_adds((self.grid // window) ** 2, window**2, queries, self.levels, self.width, self.vision_width)
-            for window, queries in self.scales
+            for window, queries in self.scales[: self._scales(grid, budget)]
         )
-        return 2 * (attention + self.tokens(grid) * self.width * self.text_width)
+        return 2 * (attention + self.within(grid, budget) * self.width * self.text_width)
+
+    def _scales(self, grid: Grid, budget: int | None) -> int:
+        """How many scales a budget takes."""
+        return 1 + list(self.budgets(grid)).index(self.within(grid, budget))
 
     def config(self) -> dict[str, Any]:
         own = {"scales": [list(scale) for scale in self.scales], "grid": self.grid, "width": self.width, "head_dim": self.head_dim}
         return {**super().config(), **own}
 
-    def forward(self, features: list[Tensor], grid: Grid) -> Tensor:
+    def forward(self, features: list[Tensor], grid: Grid, budget: int | None = None) -> Tensor:
         self.check(features, grid)
-        parts = zip(self.resamplers, self.scales, strict=True)
+        parts = list(zip(self.resamplers, self.scales, strict=True))[: self._scales(grid, budget)]
         tokens = [part([window_partition(x, grid, window) for x in features]) for part, (window, _) in parts]
         return self.proj(self.norm(torch.cat(tokens, dim=1)))
 

@@ -1,6 +1,10 @@
-"""Non-overlapping square windows on a grid of patches: pure functions that the bridges share."""
+"""Windows on a grid of patches, and their places: pure functions that the bridges share."""
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foveate.errors import FoveateError
 
@@ -31,3 +35,40 @@ def window_boxes(grid: Grid, window: int) -> list[Box]:
     """(row0, column0, row1, column1) of each window in raster order, in patches, half-open."""
     down, across = window_grid(grid, window)
     return [(r * window, c * window, (r + 1) * window, (c + 1) * window) for r in range(down) for c in range(across)]
+
+
+def adaptive_boxes(grid: Grid, side: int) -> list[Box]:
+    """The windows over which `adaptive_pool` takes its means, in raster order; where `side` divides no side of the grid they overlap.
+
+    FoveateError for a grid with fewer rows or columns."""
+    rows, columns = window_grid(grid, 1)
+    if side > min(rows, columns):
+        raise FoveateError(f"side {side} is more than a grid of {rows} x {columns} patches has; take fewer tokens or larger images")
+    down, across = ([(i * n // side, -(-(i + 1) * n // side)) for i in range(side)] for n in (rows, columns))
+    return [(top, left, bottom, right) for top, bottom in down for left, right in across]
+
+
+def adaptive_pool(x: Tensor, side: int) -> Tensor:
+    """(N, C, rows, columns) -> the means (N, C, side, side)."""
+    return F.adaptive_avg_pool2d(x, side)
+
+
+def square_only(kind: str, side: int, grid: Grid) -> None:
+    """FoveateError unless the grid is the one that a bridge was made for, `side` x `side`."""
+    if tuple(grid) != (side, side):
+        raise FoveateError(
+            f"this {kind} bridge is made for a grid of {side} x {side} patches, got {grid[0]} x {grid[1]}; use images of that size, or "
+            "make a bridge for another grid"
+        )
+
+
+@lru_cache(maxsize=8)
+def sines(grid: Grid, width: int) -> Tensor:
+    """(rows * columns, width) float32: sines and cosines of the column in the first half, of the row in the second, at frequencies from 1
+    down to 1 / 10000. FoveateError for a width that is no multiple of 4."""
+    if width % 4:
+        raise FoveateError(f"sines and cosines of rows and columns need a width that is a multiple of 4, not {width}")
+    with torch.device("cpu"), torch.inference_mode(False):
+        row, column = (torch.arange(n)[:, None] / 10000 ** (torch.arange(width // 4) / (width / 4)) for n in grid)
+        down, across = (torch.cat([angles.sin(), angles.cos()], dim=1) for angles in (row, column))
+        return torch.cat([across.repeat(grid[0], 1), down.repeat_interleave(grid[1], 0)], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from foveate.data.chat import Renderer, Spans, Tokenised, Turns
 from foveate.data.conversations import Conversation
 from foveate.data.features import FeatureStore, crop_digest
 from foveate.errors import FoveateError
-from foveate.model.processing import FoveateProcessor, crop_counts, cut
+from foveate.model.processing import FoveateProcessor, crop_counts, cut, token_counts
 from foveate.tokens import ImagePlan
 
 IGNORED = -100
@@ -150,6 +151,12 @@ class Collator:
             raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
         self._memory: dict[int, Tokenised] | None = {} if remember else None
 
+    def asking_for(self, view_tokens: int) -> Collator:
+        """One that asks for so many visual tokens of each view, and shares what is remembered."""
+        other = copy.copy(self)
+        other.processor = self.processor.asking_for(view_tokens)
+        return other
+
     def encode(self, sample: Conversation) -> Tokenised:
         """Tokens with the placeholders of every image in place, cut to `max_length`."""
         try:
@@ -188,8 +195,10 @@ class Collator:
         elif images:
             batch["pixel_values"] = self.image_processor(cut(images, plans), return_tensors="pt")["pixel_values"]
         if tiled:
-            return batch | ({"image_sizes": torch.tensor([plan.given for plan in plans])} if plans else {})
-        return batch | {name: torch.tensor(counts) for name, counts in crop_counts(plans).items()}
+            batch |= {"image_sizes": torch.tensor([plan.given for plan in plans])} if plans else {}
+        else:
+            batch |= {name: torch.tensor(counts) for name, counts in crop_counts(plans).items()}
+        return batch | {name: torch.tensor(counts) for name, counts in token_counts(plans).items()}
 
 
 def planned(processor: Any, images: Sequence[Any]) -> list[ImagePlan]:

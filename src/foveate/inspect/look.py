@@ -316,7 +316,7 @@ def _pictures(seen: _Asked, found: list[Raster]) -> list[Image.Image | None]:
     pixels, sizes = seen.inputs.get("pixel_values"), seen.inputs.get("image_sizes")
     if isinstance(pixels, Tensor) and isinstance(sizes, Tensor) and hasattr(seen.processor, "tiling"):  # a model of ours: by its plans
         config: Any = seen.run.anatomy.core.config
-        frames = _views(pixels, config.plans_of(sizes, pixels.shape[-1]), found)
+        frames = _views(pixels, config.plans_of(sizes, pixels.shape[-1], seen.inputs.get("view_tokens")), found)
     elif not isinstance(pixels, Tensor) or pixels.ndim < 4 or len(pixels.flatten(0, -4)) != len(found):
         return whole
     else:

@@ -1,6 +1,7 @@
 """Configuration of an assembled vision-language model."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -22,9 +23,11 @@ Sizes = Sequence[tuple[int, int]]
 
 
 class Planning:
-    """What images become, for whoever has a `sight` and perhaps a tiling."""
+    """What images become, for whoever has a `sight` and perhaps a tiling. `view_tokens`: as how many visual tokens each view is asked for;
+    None: as many as the bridge makes."""
 
     tiling: Any
+    view_tokens: Any
 
     def sight(self, side: int | None = None) -> BridgeSight:
         """What the tower sees at once in a view of `side` pixels, those of `image_size` unless given."""
@@ -39,10 +42,10 @@ class Planning:
         """What an image of `height` x `width` pixels becomes in at most `budget` views. FoveateError if the bridge cannot take its grid."""
         tiling, sight = self.tiled, self.sight()
         if tiling is not None:
-            return tiling.plan(width, height, budget, sight)
+            return replace(tiling.plan(width, height, budget, sight), each=self.view_tokens or 0)
         refuse_budget(budget)
         grid = sight.grid(sight.side, sight.side)
-        return ImagePlan.whole(sight.made(grid)[0], grid)
+        return ImagePlan.whole(sight.made(grid)[0], grid, self.view_tokens or 0)
 
     def share(self, sizes: Sizes, budget: int | None = None) -> list[int | None]:
         """How many views each image of one prompt may have, which share `budget` (the tiling's own unless given); None: any number."""
@@ -56,6 +59,23 @@ class Planning:
         """What the images of one prompt become."""
         shares = self.share(sizes, budget)
         return [self.plan_image(*size) if most is None else self.plan_image(*size, most) for size, most in zip(sizes, shares, strict=True)]
+
+    def counts_of(self, view_tokens: Any, images: int) -> list[int | None]:
+        """As how many visual tokens each view of each image is asked for: what `view_tokens` says, one number or one for each image, or
+        their own. FoveateError for numbers of other images."""
+        if view_tokens is None or isinstance(view_tokens, int):
+            return [self.view_tokens if view_tokens is None else read_view_tokens(view_tokens)] * images
+        counts = [read_view_tokens(int(count)) for count in view_tokens]
+        if len(counts) != images:
+            raise FoveateError(f"view_tokens says of {len(counts)} images how many tokens their views have, but there are {images} images")
+        return counts
+
+
+def read_view_tokens(given: Any) -> int | None:
+    """The number of visual tokens of a view. FoveateError for what is no such number."""
+    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given > 0):
+        return given
+    raise FoveateError(f"view_tokens is a number of visual tokens of each view, at least 1, not {given!r}")
 
 
 def refuse_budget(budget: int | None) -> None:
@@ -87,6 +107,8 @@ class FoveateConfig(Planning, PreTrainedConfig):
     - `image_size`: side in pixels of the (square) input image now; the tower's own size unless given. The tower's own stays in
       `vision_config.image_size`; where the two differ position embeddings are interpolated.
     - `tiling`: how an image becomes views (`foveate.tilings`), spelled as "internvl:tiles=6"; None: it is seen whole, once.
+    - `view_tokens`: as how many visual tokens each view is asked for of a bridge that makes as many as it is asked for, unless a call says
+      another number; None: all.
     - `grown`: what the tokens that a growth has added keep of those they are copies of, and how much of it is left
       (`foveate.model.grown`); None: they are counted as any others.
     - `always_run_vision`: run tower and bridge on a blank image in training steps without images also on one process. With several
@@ -107,6 +129,7 @@ class FoveateConfig(Planning, PreTrainedConfig):
     image_token_id: int = 32000
     image_size: Any = None
     tiling: Any = None
+    view_tokens: Any = None
     grown: Any = None
     always_run_vision: bool = False
     tie_word_embeddings: bool = False
@@ -136,6 +159,7 @@ class FoveateConfig(Planning, PreTrainedConfig):
             levels=len(self.vision_feature_layer) * (1 if tiling is None else tiling.scales),
             grid=self.grid[0],
         )
+        self.view_tokens = read_view_tokens(self.view_tokens)
         if tiling is not None and tiling.shapes:
             sight = self.sight()
             sight.made((sight.merge, 2 * sight.merge))  # a bridge that is bound to one grid is told now
@@ -165,15 +189,20 @@ class FoveateConfig(Planning, PreTrainedConfig):
         return self.patch_grid(self.image_size, self.image_size)
 
     def sight(self, side: int | None = None) -> BridgeSight:
-        return BridgeSight.of(self.bridge, side or self.image_size, self.patch_size)
+        return BridgeSight.of(self.bridge, side or self.image_size, self.patch_size, self.view_tokens)
 
-    def plans_of(self, image_sizes: Any, side: int) -> list[ImagePlan]:
+    def plans_of(self, image_sizes: Any, side: int, view_tokens: Any = None) -> list[ImagePlan]:
         """What became of images of which `image_sizes` (images, 3) says height, width and at most how many views (0: any number), in
-        views of `side` pixels. FoveateError for a model without a tiling."""
+        views of `side` pixels of `view_tokens` (images,) tokens. FoveateError for a model without a tiling."""
         tiling, sight = self.tiled, self.sight(side)
         if tiling is None:
             raise FoveateError("image_sizes were given, but the model has no tiling; use the processor that belongs to it")
-        return [tiling.plan(width, height, most or None, sight) for height, width, most in image_sizes.tolist()]
+        given, counts = image_sizes.tolist(), self.counts_of(view_tokens, len(image_sizes))
+        plans = zip(given, counts, strict=True)
+        return [
+            replace(tiling.plan(width, height, most or None, replace(sight, each=each)), each=each or 0)
+            for (height, width, most), each in plans
+        ]
 
     def wire(self, plan: ImagePlan) -> Wiring:
         """From which tokens and from where in the picture each slot of an image is, by its plan."""

@@ -64,10 +64,16 @@ def refuse_tiling(config: Any) -> None:
         raise FoveateError(f"a growth cannot keep positions, keys or order with the tiling {config.tiling}. Leave `keep` out")
 
 
-def refuse_growth(config: Any) -> None:
-    """FoveateError for a model whose grown tokens still keep something."""
+def refuse_few(config: Any) -> None:
+    """FoveateError for a model whose views have fewer tokens than its bridge makes, where each grown one is to be told its parent."""
+    if config.view_tokens is not None:
+        raise FoveateError(f"a growth cannot keep positions, keys or order of {config.view_tokens} view_tokens. Leave one of the two out")
+
+
+def refuse_growth(config: Any, what: str) -> None:
+    """FoveateError for a model whose grown tokens still keep something, where `what` would lose it."""
     if config.grown is not None:
-        raise FoveateError("the model keeps something of a growth, which a tiling would lose: anneal_growth(0) first")
+        raise FoveateError(f"the model keeps something of a growth, which {what} would lose: anneal_growth(0) first")
 
 
 def annealed(grown: Mapping[str, Any] | None, left: float) -> dict[str, Any] | None:

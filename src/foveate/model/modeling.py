@@ -24,8 +24,8 @@ from transformers.utils.generic import can_return_tuple
 
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
-from foveate.model.configuration import FoveateConfig, read_tiling
-from foveate.model.grown import annealed, check_attention, check_language_model, lineage, place, refuse_growth, refuse_tiling
+from foveate.model.configuration import FoveateConfig, read_tiling, read_view_tokens
+from foveate.model.grown import annealed, check_attention, check_language_model, lineage, place, refuse_few, refuse_growth, refuse_tiling
 from foveate.model.outputs import FoveateCausalLMOutputWithPast, FoveateModelOutputWithPast, common_outputs
 from foveate.model.seeing import Seeing
 from foveate.model.views import ImageMarks
@@ -131,7 +131,7 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
             if placeholders != tokens:
                 raise FoveateError(
                     f"the prompts hold {placeholders} image placeholders but the images give {tokens} visual tokens; "
-                    "processor and model must agree on image size and bridge"
+                    "processor and model must agree on image size and bridge; the model needs all that the processor says, view_tokens too"
                 )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
@@ -152,6 +152,7 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         image_crops: Tensor | None = None,
         tower_features: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        view_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -165,7 +166,9 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         if tower_features is not None:  # pixels that have the shape, and take no memory
             pixel_values = tower_features.new_ones(()).expand(len(tower_features), *self._image_shape)
         if pixel_values is not None:
-            encoded = self.get_image_features(pixel_values, image_crops, tower_features, image_sizes, return_dict=True)
+            if view_tokens is not None:
+                refuse_growth(self.config, "another number of view_tokens")
+            encoded = self.get_image_features(pixel_values, image_crops, tower_features, image_sizes, view_tokens, return_dict=True)
         if encoded is not None:
             visual = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual)
@@ -203,19 +206,22 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         image_crops: Tensor | None = None,
         tower_features: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        view_tokens: Tensor | None = None,
         run: Literal["images", "decoder", "logits"] = "decoder",
         **kwargs: Any,
     ) -> FoveateModelOutputWithPast | FoveateCausalLMOutputWithPast:
         """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (crops of the images of all prompts, channels, height,
         width), `image_crops` (images,): how many crops each image has, one unless given; with a tiling `image_sizes` (images, 3) in its
-        stead, see `get_image_features`. `tower_features` (crops, levels, patches, width) may stand for pixels: what `encode_crops` makes.
+        stead, see `get_image_features`; `view_tokens` (images,): as how many tokens each image's crops are asked for. `tower_features`
+        (crops, levels, patches, width) may stand for pixels: what `encode_crops` makes.
 
         `run` says how far: to "logits" of the causal language model (and loss, for `labels`), through the "decoder" alone, or to "images",
         which runs no language model: `hidden_states` then has one level, what would have gone in.
         """
         text = inputs_embeds
         inputs_embeds, visual = self.merge(
-            input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs, image_crops, tower_features, image_sizes
+            *(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs),
+            *(image_crops, tower_features, image_sizes, view_tokens),
         )
         if run == "images":
             return FoveateCausalLMOutputWithPast(hidden_states=(inputs_embeds,), image_hidden_states=visual)
@@ -285,10 +291,11 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         image_crops: Tensor | None = None,
         tower_features: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        view_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """See `FoveateModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_crops, tower_features, image_sizes, **kwargs)
+        return self.model.get_image_features(pixel_values, image_crops, tower_features, image_sizes, view_tokens, **kwargs)
 
     def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
         """See `FoveateModel.get_placeholder_mask`."""
@@ -308,6 +315,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         image_crops: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        view_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
         """See `FoveateModel.forward`, whose `tower_features` and `run` are taken too; `labels` and `logits_to_keep` are the language
@@ -322,6 +330,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             mm_encoder_outputs=mm_encoder_outputs,
             image_crops=image_crops,
             image_sizes=image_sizes,
+            view_tokens=view_tokens,
             labels=labels,
             logits_to_keep=logits_to_keep,
             return_dict=True,
@@ -340,7 +349,9 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         old = self.model.bridge
         rows, _ = self.config.patch_grid(image_size, image_size)
         new = old.scaled(scales=scales, grid=rows, sources=sources)
+        new.within((rows, rows), self.config.view_tokens)
         if keep:
+            refuse_few(self.config)
             refuse_tiling(self.config)
             check_language_model(self)
             check_attention(self.config.get_text_config()._attn_implementation)
@@ -365,14 +376,22 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             levels = self.model.bridge.levels
             raise FoveateError(f"the bridge reads {levels} maps, and {tiling} would change their number: make a model with it instead")
         if wanted is not None:
-            refuse_growth(self.config)
+            refuse_growth(self.config, "a tiling")
         self.config.tiling = None if wanted is None else str(wanted)
         self.model.learn_marks()
 
     def set_image_size(self, pixels: int) -> None:
         """Take images of `pixels` x `pixels` from now on. FoveateError if the bridge is bound to its grid."""
-        self.model.bridge.tokens(self.config.patch_grid(pixels, pixels))
+        self.model.bridge.within(self.config.patch_grid(pixels, pixels), self.config.view_tokens)
         self.config.image_size = pixels
+
+    def set_view_tokens(self, count: int | None) -> None:
+        """Make `count` visual tokens of each view from now on, unless a call says another number; None: all that the bridge can make.
+
+        The processor is told with `processor.set_view_tokens(count)`. FoveateError for a number that the bridge does not make."""
+        refuse_growth(self.config, "another number of view_tokens")
+        self.model.bridge.within(self.config.grid, read_view_tokens(count))
+        self.config.view_tokens = count
 
 
 def keep_initialisation(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ from transformers.image_utils import get_image_size, infer_channel_dimension_for
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs
 
 from foveate.errors import FoveateError
-from foveate.model.configuration import NEEDS, Planning, read_tiling
+from foveate.model.configuration import NEEDS, Planning, read_tiling, read_view_tokens
 from foveate.model.views import BridgeSight
 from foveate.tilings import pixels as views
 from foveate.tokens import WHOLE, ImagePlan
@@ -62,14 +62,16 @@ LLAVA_V1 = """\
 
 
 class TiledImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """`budget`: views that the images of one prompt share; `prompts`: how many of the images each prompt has."""
+    """`budget`: views that the images of one prompt share; `view_tokens`: as how many visual tokens each view is asked for, one number or
+    one for each image; `prompts`: how many of the images each prompt has."""
 
     budget: int | None
+    view_tokens: int | list[int] | None
     prompts: list[int] | None
 
 
 class FoveateProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
-    """Those of any processor, and `budget`."""
+    """Those of any processor, `budget` and `view_tokens`."""
 
     images_kwargs: TiledImagesKwargs
 
@@ -80,11 +82,14 @@ class FoveateProcessor(Planning, ProcessorMixin):
     `plan_image` says what becomes of an image, and so how many placeholders its marker in a prompt becomes. Without a `tiling` it is seen
     whole, once, resized to `image_size` x `image_size` pixels, whatever its shape, without border, as Chain-of-Sight's code does. With one
     it is cut as the tiling says; the images of one prompt share its budget of views, or the `budget` of a call.
+    A bridge that makes as many tokens as it is asked for (mqt, chain_of_sight) is asked for `view_tokens` of each view, those of a call or
+    the processor's own; without either it makes all. What it was asked for is then said to the model, as `view_tokens` (images,).
+
     `pixel_values` (crops of all images, channels, height, width); with a tiling `image_sizes` (images, 3) says the height and width of each
     and how many views it may have had (0: any number). Views of several shapes lie in the upper left of their pixels.
 
     A subclass whose `plan_image` cuts images itself needs no tiling: `image_crops` (images,) then says how many crops each image has, and
-    is left out where that is one.
+    is left out where that is one. Its plans keep `each`.
 
     `chat_template` is used as it is; without one it is the tokenizer's own (or LLaVA-1.5's), led by a part that turns
     {"type": "image"} content into image markers.
@@ -100,6 +105,7 @@ class FoveateProcessor(Planning, ProcessorMixin):
         image_size: int = 224,
         image_token: str = "<image>",
         tiling: str | None = None,
+        view_tokens: int | None = None,
     ) -> None:
         if bridge is None:
             raise FoveateError('a FoveateProcessor needs the bridge of its model: {"kind": ..., arguments}')
@@ -109,6 +115,7 @@ class FoveateProcessor(Planning, ProcessorMixin):
         self.auto_map = {"AutoProcessor": f"{NEEDS}--foveate.FoveateProcessor"}  # without it AutoProcessor gives a tokenizer in its stead
         super().__init__(image_processor, tokenizer, chat_template=chat_template or default_template(tokenizer, image_token))
         self.set_tiling(tiling)
+        self.view_tokens = read_view_tokens(view_tokens)
         self.set_bridge(bridge, image_size)
 
     valid_processor_kwargs = FoveateProcessorKwargs
@@ -118,10 +125,23 @@ class FoveateProcessor(Planning, ProcessorMixin):
         read = read_tiling(tiling)
         self.tiling = None if read is None else str(read)
 
+    def set_view_tokens(self, count: int | None) -> None:
+        """From now on each view is asked for so many visual tokens; None: as many as the bridge makes."""
+        self.view_tokens = self.asking_for(count).view_tokens
+
+    def asking_for(self, count: int | None) -> Self:
+        """A processor whose views become so many visual tokens. FoveateError where the bridge does not make so many of a view."""
+        other = copy.copy(self)
+        other.view_tokens = read_view_tokens(count)
+        if self.tiled is None or not self.tiled.shapes:
+            sight = other.sight()
+            sight.made(sight.grid(sight.side, sight.side))
+        return other
+
     def set_bridge(self, bridge: Mapping[str, Any], image_size: int) -> None:
         """From now on views are `image_size` pixels wide and high and become as many tokens as `bridge` makes of them."""
         if self.tiled is None or not self.tiled.shapes:
-            sight = BridgeSight.of(bridge, image_size, self.patch_size)
+            sight = BridgeSight.of(bridge, image_size, self.patch_size, self.view_tokens)
             sight.made(sight.grid(image_size, image_size))  # what the bridge does not take is told now
         self.bridge, self.image_size = dict(bridge), image_size
         square = {"height": image_size, "width": image_size}
@@ -131,7 +151,7 @@ class FoveateProcessor(Planning, ProcessorMixin):
                 setattr(self.image_processor, name, value)
 
     def sight(self, side: int | None = None) -> BridgeSight:
-        return BridgeSight.of(self.bridge, side or self.image_size, self.patch_size)
+        return BridgeSight.of(self.bridge, side or self.image_size, self.patch_size, self.view_tokens)
 
     @property
     def num_image_tokens(self) -> int:
@@ -154,25 +174,37 @@ class FoveateProcessor(Planning, ProcessorMixin):
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
-        """As any processor's; `budget`: how many views the images of one prompt may become together, the tiling's own unless given."""
+        """As any processor's; `budget`: how many views the images of one prompt may become together, the tiling's own unless given;
+        `view_tokens`: as how many visual tokens each view is asked for, one number or one for each image in turn."""
         if self.tiling is not None and text is not None:
             texts = [text] if isinstance(text, str) else text
             kwargs["prompts"] = [one.count(self.image_token) for one in texts]
         return super().__call__(images=images, text=text, **kwargs)
 
     def _process_images(
-        self, images: Any, budget: int | None = None, prompts: Sequence[int] | None = None, **kwargs: Any
+        self,
+        images: Any,
+        budget: int | None = None,
+        view_tokens: int | Sequence[int] | None = None,
+        prompts: Sequence[int] | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, list[str]]:
         images = make_flat_list_of_images(images)
-        sizes, plans = [size_of(image, kwargs.get("input_data_format")) for image in images], list[ImagePlan]()
+        sizes = [size_of(image, kwargs.get("input_data_format")) for image in images]
+        each = self.counts_of(view_tokens, len(images))
+        asked = {count: self if count == self.view_tokens else self.asking_for(count) for count in each}
+        plans = list[ImagePlan]()
         for count in prompts or [1] * len(images):
-            plans += self.plan_images(sizes[len(plans) : len(plans) + count], budget)
+            own = sizes[len(plans) : len(plans) + count]
+            for size, most in zip(own, self.share(own, budget), strict=True):
+                of = asked[each[len(plans)]]
+                plans.append(of.plan_image(*size) if most is None else of.plan_image(*size, most))
         return self.pixels(images, plans, **kwargs), [self.written(plan) for plan in plans]
 
     def pixels(self, images: Sequence[Any], plans: Sequence[ImagePlan], **options: Any) -> dict[str, Any]:
         """What the model takes of images that become `plans`: `pixel_values`, and what says which crops belong together."""
         if self.tiling is None:
-            return {**self.image_processor(cut(images, plans), **options), **crop_counts(plans)}
+            return {**self.image_processor(cut(images, plans), **options), **crop_counts(plans), **token_counts(plans)}
         order, wanted = options.pop("input_data_format", None), options.pop("return_tensors", None)
         made = []
         for image, plan in zip(images, plans, strict=True):
@@ -182,7 +214,8 @@ class FoveateProcessor(Planning, ProcessorMixin):
         high, wide = (max(x.shape[axis] for x in made) for axis in (-2, -1))
         stacked = torch.stack([pad(x, (0, wide - x.shape[-1], 0, high - x.shape[-2])) for x in made])
         given = torch.tensor([plan.given for plan in plans])
-        return {"pixel_values": stacked if wanted == "pt" else stacked.numpy(), "image_sizes": given if wanted == "pt" else given.tolist()}
+        sizes = {"image_sizes": given if wanted == "pt" else given.tolist()}
+        return {"pixel_values": stacked if wanted == "pt" else stacked.numpy(), **sizes, **token_counts(plans)}
 
     def _processed(self, crops: Sequence[Image.Image], options: Mapping[str, Any]) -> Any:
         """(channels, height, width) of each crop of one image; their size is the plan's."""
@@ -245,6 +278,13 @@ def crop_counts(plans: Sequence[ImagePlan]) -> dict[str, list[int]]:
     """`image_crops`, as the model takes it, unless every image is one crop."""
     counts = [len(plan.crops) for plan in plans]
     return {} if set(counts) <= {1} else {"image_crops": counts}
+
+
+def token_counts(plans: Sequence[ImagePlan]) -> dict[str, list[int]]:
+    """`view_tokens`, as the model takes it, unless all images become as many tokens as the bridge makes."""
+    if not any(plan.each for plan in plans):
+        return {}
+    return {"view_tokens": [plan.each or plan.crops[0].tokens for plan in plans]}
 
 
 def forget_last_call(tokenizer: Any) -> None:

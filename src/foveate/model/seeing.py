@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
+from foveate.bridges import ElasticBridge
 from foveate.errors import FoveateError
 from foveate.model.views import ImageMarks, arrange, check_views, each_shape, joined
 
@@ -33,17 +34,21 @@ class Seeing:
         image_crops: Tensor | None = None,
         tower_features: Tensor | None = None,
         image_sizes: Tensor | None = None,
+        view_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         """Crops (n, channels, height, width), normalised, -> `pooler_output`: of each image a tensor (visual tokens, text width).
 
         `image_crops` (images,) says how many of the crops each image has, one unless given; with a tiling `image_sizes` (images, 3) says
-        of what height and width each was and at most how many views it had, and marks stand between its tokens. `tower_features`: what
+        of what height and width each was and at most how many views it had, and marks stand between its tokens. `view_tokens` (images,)
+        says as how many tokens each image's crops are asked for, the configuration's number unless given. `tower_features`: what
         `encode_crops` has made of them; the tower is not run then, and of the pixels only the shape matters. `hidden_states` holds the
         tower's states at `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the size or does not give one
         state per patch.
         """
         output: Any = BaseModelOutput()
+        said = next((given for given in (image_sizes, image_crops, pixel_values) if given is not None), pixel_values)
+        each = self.config.counts_of(view_tokens, len(said))
 
         def tokens_of(pixels: Tensor) -> Tensor:
             nonlocal output
@@ -58,20 +63,24 @@ class Seeing:
                 features = [x.to(parameter.device, parameter.dtype) for x in features]
             if self.config.scales > 1:
                 features = joined(features, grid, self.config.scales)
-            made: Tensor = self.bridge(features, grid)
-            return made
+            return bridged(self.bridge, features, grid, each)
 
         if image_sizes is None:
             tokens = tokens_of(pixel_values)
-            images = list(tokens) if image_crops is None else self.pack_image_features(by_image(tokens, image_crops))
+            if image_crops is None:
+                images = [own[:count] for own, count in zip(tokens, each, strict=True)]
+            else:
+                found = zip(by_image(tokens, image_crops), each, strict=True)
+                images = self.pack_image_features([own[:, :count] for own, count in found])
         else:
-            plans = self.config.plans_of(image_sizes, pixel_values.shape[-1])
+            plans = self.config.plans_of(image_sizes, pixel_values.shape[-1], view_tokens)
             check_views(plans, len(pixel_values))
             if self.config.scales > 1:
-                own = list(tokens_of(pixel_values))
+                own = [tokens[:count] for tokens, count in zip(tokens_of(pixel_values), each, strict=True)]
             else:
                 views, counts = each_shape(plans, pixel_values, tokens_of), [len(plan.crops) for plan in plans]
-                own = [torch.cat(views[sum(counts[:i]) : sum(counts[: i + 1])]) for i in range(len(counts))]
+                rows = [views[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
+                own = [torch.cat([view[:count] for view in row]) for row, count in zip(rows, each, strict=True)]
             images = arrange(own, plans, self.image_marks)
         return BaseModelOutputWithPooling(
             last_hidden_state=output.last_hidden_state,
@@ -132,6 +141,13 @@ class Seeing:
                 return []
             gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
         return [name for (name, _), gradient in zip(named, gradients, strict=True) if gradient is None]
+
+
+def bridged(bridge: Any, features: list[Tensor], grid: tuple[int, int], each: Sequence[int | None]) -> Tensor:
+    """(crops, tokens, width): as many tokens as the most that an image asks for of its crops, None for all; fewer are the first of them."""
+    most = max(bridge.within(grid, count) for count in set(each))
+    made: Tensor = bridge(features, grid, most) if isinstance(bridge, ElasticBridge) else bridge(features, grid)
+    return made
 
 
 def by_image(tokens: Tensor, image_crops: Tensor) -> list[Tensor]:

@@ -26,23 +26,28 @@ _LARGEST = 32  # patches a side of which a bridge might make one token
 
 @dataclass(frozen=True)
 class BridgeSight(Sight):
-    """What a tower sees at once, and what a bridge makes of it; `bridge`: its configuration as JSON."""
+    """What a tower sees at once, and what a bridge makes of it.
+
+    bridge  its configuration as JSON
+    each    as how many tokens a view is asked for; None: as many as the bridge makes
+    """
 
     bridge: str = ""
+    each: int | None = None
 
     @classmethod
-    def of(cls, bridge: Mapping[str, Any], side: int, patch: int) -> BridgeSight:
+    def of(cls, bridge: Mapping[str, Any], side: int, patch: int, each: int | None = None) -> BridgeSight:
         """Of the views of a model. `merge` is the least that the bridge takes."""
         spelled = json.dumps(dict(bridge), sort_keys=True)
-        return cls(side, patch, _least(spelled), spelled)
+        return cls(side, patch, _least(spelled), spelled, each)
 
     def made(self, grid: Grid) -> tuple[int, Grid | None]:
-        """See Sight. FoveateError where the bridge cannot take the grid."""
-        return _made(self.bridge, grid)
+        """See Sight. FoveateError where the bridge cannot take the grid, or does not make so many tokens of it."""
+        return _made(self.bridge, grid, self.each)
 
     def boxes(self, grid: Grid) -> tuple[Box, ...]:
-        """Of which patches each token of a view is made."""
-        return tuple(_built(self.bridge).boxes(grid))
+        """For which patches each token of a view stands."""
+        return tuple(_boxes(self.bridge, grid, self.each))
 
 
 @lru_cache(maxsize=32)
@@ -52,16 +57,21 @@ def _built(bridge: str) -> Bridge:
 
 
 @lru_cache(maxsize=4096)
-def _made(bridge: str, grid: Grid) -> tuple[int, Grid | None]:
-    boxes = _built(bridge).boxes(grid)
+def _made(bridge: str, grid: Grid, each: int | None) -> tuple[int, Grid | None]:
+    boxes = _boxes(bridge, grid, each)
     return len(boxes), raster(boxes)
+
+
+def _boxes(bridge: str, grid: Grid, each: int | None) -> list[Box]:
+    built = _built(bridge)
+    return built.boxes(grid)[: built.within(grid, each)]
 
 
 @lru_cache(maxsize=32)
 def _least(bridge: str) -> int:
     for side in range(1, _LARGEST + 1):
         try:
-            _made(bridge, (side, 2 * side))
+            _made(bridge, (side, 2 * side), None)
         except FoveateError:
             continue
         return side

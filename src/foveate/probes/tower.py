@@ -101,7 +101,8 @@ def carry(crops: list[Tensor], items: Sequence[Laid], how: Patches) -> list[Tens
     """From one value a patch, crop by crop, to one value a token, item by item of the image features; 0 for what is no patch.
     NotApplicable where it is not known which patches made which token."""
     if how.boxes is not None:
-        return [_over_boxes(crop, *how.boxes) for crop in crops]
+        boxes, grid = how.boxes
+        return [_over_boxes(crop, boxes[: len(kind)], grid) for crop, (kind, _) in zip(crops, items, strict=True)]
     flat = torch.cat(crops)
     patch = [kind == Kind.PATCH for kind, _ in items]
     total = sum(int(p.sum()) for p in patch)
@@ -165,5 +166,7 @@ def _blocks(flat: Tensor, items: Sequence[Laid], patch: list[Tensor], total: int
 def _over_boxes(crop: Tensor, boxes: Sequence[tuple[int, int, int, int]], grid: tuple[int, int]) -> Tensor:
     if list(boxes) == [(r, c, r + 1, c + 1) for r in range(grid[0]) for c in range(grid[1])]:  # a token of each patch, in their order
         return crop
+    if not boxes:  # a view that is joined to another's channels
+        return crop[:0]
     values = crop.view(*grid, *crop.shape[1:])
     return torch.stack([values[r0:r1, c0:c1].flatten(0, 1).mean(0) for r0, c0, r1, c1 in boxes])

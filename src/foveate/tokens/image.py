@@ -113,6 +113,7 @@ class ImagePlan:
     size   (width, height) of the image in pixels; None where the plan is that of any image
     parts  what stands in the prompt, in order; (): the tokens of each crop in turn
     most   how many crops it might have had, 0: any number
+    each   as how many visual tokens a crop was asked for, 0: as many as the bridge makes
     """
 
     crops: tuple[Crop, ...]
@@ -120,11 +121,12 @@ class ImagePlan:
     size: Pair | None = None
     parts: tuple[Part, ...] = ()
     most: int = 0
+    each: int = 0
 
     @classmethod
-    def whole(cls, tokens: int, grid: tuple[int, int] | None = None) -> ImagePlan:
+    def whole(cls, tokens: int, grid: tuple[int, int] | None = None, each: int = 0) -> ImagePlan:
         """The plan of an image that is one crop."""
-        return cls((Crop(grid, tokens),))
+        return cls((Crop(grid, tokens),), each=each)
 
     @classmethod
     def laid(cls, size: Pair, crops: tuple[Crop, ...], parts: tuple[Part, ...]) -> ImagePlan:

@@ -12,12 +12,14 @@ from foveate.data.conversations import Conversation, Conversations
 from foveate.data.library import LibraryCollator
 from foveate.errors import FoveateError
 from foveate.train.mixture import Mixture
+from foveate.train.order import Item
 
 log = logging.getLogger(__name__)
 
 
 class Loading:
-    """What a data loader collates: items of `data`, read and made a batch by `collator`.
+    """What a data loader collates: items of `data`, read and made a batch by `collator`, which is asked for as many visual tokens of each
+    view as items say beside their numbers.
 
     A batch has `plans`, what each image of each of its samples becomes, and `sources`, the number of each sample's source.
 
@@ -37,19 +39,26 @@ class Loading:
     ) -> None:
         self.data, self.collator, self.policy, self.skipped, self.lost = data, collator, policy, skipped, lost
 
-    def __call__(self, items: Sequence[int]) -> Any:
+    def __call__(self, items: Sequence[Item]) -> Any:
+        asked = {item[1] for item in items if isinstance(item, tuple)}
+        numbers = [item[0] if isinstance(item, tuple) else item for item in items]
+        collator = self._asking_for(asked.pop()) if asked else self.collator
         try:
-            batch = self._batch([self.data[item] for item in items])
+            batch = self._batch(collator, [self.data[number] for number in numbers])
         except FoveateError:
-            batch = self._batch([self._sound(item) for item in items])
+            batch = self._batch(collator, [self._sound(number) for number in numbers])
         if self.lost is not None:
             cut: list[Any] = getattr(self.collator, "cut", [])
             _append(self.lost, "".join(f"{one.tokens} {one.of} {one.answers}\n" for one in cut))
             cut.clear()
         return batch
 
-    def _batch(self, samples: Sequence[Conversation]) -> dict[str, Any]:
-        batch: dict[str, Any] = self.collator(samples)
+    def _asking_for(self, view_tokens: int) -> Collator:
+        assert isinstance(self.collator, Collator)
+        return self.collator.asking_for(view_tokens)
+
+    def _batch(self, collator: Collator | LibraryCollator, samples: Sequence[Conversation]) -> dict[str, Any]:
+        batch: dict[str, Any] = collator(samples)
         return batch | {"plans": [sample.plans for sample in samples], "sources": [sample.source for sample in samples]}
 
     def _sound(self, item: int) -> Conversation:

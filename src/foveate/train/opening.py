@@ -73,13 +73,17 @@ def open_model(recipe: Recipe, index: int, previous: Path | None) -> Opened:
     add_weights(model, named, saved=weights, seed=seed_of(recipe.seed, stage.name, "reducers"))
     save_end(model, processor)
     if is_assembled(model.config):
-        size = advance(model.config, stage).image_size
+        after = advance(model.config, stage)
+        size, model.config.view_tokens = after.image_size, None
         if (to := growth(stage, model.config)) is not None:
             model.scale_bridge(to.scales, size, to.sources, () if to.keep is None else to.keep.kept)
         model.set_image_size(size)
         if (tiling := tiling_of(stage, model.config)) is not None:
             model.set_tiling(tiling)
         processor.set_tiling(model.config.tiling)
+        if after.view_tokens is not None:
+            model.set_view_tokens(after.view_tokens)
+        processor.view_tokens = model.config.view_tokens
         processor.set_bridge(model.config.bridge, size)
         # so that a step without any image does to the bridge what it does in several processes (gradients of zero, not none at all)
         model.config.always_run_vision = True

@@ -36,6 +36,7 @@ class Order:
     similar length into the same batch (which then leave the seam: an epoch is whole batches, filled up from its own beginning).
     `drawn`: where the samples are those of several sources, one behind the other, drawn by shares: (samples of the source, how many of
     them an epoch has). Each source goes through all its samples before one of them comes again.
+    `budgets`: numbers of visual tokens of a view, of which one is drawn for each step.
     """
 
     def __init__(
@@ -46,9 +47,10 @@ class Order:
         stage: str,
         sizes: np.ndarray | None = None,
         drawn: Sequence[tuple[int, int]] | None = None,
+        budgets: Sequence[int] = (),
     ) -> None:
         self.samples, self.batch_size, self.seed, self.stage = samples, batch_size, seed, stage
-        self.sizes, self.drawn = sizes, drawn
+        self.sizes, self.drawn, self.budgets = sizes, drawn, budgets
 
     @lru_cache(maxsize=2)  # noqa: B019  an order lives as long as its stage
     def epoch(self, epoch: int) -> np.ndarray:
@@ -91,8 +93,29 @@ class Order:
             first, missing = first + len(part), missing - len(part)
         return np.concatenate(found)
 
+    def view_tokens(self, step: int) -> int | None:
+        """The number that is drawn for optimiser step `step`, the same in all processes; None where the stage draws none."""
+        return self.budgets[seed_of(self.seed, self.stage, "view_tokens", step) % len(self.budgets)] if self.budgets else None
 
-class ProcessBatches(Sampler[list[int]]):
+
+Item = int | tuple[int, int]
+"""The number of a sample; or it, and as how many visual tokens its views are asked for."""
+
+
+class Items:
+    """What a loader of data fetches for a sampler's items: they themselves, which are read where they are collated."""
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, item: Item) -> Item:
+        return item
+
+
+class ProcessBatches(Sampler[list[Item]]):
     """One process' micro-batches of all optimiser steps of a stage, in order."""
 
     def __init__(self, order: Order, steps: int, process: int, processes: int, accumulation: int) -> None:
@@ -101,11 +124,11 @@ class ProcessBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.steps * self.accumulation
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Item]]:
         for step in range(self.steps):
-            mine = np.split(self.order.batch(step), self.processes)[self.process]
+            mine, each = np.split(self.order.batch(step), self.processes)[self.process], self.order.view_tokens(step)
             for micro in np.split(mine, self.accumulation):
-                yield micro.tolist()
+                yield micro.tolist() if each is None else [(number, each) for number in micro.tolist()]
 
 
 def division(batch_size: int, micro_batch: int | None, processes: int, stage: str) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import partial
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,8 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
+COUNTED = 8  # of the numbers of visual tokens that a stage draws from
+
 ALIGNED = "no language model runs: of it, head is the product of the visual tokens with its table of embeddings"
 SEVERAL = "`losses` make several passes in a step; one under the stage's reducers is counted here, all of them in the log"
 CACHED = "training reads the tower's features from a cache: the tower costs one forward an image, once, which is not counted"
@@ -57,6 +59,7 @@ class PartPlan:
 
     share: Fraction
     reducers: str
+    view_tokens: int | None  # that is drawn; None where nothing is
     visual_tokens: list[int]  # in each decoder layer
     tokens: int  # their sum, LLaVolta's #Tokens
     compression: float | None  # None where no visual token comes to the language model
@@ -138,10 +141,19 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     config, stage, trained = setup.used, setup.stage, setup.trained
     (size, _), grid = image_shape(config)
     per_image, layers = setup.image.visual, config.get_text_config().num_hidden_layers
-    parts = [part_plan(setup, *slot, text_tokens=text_tokens) for slot in setup.slots]
+    drawn = spread(setup.budgets)
+    ways: list[tuple[int | None, Setup]] = [(each, setup.asking_for(each)) for each in drawn]
+    ways = ways or [(None, setup)]
+    parts = [
+        part_plan(way, share / len(ways), spelled, text_tokens=text_tokens, per_image=per_image, drawn=each)
+        for share, spelled in setup.slots
+        for each, way in ways
+    ]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(setup, size)
     notes += tiled(setup)
+    if len(drawn) < len(setup.budgets):
+        notes.append(f"view_tokens are drawn of {len(setup.budgets)} numbers; what they cost is the mean of {len(drawn)}, evenly spread")
     samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
     remarks = {CACHED: stage.features is not None, ALIGNED: stage.kind == "align", SEVERAL: bool(stage.losses)}
     return StagePlan(
@@ -166,8 +178,17 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     )
 
 
-def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) -> PartPlan:
-    reducers, per_image = parse(spelled), setup.image.visual
+def spread(budgets: Sequence[int]) -> Sequence[int]:
+    """At most COUNTED of the numbers, evenly spread and as far from the one end as from the other."""
+    count = len(budgets)
+    return budgets if count <= COUNTED else [budgets[round((2 * i + 1) * (count - 1) / (2 * COUNTED))] for i in range(COUNTED)]
+
+
+def part_plan(
+    setup: Setup, share: Fraction, spelled: str, *, text_tokens: int, per_image: int | None = None, drawn: int | None = None
+) -> PartPlan:
+    """`per_image`: visual tokens of an image before any is left out, those of `setup` unless given; `drawn`: of a view in such a step."""
+    reducers, per_image = parse(spelled), per_image or setup.image.visual
     given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
     head_tokens = setup.image.tokens + text_tokens
     forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
@@ -178,7 +199,7 @@ def part_plan(setup: Setup, share: Fraction, spelled: str, *, text_tokens: int) 
     if setup.stage.features is not None:
         spent = {**spent, "tower": 0}
     ratio = float(compression_ratio(counts, per_image, len(counts))) if any(counts) else None
-    return PartPlan(share, spelled, counts, sum(counts), ratio, first, spent, kv)
+    return PartPlan(share, spelled, drawn, counts, sum(counts), ratio, first, spent, kv)
 
 
 def resized(setup: Setup, size: int) -> tuple[Any, list[str]]:
@@ -207,8 +228,9 @@ def tiled(setup: Setup) -> list[str]:
 
 
 def by_scale(setup: Setup, grid: tuple[int, int]) -> list[int]:
-    scales = getattr(setup.bridge, "scales", [])
-    return [(grid[0] // window) * (grid[1] // window) * queries for window, queries in scales]
+    scales, each = getattr(setup.bridge, "scales", []), setup.config.view_tokens if setup.assembled else None
+    counts = [(grid[0] // window) * (grid[1] // window) * queries for window, queries in scales]
+    return counts if each is None else counts[: 1 + list(accumulate(counts)).index(each)] if counts else []
 
 
 def count_steps(stage: Stage) -> int | None:
@@ -299,7 +321,14 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
         split.add_row(stage.name, *(flops(x) for x in (*stage.training_flops.values(), sum(stage.training_flops.values()))))
         for part in stage.parts:
             schedule.add_row(
-                *(stage.name, str(part.share), part.reducers, runs(part.visual_tokens), f"{part.tokens:,}", percent(part.compression)),
+                *(
+                    stage.name,
+                    str(part.share),
+                    part.reducers if part.view_tokens is None else f"{part.reducers}, drawn",
+                    runs(part.visual_tokens),
+                    f"{part.tokens:,}",
+                    percent(part.compression),
+                ),
                 *(flops(sum(part.forward_flops.values())), flops(sum(part.training_flops.values())), kv(part.visual_kv_bytes)),
             )
         if len(stage.parts) > 1:

@@ -41,7 +41,7 @@ from foveate.train.features import Wanted, look_through, open_features
 from foveate.train.loading import Loading
 from foveate.train.micro_batch import choose
 from foveate.train.opening import Opened, open_model
-from foveate.train.order import division, seed_of
+from foveate.train.order import Items, division, seed_of
 from foveate.train.passes import Passes
 from foveate.train.progress import StageInfo
 from foveate.train.recipe import load_recipe
@@ -49,7 +49,7 @@ from foveate.train.samples import StageData, facts_of, make_collator, notes, ope
 from foveate.train.schedule import NONE, stage_steps
 from foveate.train.settings import Recipe, Stage
 from foveate.train.sharding import check_sharding
-from foveate.train.stages import is_assembled, keep_of, read_config, walk
+from foveate.train.stages import budgets_of, is_assembled, keep_of, read_config, walk
 from foveate.train.stand_in import StandIn
 from foveate.train.trainer import FoveateTrainer
 from foveate.train.trials import check_machine, check_reporting, rehearse, training_arguments, try_packing, try_rows
@@ -171,10 +171,11 @@ def make_trainer(
     steps = stage_steps(len(samples), stage.batch_size, epochs=stage.epochs, steps=stage.steps)
     micro, accumulation = division(stage.batch_size, micro, state.num_processes, stage.name)
     anatomy = read(opened.model)
-    # A Foveate model uses every trained parameter in every batch; others have blocks of the tower whose output they leave aside.
+    # A Foveate model uses every trained parameter in every batch, unless scales of its bridge are left out of some; others have blocks of
+    # the tower whose output they leave aside.
     config = opened.model.config
-    foreign = not is_assembled(config)
-    arguments = training_arguments(recipe, index, steps, micro, accumulation, find_unused=foreign)
+    foreign, budgets = not is_assembled(config), budgets_of(stage, config)
+    arguments = training_arguments(recipe, index, steps, micro, accumulation, find_unused=foreign or bool(budgets))
     plan = image_plan(opened.processor) if foreign else config.plan_image(config.image_size, config.image_size)
     skipped, lost = notes(recipe, stage)
     held = None
@@ -182,13 +183,13 @@ def make_trainer(
         collator = make_collator(opened, stage.max_length, True, features)
         loading = Loading(data.validation, collator, stage.validation.on_bad_sample, skipped)
         held = Held(loading, stage.validation.every)
-    order = order_of(recipe, stage, samples)
+    order = order_of(recipe, stage, samples, budgets)
     again = order.drawn is not None or steps * stage.batch_size > len(samples)
     collator = make_collator(opened, stage.max_length, again, features)
     trainer = FoveateTrainer(
         model=opened.model,
         args=arguments,
-        train_dataset=range(len(samples)),
+        train_dataset=Items(len(samples)),
         data_collator=Loading(samples, collator, samples.policy, skipped, lost if plan is None else None),
         order=order,
         stage=StageInfo(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,10 +132,10 @@ def make_collator(opened: Opened, max_length: int, remember: bool = False, featu
     return LibraryCollator(opened.processor, max_length, opened.model.config.image_token_id)
 
 
-def order_of(recipe: Recipe, stage: Stage, samples: Mixture) -> Order:
-    """Which samples stand in which batch of a stage."""
+def order_of(recipe: Recipe, stage: Stage, samples: Mixture, budgets: Sequence[int] = ()) -> Order:
+    """Which samples stand in which batch of a stage, and which of the `budgets` of visual tokens is drawn for it."""
     sizes = samples.sizes() if stage.group_by_length else None
-    return Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes, samples.drawn())
+    return Order(len(samples), stage.batch_size, recipe.seed, stage.name, sizes, samples.drawn(), budgets)
 
 
 def notes(recipe: Recipe, stage: Stage) -> tuple[Path, Path]:

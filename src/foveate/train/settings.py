@@ -214,6 +214,15 @@ def _micro_batch(value: Any) -> Any:
     raise ValueError("a micro_batch is a number of samples above 0, or auto")
 
 
+def _view_tokens(value: Any) -> Any:
+    numbers = value if isinstance(value, list) and value else [value]
+    if value in (None, "any") or all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in numbers):
+        return value
+    raise ValueError("view_tokens is a number of visual tokens of each view; a list of them, or any, of which one is drawn for each step")
+
+
+ViewTokens = Annotated[int | list[int] | Literal["any"] | None, BeforeValidator(_view_tokens)]
+
 MicroBatch = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch)]
 
 
@@ -263,6 +272,7 @@ class Stage(Strict):
     data: DataOrSources
     image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
     tiling: TilingString | None = None  # default: as it was
+    view_tokens: ViewTokens = None  # default: as it was; drawn: all, from then on
     bridge: BridgeScales | None = None
     train: Trained = Trained()
     epochs: float | None = Field(default=None, gt=0)

@@ -6,7 +6,7 @@ Nothing here needs weights. `foveate train` takes this walk before its first ste
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -29,7 +29,7 @@ from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
 from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
-from foveate.model.grown import check_attention, check_language_model, lineage, refuse_tiling
+from foveate.model.grown import check_attention, check_language_model, lineage, refuse_few, refuse_growth, refuse_tiling
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse, saved_weights
@@ -70,6 +70,17 @@ class Setup:
     def bridge(self) -> Bridge | None:
         """The bridge on the meta device; None in a model of the library, whose bridge stays as it is."""
         return build(self.config.bridge) if self.assembled else None
+
+    @cached_property
+    def budgets(self) -> Sequence[int]:
+        """See `budgets_of`."""
+        return budgets_of(self.stage, self.config)
+
+    def asking_for(self, view_tokens: int) -> Setup:
+        """The stage as it is in a step with so many visual tokens of a view."""
+        config = deepcopy(self.config)
+        config.view_tokens = view_tokens
+        return replace(self, config=config)
 
     @cached_property
     def image(self) -> ImagePlan:
@@ -224,12 +235,18 @@ def advance(config: Any, stage: Stage) -> Any:
     if to is not None:
         bridge = bridge.scaled(scales=to.scales, grid=grid[0], sources=to.sources)
         if keep is not None:
+            refuse_few(config)
             refuse_tiling(config)
         grown = None if keep is None else lineage(config, to.sources, keep.kept)
     if (tokens := bridge.tokens(grid)) > MOST:
         raise FoveateError(f"the bridge makes {tokens:,} visual tokens of an image; no language model takes more than {MOST:,}")
     before, config = config, deepcopy(config)
     config.bridge, config.image_size, config.grown = bridge.config(), size, grown
+    if stage.view_tokens is not None:
+        config.view_tokens = stage.view_tokens if isinstance(stage.view_tokens, int) else None
+        refuse_growth(config, "another number of view_tokens")
+    bridge.within(grid, config.view_tokens)
+    budgets_of(stage, config)
     if (tiling := tiling_of(stage, before)) is not None:
         config.tiling = tiling
         if config.scales != before.scales:
@@ -245,6 +262,20 @@ def tiling_of(stage: Stage, config: Any) -> str | None:
     return None if stage.tiling in (None, config.tiling) else stage.tiling
 
 
+def budgets_of(stage: Stage, config: Any) -> Sequence[int]:
+    """The numbers of visual tokens of a view of which one is drawn for each step of the stage; () where all steps have the same."""
+    wanted = stage.view_tokens
+    if wanted is None or isinstance(wanted, int):
+        return ()
+    bridge = build(config.bridge)
+    possible = bridge.budgets(config.grid)
+    if wanted != "any":
+        return [bridge.within(config.grid, each) for each in wanted]
+    if len(possible) == 1:
+        raise FoveateError(f"view_tokens: any draws of several numbers, but the {bridge.kind} bridge makes {possible[0]} of every view")
+    return possible
+
+
 def build(bridge: dict[str, Any]) -> Bridge:
     with torch.device("meta"):
         return build_bridge(bridge)
@@ -256,6 +287,8 @@ def refuse_resizing(stage: Stage, config: Any) -> None:
         raise FoveateError(f"`bridge` needs a Foveate model, but the checkpoint is a {config.model_type} model; leave it out")
     if stage.tiling is not None:
         raise FoveateError(f"`tiling` needs a Foveate model, but the checkpoint is a {config.model_type} model, which cuts images itself")
+    if stage.view_tokens is not None:
+        raise FoveateError(f"`view_tokens` needs a Foveate model, but the checkpoint is a {config.model_type} model; leave it out")
     native = getattr(getattr(config, "vision_config", None), "image_size", None)
     if stage.image_size is not None and native not in (stage.image_size, [stage.image_size] * 2, (stage.image_size,) * 2):
         raise FoveateError(f"a {config.model_type} model takes images of {native} pixels, not image_size {stage.image_size}")

@@ -1,6 +1,6 @@
 """Boxes: the bridge itself says from which box of patches it makes each token.
 
-Foveate's own models.
+Foveate's own models. Where an image has fewer tokens than the bridge can make, they are the first of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def boxes(core: nn.Module, pixels: Tensor) -> Boxes | None:
 
 
 def laid(media: Media) -> list[Laid] | None:
-    return None if media.boxes is None else [over_boxes(media.boxes[0], media.device) for _ in media.features]
+    return None if media.boxes is None else [over_boxes(media.boxes[0][:n], media.device) for n in media.lengths]
 
 
 def over_boxes(boxes: Sequence[tuple[int, int, int, int]], device: torch.device) -> Laid:

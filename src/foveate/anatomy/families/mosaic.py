@@ -36,7 +36,7 @@ def arranged(media: Media) -> Mosaic | None:
     inner = [int(f.shape[1]) for f in packing["image_features"] for _ in range(f.shape[0])]
     boxes = media.boxes
     parts = [
-        places(n, before=before(media, n), device=media.device) if boxes is None else over_boxes(boxes[0], media.device) for n in inner
+        places(n, before=before(media, n), device=media.device) if boxes is None else over_boxes(boxes[0][:n], media.device) for n in inner
     ]
     return Mosaic(parts, media.anatomy.core, packing, crops)
 

@@ -22,7 +22,11 @@ from foveate.tokens import ImagePlan, Kind, Wiring, wire
 def plans_of(media: Media) -> list[ImagePlan] | None:
     """Of a call that says the sizes of its images to a model that plans by them."""
     sizes, of = media.given.get("image_sizes"), getattr(media.anatomy.core.config, "plans_of", None)
-    return None if sizes is None or of is None or media.pixels is None else list(of(sizes, media.pixels.shape[-1]))
+    return (
+        None
+        if sizes is None or of is None or media.pixels is None
+        else list(of(sizes, media.pixels.shape[-1], media.given.get("view_tokens")))
+    )
 
 
 def arranged(media: Media) -> Planned | None:
@@ -30,8 +34,8 @@ def arranged(media: Media) -> Planned | None:
     if plans is None:
         return None
     of: Any = media.anatomy.core.bridge
-    boxes = {crop.grid: of.boxes(crop.grid)[: crop.tokens] for plan in plans for crop in plan.crops}
-    parts = [over_boxes(boxes[crop.grid] if crop.tokens else [], media.device) for plan in plans for crop in plan.crops]
+    boxes = {crop.grid: of.boxes(crop.grid) for plan in plans for crop in plan.crops}
+    parts = [over_boxes(boxes[crop.grid][: crop.tokens], media.device) for plan in plans for crop in plan.crops]
     return Planned(parts, plans)
 
 

@@ -1,0 +1,186 @@
+"""One model read at many numbers of visual tokens, beside models that were trained at one number each.
+
+    python benchmarks/elastic/run.py                      # every arm that is not there yet, seed 0
+    python benchmarks/elastic/run.py --arms mqt mqt-4     # some of them
+    python benchmarks/elastic/run.py --table              # table.md and the curve again
+
+The elastic arms are recipes/elastic/*.yaml as they are: each step draws its number of tokens. An arm `mqt-4` is the same recipe with 4
+tokens in all steps. All arms have the same tower, language model, samples, order and number of steps; the features of the frozen tower are
+cached and shared. Each trained model is asked the same held-out questions, an elastic one once at every number. results.json has what is
+finished, which is not done again; an interrupted training goes on where it was. Differences are question by question, with 95 % intervals
+over pictures, and a seed is one draw of bridge weights and of the order of samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from foveate.evaluation.evaluate import evaluate
+from foveate.files import write_json
+from foveate.inference import load_model
+from foveate.inspect.figures import COLOURS
+from foveate.machine import environment
+from foveate.train.recipe import load_recipe
+from foveate.train.run import train
+from foveate.world.scenes import write_world
+
+HERE = Path(__file__).parent
+RECIPES = HERE.parent.parent / "recipes" / "elastic"
+READ = {"mqt": (1, 2, 4, 8, 16, 32, 64), "chain-of-sight": (4, 20, 52)}
+APART = {"mqt": (4, 16, 64), "chain-of-sight": (4, 20, 52)}  # trained by themselves
+ARMS = [*READ, *(f"{name}-{count}" for name, counts in APART.items() for count in counts)]
+
+
+def parts(arm: str) -> tuple[str, int | None]:
+    """The recipe of an arm, and the number of tokens that all of its steps have."""
+    return next((name, int(arm.removeprefix(f"{name}-")) if arm != name else None) for name in READ if arm.startswith(name))
+
+
+def finished(arm: str, seed: int, given: argparse.Namespace) -> Path:
+    """Trains an arm, or goes on with it. Returns the folder of its model."""
+    name, count = parts(arm)
+    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").replace("runs/elastic", str(given.work))
+    path = given.work / "recipes" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    overrides = [f"output={given.work}/{arm}-{seed}", f"seed={seed}"]
+    overrides += [] if count is None else [f"stages.0.view_tokens={count}"]
+    overrides += [f"stages.0.steps={given.steps}", "stages.0.epochs=null"] if given.steps else []
+    return train(load_recipe(path, overrides))
+
+
+def asked(arm: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """What a trained model answers at each of its numbers of tokens."""
+    name, count = parts(arm)
+    model, processor = load_model(str(finished(arm, seed, given)))
+    found = []
+    for read in READ[name] if count is None else (count,):
+        processor.set_view_tokens(read)
+        result = evaluate(model, given.work / "data", processor=processor, limit=given.questions)
+        assert result.visual_tokens == read
+        families = {family: score.accuracy for family, score in result.families.items()}
+        pictures, correct = [row.image for row in result.rows], [int(row.correct) for row in result.rows]
+        found.append({"arm": arm, "seed": seed, "tokens": read, "families": families, "pictures": pictures, "correct": correct})
+    return found
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """By how many points `one` is better than `other` on the same questions, and half of the 95 % interval over pictures."""
+    assert one["pictures"] == other["pictures"]
+    by_picture: dict[str, float] = defaultdict(float)
+    for picture, a, b in zip(one["pictures"], one["correct"], other["correct"], strict=True):
+        by_picture[picture] += a - b
+    questions, mean = len(one["correct"]), sum(by_picture.values()) / len(by_picture)
+    spread = math.sqrt(sum((value - mean) ** 2 for value in by_picture.values()))
+    return 100 * sum(by_picture.values()) / questions, 100 * 1.96 * spread / questions
+
+
+def accuracy(row: dict[str, Any]) -> float:
+    return 100 * sum(row["correct"]) / len(row["correct"])
+
+
+def of(rows: Sequence[dict[str, Any]], arm: str, tokens: int) -> dict[str, Any] | None:
+    """The answers of all seeds as one set."""
+    own = [row for row in rows if (row["arm"], row["tokens"]) == (arm, tokens)]
+    if not own:
+        return None
+    pictures = [f"{row['seed']}/{picture}" for row in own for picture in row["pictures"]]
+    return {"pictures": pictures, "correct": [one for row in own for one in row["correct"]]}
+
+
+def table(report: dict[str, Any]) -> str:
+    rows = report["rows"]
+    seeds, questions = sorted({row["seed"] for row in rows}), len(rows[0]["correct"])
+    settings = f"{report['scenes']:,} scenes at 64 px, {report['steps'] or 'an epoch of'} steps"
+    lines = [
+        f"{questions:,} held-out questions, {len(seeds)} seed{'s' * (len(seeds) > 1)}; {settings}. {report['machine']}.",
+        "",
+        "| bridge | visual tokens | one model for all, % | gain on the last | trained at this number alone, % | the one model's lead |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, counts in READ.items():
+        before = None
+        for count in counts:
+            elastic, alone = of(rows, name, count), of(rows, f"{name}-{count}", count)
+            cells = [name, str(count), "" if elastic is None else f"{accuracy(elastic):.1f}"]
+            cells.append("" if elastic is None or before is None else points(elastic, before))
+            cells.append("" if alone is None else f"{accuracy(alone):.1f}")
+            cells.append("" if elastic is None or alone is None else points(elastic, alone))
+            if elastic is not None or alone is not None:
+                lines.append(f"| {' | '.join(cells)} |")
+            before = elastic or before
+    return "\n".join([*lines, "", "Differences in points on the same questions, with 95 % intervals over pictures.", ""])
+
+
+def points(one: dict[str, Any], other: dict[str, Any]) -> str:
+    lead, half = difference(one, other)
+    return f"{lead:+.1f} ± {half:.1f}".replace("-", "−")
+
+
+def plot(report: dict[str, Any]) -> Figure:
+    """Accuracy over visual tokens: a line for each model that is read at several numbers, points for those of one."""
+    figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, counts) in zip(COLOURS, READ.items(), strict=False):
+        for arms, style in (([name] * len(counts), "o-"), ([f"{name}-{count}" for count in counts], "x")):
+            found = [(count, row) for arm, count in zip(arms, counts, strict=True) if (row := of(report["rows"], arm, count))]
+            label = f"{name}, {'one model' if style == 'o-' else 'one model a number'}"
+            if found:
+                axes.plot([count for count, _ in found], [accuracy(row) for _, row in found], style, color=colour, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("visual tokens of an image")
+    axes.set_ylabel("correct answers, %")
+    axes.legend()
+    return figure
+
+
+def write(output: Path) -> None:
+    report = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    (output / "table.md").write_text(table(report), encoding="utf-8")
+    figure = plot(report)
+    figure.savefig(output / "plot.svg", metadata={"Date": None})
+    figure.savefig(output / "plot.png", dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--scenes", type=int, default=2000, help="to train on, two samples each")
+    parser.add_argument("--test", type=int, default=200, help="scenes to ask about")
+    parser.add_argument("--questions", type=int, help="at most so many, all families in turn")
+    parser.add_argument("--steps", type=int, default=0, help="of each training; 0: one epoch")
+    parser.add_argument("--table", action="store_true", help="only write the table and the curve")
+    parser.add_argument("--work", type=Path, default=Path("runs/elastic"), help="where data, features, checkpoints and models go")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    given = parser.parse_args(arguments)
+    path = given.output / "results.json"
+    settings = {"scenes": given.scenes, "test": given.test, "questions": given.questions, "steps": given.steps}
+    report = {**settings, "rows": []}
+    if path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
+    if not given.table:
+        if any(report[name] != value for name, value in settings.items()):
+            raise SystemExit(f"{path} was made with other settings; move it away, or give another --output")
+        write_world(given.work / "data", train=given.scenes, test=given.test, seed=0)
+        for seed in given.seeds:
+            for arm in given.arms:
+                if not any((row["arm"], row["seed"]) == (arm, seed) for row in report["rows"]):
+                    report["rows"] += asked(arm, seed, given)
+                    report |= {"machine": environment(), "threads": torch.get_num_threads()}
+                    given.output.mkdir(parents=True, exist_ok=True)
+                    write_json(path, report, indent=None)
+    write(given.output)
+
+
+if __name__ == "__main__":
+    main()
