@@ -20,7 +20,7 @@ from transformers import (
 
 from foveate.errors import FoveateError
 from foveate.model import FoveateForConditionalGeneration
-from foveate.model.seeing import patch_states
+from foveate.model.towers import patch_states
 
 Assemble = Callable[..., Assembled]
 Picture = Callable[..., Image.Image]

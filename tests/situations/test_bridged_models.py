@@ -38,8 +38,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spelled(kind: str) -> dict[str, Any]:
-    """The bridge as the other tests have it, with the widths of this tower and its one level."""
-    return {"kind": kind, **{name: value for name, value in SMALL[kind].items() if name not in ("width", "head_dim", "reads")}}
+    """The bridge as the other tests have it, with the widths of this tower and its one level, whose halves stand for two towers."""
+    own = {"towers": [[1, 16], [1, 16]]} if kind == "mg_gate" else {}
+    left = {name: value for name, value in SMALL[kind].items() if name not in ("width", "head_dim", "reads", "towers")}
+    return {"kind": kind, **left, **own}
 
 
 def assembled(folder: Path, kind: str, few: int | None = None, tiling: str | None = None) -> tuple[Any, Any]:

@@ -44,6 +44,7 @@ MADE = {  # tilings with bridges of one token a patch, of blocks, and of windows
     "lrs": MLP,
     "idefics3:tiles=2": POOL,
     "xcomposer:tiles=2,first=tiles": COS,
+    "deepstack:start=0,tiles=2": POOL,
 }
 LEDGERS = {  # of each kind of plan: what acts on it
     "anyres:grids=1x1..3x3,limit=1": ["hired:keep=0.5,unspent=give", "divprune:keep=0.5,scope=crop"],

@@ -10,6 +10,7 @@ from foveate.tokens import Block, ImagePlan
 RULES = {  # 1000 x 500 pixels: passes of the encoder, tokens in the language model
     "whole:pad=true": (1, 576),  # LLaVA-1.5; MG-LLaVA's rule for its first tower as well
     "s2": (14, 576),
+    "deepstack": (3, 576),
     "inf_llava": (19, 576),
     "native": (1, 648),
     "leopard": (3, 507),

@@ -143,6 +143,18 @@ def test_mqt_recipe() -> None:
     assert any("view_tokens are drawn of 256 numbers" in note for note in instruct.notes)
 
 
+def test_other_doors_recipes() -> None:
+    """DeepStack: five views and no token more. COMM: a second tower, as many tokens."""
+    base = of("llava-1.5-7b")[1]
+    stacked, both = plan(PAPERS / "deepstack-7b.yaml", image=(1344, 1344)).stages[1], of("comm-7b")[1]
+    assert (stacked.tokens_per_image, both.tokens_per_image, both.grid) == (576, 576, (24, 24))
+    for part, flops in base.forward_flops.items():
+        assert stacked.forward_flops[part] == flops * (5 if part in ("tower", "bridge") else 1)
+        assert part in ("tower", "bridge") or both.forward_flops[part] == flops
+    assert 1.9 < both.forward_flops["tower"] / base.forward_flops["tower"] < 2.2  # of CLIP also its last block
+    assert both.trainable["bridge"] == 30 * (1024**2 + 3 * 1024 + 1) + 2 * 4 * 1024**2 + 5 * 1024 + 4096 * (2 * 1024 + 1)
+
+
 def test_share_and_means_follow_the_parts() -> None:
     projector, instruct = of("llavolta-7b-two", "stages.1.reducers.0.share=1/4", "stages.1.reducers.1.share=3/4")
     assert instruct.mean_tokens == 14652  # the paper's ablation 25/75, by the formula
@@ -154,6 +166,7 @@ def test_share_and_means_follow_the_parts() -> None:
 
 def test_every_recipe_of_the_papers_is_planned_here() -> None:
     tested = {f"chain-of-sight-7b-{name}" for name in ("32-528", "48-784", "80-1296")} | {"llava-1.5-7b", "mqt-7b"}
+    tested |= {"deepstack-7b", "comm-7b"}
     tested |= {
         f"llavolta-7b-{name}" for name in ("two", "three-deeper", "three-wider", "four-wider-deeper", "four-deeper-wider", "last-stage")
     }

@@ -150,7 +150,7 @@ class Anatomy:
                 continue
             called = child if isinstance(child, nn.ModuleList | nn.ModuleDict) else [child]
             for module in called.values() if isinstance(called, nn.ModuleDict) else called:
-                parts[module] = "tower" if module in towers else "bridge"
+                parts[module] = "tower" if any(inner in towers for inner in module.modules()) else "bridge"
         return parts
 
     def recurrent(self, layer: int) -> bool:
@@ -249,8 +249,9 @@ class Anatomy:
 
     def injected(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, dict[int, Tensor]] | None:
         """What the decoder adds to its visual slots in front of some layers (DeepStack): its arguments without that, the slots (B, N), and
-        by layer the features (tokens, D). None where nothing is added."""
-        return families.deepstack.injected(kwargs)
+        by layer the features (tokens, D). None where nothing is added. With those arguments the decoder adds what has not been taken out
+        of the features."""
+        return families.deepstack.injected(kwargs) or families.deepstack.held(self.core, kwargs)
 
 
 Reader = Callable[[nn.Module], Anatomy | None]

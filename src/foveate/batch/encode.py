@@ -21,8 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from foveate.anatomy import read
-from foveate.anatomy.families import deepstack
+from foveate.anatomy import Anatomy, read
 from foveate.batch.answering import Job
 from foveate.batch.parts import Alone, Done, Parts, carry_out, entry, failures
 from foveate.batch.questions import Questions
@@ -75,7 +74,7 @@ class Encoder:
         self._found: list[tuple[Item, Tensor]] = []
         self._alone = Alone()
         Encodings(anatomy, [*reducer.sites(1)[0].needs, Noise()], self._seen)
-        anatomy.decoder.register_forward_pre_hook(_stop, with_kwargs=True)
+        anatomy.decoder.register_forward_pre_hook(partial(_stop, anatomy), with_kwargs=True)
 
     def __call__(self, rows: Sequence[int]) -> bytes:
         """A shard: the tensors of every picture of these rows, and what the index is to say of them."""
@@ -132,8 +131,8 @@ class Encoder:
         self._found += zip(items, features, strict=True)
 
 
-def _stop(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    if deepstack.injected(kwargs) is not None:
+def _stop(anatomy: Anatomy, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if anatomy.injected(kwargs) is not None:
         raise Broken(
             "this model adds features between its decoder layers too (DeepStack), which embeddings do not hold; use foveate generate",
         )

@@ -9,8 +9,10 @@ from foveate.bridges.avg_pool2d import AvgPool2d
 from foveate.bridges.base import Bridge, ElasticBridge
 from foveate.bridges.c_abstractor import CAbstractor
 from foveate.bridges.chain_of_sight import ChainOfSight
+from foveate.bridges.comm import COMM
 from foveate.bridges.d_abstractor import DAbstractor
 from foveate.bridges.ldpv2 import LDPv2
+from foveate.bridges.mg_gate import MGGate
 from foveate.bridges.mlp import MLP
 from foveate.bridges.mqt import MQT
 from foveate.bridges.pixel_shuffle import PixelShuffle
@@ -31,10 +33,13 @@ BRIDGES: dict[str, type[Bridge]] = {
     "d_abstractor": DAbstractor,
     "ldpv2": LDPv2,
     "wide_windows": WideWindows,
+    "comm": COMM,
+    "mg_gate": MGGate,
 }
 
 __all__ = [
     "BRIDGES",
+    "COMM",
     "MLP",
     "MQT",
     "AvgPool2d",
@@ -44,6 +49,7 @@ __all__ = [
     "DAbstractor",
     "ElasticBridge",
     "LDPv2",
+    "MGGate",
     "PixelShuffle",
     "ReSA",
     "Resampler",

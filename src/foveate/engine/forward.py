@@ -110,7 +110,8 @@ class ForwardPass:
             return None
         # After a cut the model would not find its slots again: what it adds is added here.
         new, slots, features = injected
-        for layer, values in features.items():
+        while features:
+            layer, values = features.popitem()
             spread = torch.zeros((*shape, values.shape[-1]), dtype=values.dtype, device=values.device)
             self._injected[layer] = spread.index_put((slots.to(values.device),), values)
         return new

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, require_token
+from foveate.model.towers import Normal, Towers, TowersConfig
 from foveate.model.weights import load_weights, reading
 from foveate.world import resolve
 
 
 def from_backbones(
-    vision: str | Path | PreTrainedModel,
+    vision: str | Path | PreTrainedModel | Sequence[str | Path | PreTrainedModel],
     text: str | Path | PreTrainedModel,
     bridge: dict[str, Any] | Bridge,
     *,
-    vision_feature_layer: list[int] | int | None = None,
+    vision_feature_layer: Any = None,
     image_size: int | None = None,
     tiling: str | None = None,
     add_image_token: bool = False,
@@ -43,6 +45,8 @@ def from_backbones(
     GPT-NeoX and their like; not GPT-2, Falcon, BLOOM, MPT, GPT-J).
 
     - `bridge`: {"kind": ..., arguments}; widths, levels and grid that are left open come from the backbones. Or a Bridge.
+    - `vision`: a list is of several towers that see every picture (`foveate.model.towers`), of which `vision_feature_layer` then has an
+      entry each, a number or several, and `image_processor` one each where they are given.
     - `vision_feature_layer`, `tiling`: see FoveateConfig. `image_size`: pixels of a view, the tower's own unless given.
     - `add_image_token`: add `image_token` to a tokenizer that lacks it and a row to the embeddings at both ends.
     - `dtype`: of all three parts; unless given, that in which the language model was saved (transformers 5's rule).
@@ -51,19 +55,14 @@ def from_backbones(
     FoveateError if a backbone is not there, or the parts do not fit.
     """
     options = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    vision, text = (part if isinstance(part, PreTrainedModel) else resolve(str(part)) for part in (vision, text))
+    text = named(text)
     if isinstance(text, PreTrainedModel):
         language_model = text if dtype is None else converted(text, resolve_dtype(dtype))
     else:
         language_model = load_part(AutoModelForCausalLM, text, "language model", dtype=dtype or "auto", **options)
     dtype = resolve_dtype(dtype) if dtype is not None else language_model.dtype
-    tower = converted(vision, dtype) if isinstance(vision, PreTrainedModel) else load_tower(vision, dtype=dtype, **options)
-
+    tower, image_processor, vision_feature_layer = open_vision(vision, image_processor, vision_feature_layer, dtype, options)
     tokenizer = copy.deepcopy(tokenizer) if tokenizer is not None else load(AutoTokenizer, source(text, "tokenizer"), "tokenizer")
-    if image_processor is not None:
-        image_processor = copy.deepcopy(image_processor)
-    else:
-        image_processor = load(AutoImageProcessor, source(vision, "image_processor"), "image processor", backend="pil")
     if tokenizer.pad_token is None:  # batches need one; as in LLaVA it is the unknown token where there is one
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     fit_image_token(tokenizer, language_model, image_token, add_image_token)
@@ -94,6 +93,40 @@ def from_backbones(
         tiling=config.tiling,
     )
     return model.eval(), processor
+
+
+def open_vision(
+    vision: Any, image_processor: Any, layers: Any, dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[PreTrainedModel, Any, list[int] | int | None]:
+    """The vision tower (of several names or modules one that has them in it), its image processor, and the hidden states to read of it."""
+    several = isinstance(vision, Sequence) and not isinstance(vision, str)
+    given = [named(one) for one in (vision if several else [vision])]
+    if not given:
+        raise FoveateError("vision=[] names no tower: give at least one")
+    processors = list(image_processor) if isinstance(image_processor, list | tuple) else [image_processor] * len(given)
+    if len(processors) != len(given):
+        raise FoveateError(f"{len(processors)} image processors were given for {len(given)} vision towers: one for each, or one for all")
+    towers = [converted(one, dtype) if isinstance(one, PreTrainedModel) else load_tower(one, dtype=dtype, **options) for one in given]
+    processors = [
+        load(AutoImageProcessor, source(one, "image_processor"), "image processor", backend="pil") if of is None else copy.deepcopy(of)
+        for one, of in zip(given, processors, strict=True)
+    ]
+    if not several:
+        return towers[0], processors[0], layers
+    config = TowersConfig.of([tower.config for tower in towers], layers, normals(processors))
+    return Towers(config, towers), processors[0], -1
+
+
+def normals(processors: Sequence[Any]) -> list[Normal] | None:
+    """How each processor normalises; None where all do it alike, or one does not say."""
+    found = [(getattr(one, "image_mean", None), getattr(one, "image_std", None)) for one in processors]
+    told: list[Normal] = [(list(mean), list(std)) for mean, std in found if mean is not None and std is not None]
+    return None if len(told) < len(found) or all(one == told[0] for one in told) else told
+
+
+def named(part: Any) -> Any:
+    """A backbone as it was given, or where its name leads."""
+    return part if isinstance(part, PreTrainedModel) else resolve(str(part))
 
 
 def savable(config: GenerationConfig) -> GenerationConfig:

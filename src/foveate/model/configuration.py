@@ -9,6 +9,8 @@ from transformers.configuration_utils import SubConfigSpec
 
 from foveate.bridges import complete_config
 from foveate.errors import FoveateError
+from foveate.model.entering import refuse_layers
+from foveate.model.towers import number
 from foveate.model.views import BridgeSight
 from foveate.tilings import Tiling, parse
 from foveate.tokens import ImagePlan, Wiring, wire
@@ -99,7 +101,8 @@ def read_tiling(spelled: str | Tiling | None) -> Tiling | None:
 class FoveateConfig(Planning, PreTrainedConfig):
     """What `FoveateForConditionalGeneration` is made of.
 
-    - `vision_config`, `text_config`: the backbones' own configurations (any model type that transformers knows).
+    - `vision_config`, `text_config`: the backbones' own configurations (any model type that transformers knows); of several vision towers a
+      `TowersConfig`, which also says what is read of each.
     - `bridge`: {"kind": ..., constructor arguments}; widths, levels and grid that are left open are filled in from the backbones.
     - `vision_feature_layer`: hidden states of the tower that the bridge gets, shallow before deep; 0 is the embeddings, negative
       numbers count from the end. The default [-2] is LLaVA's.
@@ -148,24 +151,32 @@ class FoveateConfig(Planning, PreTrainedConfig):
             self.image_size = self.native_size
         tiling = read_tiling(self.tiling)
         self.tiling = None if tiling is None else str(tiling)
-        width = self._tower("hidden_size")
+        width = number(self.vision_config, "hidden_size")
         attends = getattr(self.vision_config, "num_attention_heads", None) is not None  # towers of convolutions leave it to the bridge
         self.bridge = complete_config(
             self.bridge or {"kind": "mlp"},
             vision_width=width,
             width=width,
-            **({"head_dim": width // self._tower("num_attention_heads")} if attends else {}),
+            **({"head_dim": width // number(self.vision_config, "num_attention_heads")} if attends else {}),
             text_width=self.text_config.get_text_config().hidden_size,
-            levels=len(self.vision_feature_layer) * (1 if tiling is None else tiling.scales),
+            levels=(levels := len(self.vision_feature_layer) * (1 if tiling is None else tiling.scales)),
+            towers=getattr(self.vision_config, "shapes", [[levels, width]]),
             grid=self.grid[0],
         )
         self.view_tokens = read_view_tokens(self.view_tokens)
+        self.check_layers(tiling)
         if tiling is not None and tiling.shapes:
             sight = self.sight()
             sight.made((sight.merge, 2 * sight.merge))  # a bridge that is bound to one grid is told now
         self.auto_map = {"AutoConfig": f"{NEEDS}--foveate.FoveateConfig"}
         # The tying itself is the language model's own affair (it is nested whole); this is what libraries around it read.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+
+    def check_layers(self, tiling: Tiling | None) -> None:
+        """FoveateError where a tiling lets tokens enter in front of decoder layers that are not there."""
+        depth = getattr(self.text_config.get_text_config(), "num_hidden_layers", None)
+        if tiling is not None and depth is not None:
+            refuse_layers(tiling.layers, depth)
 
     @property
     def scales(self) -> int:
@@ -176,12 +187,12 @@ class FoveateConfig(Planning, PreTrainedConfig):
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        return self._tower("patch_size")
+        return number(self.vision_config, "patch_size")
 
     @property
     def native_size(self) -> int:
         """Side in pixels of the images that the tower's position embeddings were made for."""
-        return self._tower("image_size")
+        return number(self.vision_config, "image_size")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -215,13 +226,3 @@ class FoveateConfig(Planning, PreTrainedConfig):
         if height < patch or width < patch:
             raise FoveateError(f"an image of {height} x {width} pixels is smaller than one patch of {patch} pixels")
         return height // patch, width // patch
-
-    def _tower(self, name: str) -> int:
-        """A number of the vision tower's configuration, also where it is spelled as (height, width)."""
-        value = getattr(self.vision_config, name, None)
-        sides = set(value) if isinstance(value, list | tuple) else {value}
-        if len(sides) != 1 or not isinstance(side := sides.pop(), int):
-            raise FoveateError(
-                f"a {self.vision_config.model_type!r} model cannot be the vision tower: its {name} is {value}, not one number"
-            )
-        return side

@@ -12,14 +12,16 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from foveate.errors import FoveateError
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, forget_last_call
+from foveate.model.towers import TowersConfig
 from foveate.reducers import save_reducers, save_weights, saved_reducers, saved_weights
 
 
 def to_llava(model: Any, processor: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """`model` and `processor` as LLaVA's. The weights are shared, not copied, and the logits of a trial are the same to the last bit.
 
-    FoveateError that says why where LLaVA cannot be this model: another bridge than an MLP, images of another size than the tower's own,
-    several tokens before the patches, a language model that does more than multiply between its last hidden state and the logits.
+    FoveateError that says why where LLaVA cannot be this model: another bridge than an MLP, a tiling, several towers, images of another
+    size than the tower's own, several tokens before the patches, a language model that does more than multiply between its last hidden
+    state and the logits.
     """
     if not isinstance(model, FoveateForConditionalGeneration) or not isinstance(processor, FoveateProcessor):
         raise FoveateError(f"only Foveate's own models are exported; a {type(model).__name__} is what the library knows already")
@@ -29,6 +31,10 @@ def to_llava(model: Any, processor: Any) -> tuple[LlavaForConditionalGeneration,
         raise FoveateError(
             f"a {kind} bridge cannot be exported: LLaVA's projector is an MLP that makes one token of each patch (kind: mlp)"
         )
+    if config.tiling is not None:
+        raise FoveateError(f"the model cuts images by {config.tiling}, and LLaVA sees each whole, once: it cannot be exported")
+    if isinstance(config.vision_config, TowersConfig):
+        raise FoveateError("the model has several vision towers, and LLaVA has one: it cannot be exported")
     if config.image_size != native:
         raise FoveateError(
             f"the model takes images of {config.image_size} pixels and its tower was made for {native}: LLaVA does not interpolate "

@@ -25,9 +25,11 @@ from transformers.utils.generic import can_return_tuple
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig, read_tiling, read_view_tokens
+from foveate.model.entering import Entering, watch
 from foveate.model.grown import annealed, check_attention, check_language_model, lineage, place, refuse_few, refuse_growth, refuse_tiling
 from foveate.model.outputs import FoveateCausalLMOutputWithPast, FoveateModelOutputWithPast, common_outputs
 from foveate.model.seeing import Seeing
+from foveate.model.towers import interpolates
 from foveate.model.views import ImageMarks
 
 
@@ -59,10 +61,12 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         self.bridge = bridge if bridge is not None else build_bridge(config.bridge)
         self.causal_lm = causal_lm if causal_lm is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.image_marks: ImageMarks | None = None
+        self.entering, self._doors = Entering(), list[Any]()
         self._check_parts()
         for part in (self.vision_tower, self.bridge, self.causal_lm):
             keep_initialisation(part)
         self.learn_marks()
+        self.open_doors()
         self.post_init()
 
     def _check_parts(self) -> None:
@@ -72,7 +76,7 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
             more = f", at each of the {scales} sizes of {self.config.tiling}" if scales > 1 else ""
             raise FoveateError(f"the {kind} bridge takes {levels} feature levels but vision_feature_layer is {layers}{more}")
         accepted = inspect.signature(self.vision_tower.forward).parameters
-        self._interpolates = "interpolate_pos_encoding" in accepted
+        self._interpolates = interpolates(self.vision_tower)
         needed = [
             p.name for p in accepted.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "pixel_values"
         ]
@@ -98,6 +102,13 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         if self.image_marks is not None:
             self.image_marks.load_state_dict({name: vector for name, vector in had.items() if name in names}, strict=False)
             keep_initialisation(self.image_marks)
+
+    def open_doors(self) -> None:
+        """Set the hooks by which tokens enter inside the language model, those of the tiling."""
+        doors = watch(self.entering, self.causal_lm, () if self.config.tiled is None else self.config.tiled.layers)
+        for hook in self._doors:
+            hook.remove()
+        self._doors = doors
 
     @property
     def marks(self) -> dict[str, nn.Parameter]:
@@ -154,7 +165,8 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         image_sizes: Tensor | None = None,
         view_tokens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves."""
+        """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves. What
+        of the images enters inside the language model is left in `entering`."""
         if (input_ids is None) == (inputs_embeds is None):
             raise FoveateError("give exactly one of input_ids and inputs_embeds")
         encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
@@ -172,6 +184,7 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         if encoded is not None:
             visual = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual)
+            self._let_in(mask[..., 0], encoded)
             return inputs_embeds.masked_scatter(mask, visual), visual
 
         # While decoding, an image token can only be one that the model itself has made.
@@ -181,6 +194,17 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         if (always or together) if self.training else (always and together and past_key_values is None):
             inputs_embeds = inputs_embeds + self._blank_image().to(inputs_embeds.device, inputs_embeds.dtype)
         return inputs_embeds, None
+
+    def _let_in(self, slots: Tensor, encoded: BaseModelOutputWithPooling) -> None:
+        """Leave to the decoder layers what enters in front of them."""
+        layers = () if self.config.tiled is None else self.config.tiled.layers
+        stacks = getattr(encoded, "deepstack_features", None) or ()
+        if len(stacks) != len(layers):
+            raise FoveateError(
+                f"the encoded images have {len(stacks)} deepstack_features, and with {self.config.tiling} {len(layers)} enter the language "
+                "model: hand in image_sizes with the pixels, or all that get_image_features gives"
+            )
+        self.entering.begin(slots, {layer: torch.cat(list(of)) for layer, of in zip(layers, stacks, strict=True)})
 
     def _blank_image(self) -> Tensor:
         """Zero, but by way of tower and bridge: sharded training hangs when one process skips a module that the others wait in."""
@@ -224,6 +248,7 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
             *(image_crops, tower_features, image_sizes, view_tokens),
         )
         if run == "images":
+            self.entering.end()
             return FoveateCausalLMOutputWithPast(hidden_states=(inputs_embeds,), image_hidden_states=visual)
         kept, given = None, {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if self.config.grown is not None:
@@ -231,7 +256,10 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
             given, kept = place(self.config, inputs_embeds, slots, given, merged=text is not None)
         kwargs |= given | {"return_dict": True}
         called = self.causal_lm if run == "logits" else self.language_model
-        output = called(inputs_embeds=inputs_embeds, **kwargs)
+        try:
+            output = called(inputs_embeds=inputs_embeds, **kwargs)
+        finally:
+            self.entering.end()
         if kept is not None:
             kept.remember(output.past_key_values)
         if run == "logits":
@@ -377,8 +405,10 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             raise FoveateError(f"the bridge reads {levels} maps, and {tiling} would change their number: make a model with it instead")
         if wanted is not None:
             refuse_growth(self.config, "a tiling")
+            self.config.check_layers(wanted)
         self.config.tiling = None if wanted is None else str(wanted)
         self.model.learn_marks()
+        self.model.open_doors()
 
     def set_image_size(self, pixels: int) -> None:
         """Take images of `pixels` x `pixels` from now on. FoveateError if the bridge is bound to its grid."""

@@ -5,8 +5,16 @@ from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
+
+
+@dataclass
+class StackedImageOutput(BaseModelOutputWithPooling):
+    """Encoded images, and `deepstack_features`: of each stack, of each image the (visual tokens, text width) that are added to its visual
+    tokens inside the language model. (The name is the library's, which repeats and slices them with the rest.)"""
+
+    deepstack_features: list[list[Tensor]] | None = None
 
 
 @dataclass

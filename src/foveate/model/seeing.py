@@ -10,7 +10,9 @@ from transformers.utils.generic import can_return_tuple
 
 from foveate.bridges import ElasticBridge
 from foveate.errors import FoveateError
-from foveate.model.views import ImageMarks, arrange, check_views, each_shape, joined
+from foveate.model.outputs import StackedImageOutput
+from foveate.model.towers import patch_states, run
+from foveate.model.views import ImageMarks, arrange, check_views, each_shape, joined, stacked
 
 
 class Seeing:
@@ -45,6 +47,9 @@ class Seeing:
         `encode_crops` has made of them; the tower is not run then, and of the pixels only the shape matters. `hidden_states` holds the
         tower's states at `vision_feature_layer` (None elsewhere). FoveateError where the tower cannot take the size or does not give one
         state per patch.
+
+        Where tokens enter inside the language model (the tiling deepstack), `deepstack_features` holds them beside, see
+        `StackedImageOutput`.
         """
         output: Any = BaseModelOutput()
         said = next((given for given in (image_sizes, image_crops, pixel_values) if given is not None), pixel_values)
@@ -65,6 +70,7 @@ class Seeing:
                 features = joined(features, grid, self.config.scales)
             return bridged(self.bridge, features, grid, each)
 
+        inside: dict[str, Any] = {}
         if image_sizes is None:
             tokens = tokens_of(pixel_values)
             if image_crops is None:
@@ -82,11 +88,14 @@ class Seeing:
                 rows = [views[sum(counts[:i]) : sum(counts[: i + 1])] for i in range(len(counts))]
                 own = [torch.cat([view[:count] for view in row]) for row, count in zip(rows, each, strict=True)]
             images = arrange(own, plans, self.image_marks)
-        return BaseModelOutputWithPooling(
+            if layers := self.config.tiled.layers:
+                inside = {"deepstack_features": stacked(own, plans, len(layers))}
+        return (StackedImageOutput if inside else BaseModelOutputWithPooling)(
             last_hidden_state=output.last_hidden_state,
             pooler_output=images,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **inside,
         )
 
     def _given(self, tower_features: Tensor, grid: tuple[int, int]) -> list[Tensor]:
@@ -111,21 +120,7 @@ class Seeing:
         return [crops.flatten(0, 1) for crops in image_features]
 
     def _run_tower(self, pixel_values: Tensor, **kwargs: Any) -> Any:
-        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or list(self.config.vision_feature_layer)
-        height, width = pixel_values.shape[-2:]
-        native = self.config.native_size
-        if height == width == native:
-            return self.vision_tower(pixel_values, **kwargs)
-        # transformers' towers interpolate bicubically without aligned corners; the code that goes with Chain-of-Sight aligns them.
-        if self._interpolates:
-            return self.vision_tower(pixel_values, interpolate_pos_encoding=True, **kwargs)
-        try:  # towers with rotary or always interpolated positions take any size
-            return self.vision_tower(pixel_values, **kwargs)
-        except (ValueError, RuntimeError) as error:
-            raise FoveateError(
-                f"{type(self.vision_tower).__name__} was made for images of {native} x {native} pixels and does not take "
-                f"{height} x {width}: {error}. Set image_size to {native}"
-            ) from error
+        return run(self.vision_tower, pixel_values, self.config.vision_feature_layer, self._interpolates, **kwargs)
 
     def unused_tower_parameters(self) -> list[str]:
         """Names (inside the tower) of trainable parameters that no feature level depends on: blocks above the deepest, poolers, norms.
@@ -156,17 +151,3 @@ def by_image(tokens: Tensor, image_crops: Tensor) -> list[Tensor]:
     if sum(counts) != len(tokens):
         raise FoveateError(f"image_crops counts {sum(counts)} crops, but pixel_values holds {len(tokens)}")
     return list(tokens.split(counts))
-
-
-def patch_states(hidden_states: Sequence[Tensor | None] | None, layer: int, grid: tuple[int, int]) -> Tensor:
-    """The patches (images, rows * columns, width) of hidden state `layer`: what a tower puts before them ([CLS], registers) is left out."""
-    if hidden_states is None:
-        raise FoveateError("the vision tower does not give its hidden states")
-    if not -len(hidden_states) <= layer < len(hidden_states):
-        raise FoveateError(f"vision_feature_layer {layer} is not there: the tower has hidden states 0 to {len(hidden_states) - 1}")
-    states = hidden_states[layer]
-    patches = grid[0] * grid[1]
-    if states is None or states.dim() != 3 or states.shape[1] < patches:
-        shape = None if states is None else tuple(states.shape)
-        raise FoveateError(f"the tower's hidden state {layer} of shape {shape} lacks one entry for each of {grid[0]} x {grid[1]} patches")
-    return states[:, states.shape[1] - patches :]

@@ -16,7 +16,7 @@ from foveate.bridges import Bridge, build_bridge
 from foveate.bridges.windows import Box, Grid
 from foveate.errors import FoveateError
 from foveate.tilings import Sight
-from foveate.tokens import MARKS, ImagePlan, raster, wire
+from foveate.tokens import MARKS, ImagePlan, raster, stacks, wire
 
 _LARGEST = 32  # patches a side of which a bridge might make one token
 
@@ -117,6 +117,16 @@ def arrange(tokens: Sequence[Tensor], plans: Sequence[ImagePlan], marks: ImageMa
     other."""
     table = None if marks is None else marks.table()
     return [wire(plan).apply(own, table) for own, plan in zip(tokens, plans, strict=True)]
+
+
+def stacked(tokens: Sequence[Tensor], plans: Sequence[ImagePlan], count: int) -> list[list[Tensor]]:
+    """Of each of `count` stacks, of each image the (visual tokens, width) that are added to its visual tokens, from those of its crops;
+    zeros where the image has fewer stacks."""
+    found = []
+    for own, plan in zip(tokens, plans, strict=True):
+        there = own[stacks(plan).to(own.device)]
+        found.append([*there, *there.new_zeros(count - len(there), *there.shape[1:])])
+    return [list(of) for of in zip(*found, strict=True)]
 
 
 def check_views(plans: Sequence[ImagePlan], given: int) -> None:

@@ -14,6 +14,7 @@ from foveate.tilings.anyres import AnyRes as AnyRes
 from foveate.tilings.s2 import S2 as S2
 from foveate.tilings.xcomposer import XComposer as XComposer
 from foveate.tilings.internvl import InternVL as InternVL
+from foveate.tilings.deepstack import DeepStack as DeepStack
 from foveate.tilings.slime import SliME as SliME
 from foveate.tilings.inf_llava import InfLLaVA as InfLLaVA
 from foveate.tilings.minimonkey import MiniMonkey as MiniMonkey

@@ -70,6 +70,11 @@ class Tiling(Spelled, ABC):
         """Maps that the tower's features are joined to by channels before the bridge; 1: every view becomes tokens of its own."""
         return 1
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """In front of which decoder layers, counted from 0, the stacks of a plan's mosaic are added, one each; (): there is no mosaic."""
+        return ()
+
     @abstractmethod
     def lay(self, width: int, height: int, most: int | None, sight: Sight) -> ImagePlan:
         """The plan of an image of these pixels with at most `most` views, None: as many as the method wants. FoveateError where it needs

@@ -13,7 +13,7 @@ from foveate.tokens.image import MARKS, WHOLE, Block, Canvas, Crop, ImagePlan, M
 from foveate.tokens.layout import PLACE, SCOPES, Kind, Layout
 from foveate.tokens.map import TokenMap
 from foveate.tokens.selection import budget, top
-from foveate.tokens.wiring import Wiring, raster, wire
+from foveate.tokens.wiring import Wiring, raster, stacks, wire
 
 __all__ = [
     "MARKS",
@@ -32,6 +32,7 @@ __all__ = [
     "Wiring",
     "budget",
     "raster",
+    "stacks",
     "top",
     "wire",
 ]

@@ -114,6 +114,7 @@ class ImagePlan:
     parts  what stands in the prompt, in order; (): the tokens of each crop in turn
     most   how many crops it might have had, 0: any number
     each   as how many visual tokens a crop was asked for, 0: as many as the bridge makes
+    mosaic crops whose tokens stand nowhere in the prompt and are added to those that do, inside the language model (DeepStack)
     """
 
     crops: tuple[Crop, ...]
@@ -122,6 +123,7 @@ class ImagePlan:
     parts: tuple[Part, ...] = ()
     most: int = 0
     each: int = 0
+    mosaic: Block | None = None
 
     @classmethod
     def whole(cls, tokens: int, grid: tuple[int, int] | None = None, each: int = 0) -> ImagePlan:
@@ -129,10 +131,10 @@ class ImagePlan:
         return cls((Crop(grid, tokens),), each=each)
 
     @classmethod
-    def laid(cls, size: Pair, crops: tuple[Crop, ...], parts: tuple[Part, ...]) -> ImagePlan:
+    def laid(cls, size: Pair, crops: tuple[Crop, ...], parts: tuple[Part, ...], mosaic: Block | None = None) -> ImagePlan:
         """The plan of an image of `size`; what stands in the prompt says which marks there are."""
         bare = cls(crops, (), size, parts)
-        return cls(crops, (Kind.NEWLINE,) * bare._learned, size, parts)
+        return cls(crops, (Kind.NEWLINE,) * bare._learned, size, parts, mosaic=mosaic)
 
     @property
     def visual(self) -> int:

@@ -70,6 +70,19 @@ def wire(plan: ImagePlan, boxes: tuple[Box, ...] | None = None) -> Wiring:
         return _wired(plan, plan.size, boxes)
 
 
+@lru_cache(maxsize=512)
+def stacks(plan: ImagePlan) -> Tensor:
+    """(S, L) int64: of each stack of a plan's mosaic the tokens, counted over the image's crops, that belong to the L visual tokens of its
+    first crop. Stack (i, j) of a x b crops, i before j, is every a-th row and b-th column of their map from (i, j) on (DeepStack, arXiv
+    2406.04334), so that a token gets in all stacks together what the crops show where it stands itself. (0, L) without a mosaic."""
+    if plan.mosaic is None:
+        return torch.zeros(0, plan.visual, dtype=torch.int64)
+    starts = np.cumsum([0] + [crop.tokens for crop in plan.crops])
+    cells, (rows, columns) = _map(plan, plan.mosaic, starts), (plan.mosaic.rows, plan.mosaic.columns)
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.stack([cells[i::rows, j::columns].ravel() for i in range(rows) for j in range(columns)]))
+
+
 def _wired(plan: ImagePlan, size: Pair, boxes: tuple[Box, ...] | None) -> Wiring:
     starts = np.cumsum([0] + [crop.tokens for crop in plan.crops])
     rows: list[tuple[Ints, Floats, Ints, Ints]] = []
@@ -130,9 +143,7 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
         alone = np.full((count, 4), -1)
         alone[:, 0] = label[block.first]
         return starts[block.first] + np.arange(count)[:, None], np.ones((count, 1)), np.zeros(count, np.int64), alone
-    (r, c), number = crop.cells, block.rows * block.columns
-    cells: Ints = starts[block.first] + np.arange(number * r * c).reshape(block.rows, block.columns, r, c).transpose(0, 2, 1, 3)
-    cells = cells.reshape(block.rows * r, block.columns * c)
+    (r, c), cells = crop.cells, _map(plan, block, starts)
     top, left, bottom, right = block.window or (0, 0, *cells.shape)
     kept = cells[top:bottom, left:right]
     rows, columns = block.shape or kept.shape
@@ -155,6 +166,15 @@ def _block(plan: ImagePlan, block: Block, starts: Ints) -> tuple[Ints, Floats, I
         mark, place = np.pad(mark, wide, constant_values=1), np.pad(place, (*wide, (0, 0)), constant_values=-1)
     flat, each = mark.size, source.shape[-1]
     return source.reshape(flat, each), weight.reshape(flat, each), mark.ravel(), place.reshape(flat, 4)
+
+
+def _map(plan: ImagePlan, block: Block, starts: Ints) -> Ints:
+    """The tokens of a block's crops as they lie side by side: one map of cells, (block.rows * rows, block.columns * columns)."""
+    cells = plan.crops[block.first].cells
+    assert cells is not None
+    (r, c), number = cells, block.rows * block.columns
+    found: Ints = starts[block.first] + np.arange(number * r * c).reshape(block.rows, block.columns, r, c).transpose(0, 2, 1, 3)
+    return found.reshape(block.rows * r, block.columns * c)
 
 
 def _tiles_before(crop: Crop) -> Pair:

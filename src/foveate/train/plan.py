@@ -20,7 +20,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, PreTrainedConfig
 
 from foveate.accounting import CONVENTION, image_shape, parameters, predict, trainable
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
@@ -37,6 +37,9 @@ CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2
 KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
     "openai/clip-vit-large-patch14": partial(CLIPVisionConfig, **CLIP_L, image_size=224),
     "openai/clip-vit-large-patch14-336": partial(CLIPVisionConfig, **CLIP_L, image_size=336),
+    "facebook/dinov2-large": partial(
+        Dinov2Config, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518
+    ),
     "lmsys/vicuna-7b-v1.5": partial(
         LlamaConfig, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     ),

@@ -17,7 +17,18 @@ from foveate.reducers import parse
 from foveate.reducers.learned import learned
 from foveate.train.schedule import NONE, Part
 from foveate.train.sizes import read_bytes
-from foveate.train.values import ReducerString, Share, TilingString, Weight, known_optimizer, readable_template, trainable_dtype
+from foveate.train.values import (
+    MicroBatch,
+    ReducerString,
+    Share,
+    TilingString,
+    ViewTokens,
+    Weight,
+    known_optimizer,
+    named_loss,
+    readable_template,
+    trainable_dtype,
+)
 
 log = logging.getLogger(__name__)
 
@@ -167,11 +178,6 @@ class Slot(Strict):
         return Part(self.share, tuple(self.cycle) if self.cycle is not None else (self.reducer,))
 
 
-def _term(value: Any) -> Any:
-    """A loss without a weight may stand there by itself."""
-    return {"loss": value} if isinstance(value, str) else value
-
-
 class Term(Strict):
     """A loss over several passes of a step, `foveate.losses`, and the weight of its term."""
 
@@ -206,24 +212,6 @@ LearningRate = Annotated[
     Annotated[float, Field(gt=0), Tag(ONE)] | Annotated[Rates, Tag(BY_PART)],
     Discriminator(_rate_kind),
 ]
-
-
-def _micro_batch(value: Any) -> Any:
-    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
-        return value
-    raise ValueError("a micro_batch is a number of samples above 0, or auto")
-
-
-def _view_tokens(value: Any) -> Any:
-    numbers = value if isinstance(value, list) and value else [value]
-    if value in (None, "any") or all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in numbers):
-        return value
-    raise ValueError("view_tokens is a number of visual tokens of each view; a list of them, or any, of which one is drawn for each step")
-
-
-ViewTokens = Annotated[int | list[int] | Literal["any"] | None, BeforeValidator(_view_tokens)]
-
-MicroBatch = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch)]
 
 
 def _data_kind(value: Any) -> str:
@@ -293,7 +281,7 @@ class Stage(Strict):
     group_by_length: bool = False
     pack: bool | Annotated[int, Field(gt=1)] = False  # all samples in a row; or rows of at most so many tokens
     reducers: list[Slot] = []
-    losses: list[Annotated[Term, BeforeValidator(_term)]] | None = None
+    losses: list[Annotated[Term, BeforeValidator(named_loss)]] | None = None
     validation: Validation | None = None
     features: Features | None = None
     evaluate: Evaluate | None = None
@@ -401,12 +389,12 @@ class Model(Strict):
     """Either `vision` + `text` + `bridge` (assembled anew), or `checkpoint` (a Foveate model, or another vision-language model).
 
     Each name is a hub name, a local folder, `asset:NAME` for what ships with the package, or `real:NAME` for what `foveate real prepare`
-    has made."""
+    has made. `vision` may be several, of which `vision_feature_layer` then has an entry each, a number or several."""
 
-    vision: str | None = None
+    vision: str | Annotated[list[str], Field(min_length=1)] | None = None
     text: str | None = None
     bridge: dict[str, Any] | None = None
-    vision_feature_layer: list[int] | None = None
+    vision_feature_layer: list[int | list[int]] | None = None
     tiling: TilingString | None = None
     add_image_token: bool = False
     checkpoint: str | None = None
@@ -426,6 +414,12 @@ class Model(Strict):
         if self.checkpoint is None and len(built) < 3:
             missing = [key for key in ("vision", "text", "bridge") if key not in built]
             raise ValueError(f"`{'`, `'.join(missing)}` missing: a model is `vision` + `text` + `bridge`, or a `checkpoint`")
+        if (
+            self.vision_feature_layer
+            and not isinstance(self.vision, list)
+            and not all(isinstance(n, int) for n in self.vision_feature_layer)
+        ):
+            raise ValueError("`vision_feature_layer` has levels of several towers, but `vision` is one: give numbers, or several towers")
         if self.bridge is not None and not isinstance(self.bridge.get("kind"), str):
             raise ValueError("`bridge` needs a `kind`, the name of one")
         return self

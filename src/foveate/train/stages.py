@@ -24,18 +24,19 @@ from foveate.accounting import Trained, image_shape, image_tokens
 from foveate.accounting.dry_run import encode, skeleton
 from foveate.anatomy import read
 from foveate.bridges import Bridge, build_bridge, complete_config
-from foveate.contract import Noise
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError, NotApplicable
 from foveate.model.assembly import refuse_file
 from foveate.model.configuration import FoveateConfig
 from foveate.model.grown import check_attention, check_language_model, lineage, refuse_few, refuse_growth, refuse_tiling
+from foveate.model.towers import TowersConfig
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer, parse, saved_weights
 from foveate.reducers.base import acting
 from foveate.reducers.learned import learned, lent_weights
 from foveate.tokens import ImagePlan
+from foveate.train.frozen import check_features
 from foveate.train.schedule import Part
 from foveate.train.settings import BridgeScales, Keep, Lora, LoraOf, Model, Recipe, Stage
 from foveate.world import resolve
@@ -184,12 +185,16 @@ def start(model: Model, first: Stage, load: Read) -> Any:
     """The configuration that the first stage finds; a new bridge is built with that stage's scales at once."""
     if model.checkpoint is not None:
         return load(model.checkpoint, "checkpoint")
-    vision, text = load(model.vision or "", "vision"), load(model.text or "", "text")
+    text, levels = load(model.text or "", "text"), model.vision_feature_layer
+    if isinstance(model.vision, list):
+        vision, levels = TowersConfig.of([load(name, "vision") for name in model.vision], levels), [-1]
+    else:
+        vision = load(model.vision or "", "vision")
     config = FoveateConfig(
         vision_config=getattr(vision, "vision_config", vision),
         text_config=text,
         bridge=first_bridge(model, first),
-        vision_feature_layer=model.vision_feature_layer,
+        vision_feature_layer=levels,
         image_size=first.image_size,
         tiling=first.tiling or model.tiling,
     )
@@ -253,6 +258,7 @@ def advance(config: Any, stage: Stage) -> Any:
             raise FoveateError(
                 f"the bridge reads the maps of {before.scales} sizes, {tiling} would make it {config.scales}: set model.tiling"
             )
+        config.check_layers(config.tiled)
         config.plan_image(size, size)
     return config
 
@@ -431,27 +437,3 @@ def check_reducers(reducers: list[Reducer], config: Any) -> None:
         raise
     except FoveateError:  # its code wants values: the trial on the model itself will tell
         return
-
-
-def check_features(stage: Stage, config: Any) -> None:
-    """Of a stage that reads the features of its tower. FoveateError where the tower has to run, or is not one of ours."""
-    if not is_assembled(config):
-        raise FoveateError(
-            f"`features` needs a Foveate model, but the checkpoint is a {config.model_type} model, which may read of its tower what it "
-            "likes; leave it out"
-        )
-    if stage.train.tower:
-        raise FoveateError("`features` are those of a frozen tower, but this stage trains the tower; leave out one of the two")
-    layers = len(read(skeleton(config)).layers)
-    for spelled in dict.fromkeys(spelled for part in stage.parts for spelled in part.cycle):
-        for site, reducer, _ in acting(parse(spelled), layers):
-            looks = [type(signal).__name__ for signal in site.needs if isinstance(signal, TOWER_SIGNALS)]
-            if site.effect.place == "tower":
-                reason = "acts inside of the tower"
-            elif looks:
-                reason = f"looks at what happens inside of the tower ({', '.join(looks)})"
-            elif any(isinstance(signal, Noise) for signal in site.needs):
-                reason = "draws by the pixels of each image"
-            else:
-                continue
-            raise FoveateError(f"{reducer} {reason}, but with `features` neither tower nor pixels are there; leave out one of the two")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from fractions import Fraction
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer
 
@@ -78,6 +78,11 @@ def readable_template(value: Any) -> Any:
         raise ValueError(str(error)) from None
 
 
+def named_loss(value: Any) -> Any:
+    """A loss without a weight may stand there by itself."""
+    return {"loss": value} if isinstance(value, str) else value
+
+
 def trainable_dtype(value: Any) -> Any:
     if value == "float16":
         raise ValueError(
@@ -87,5 +92,20 @@ def trainable_dtype(value: Any) -> Any:
     return value
 
 
+def _micro_batch(value: Any) -> Any:
+    if value is None or value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise ValueError("a micro_batch is a number of samples above 0, or auto")
+
+
+def _view_tokens(value: Any) -> Any:
+    numbers = value if isinstance(value, list) and value else [value]
+    if value in (None, "any") or all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in numbers):
+        return value
+    raise ValueError("view_tokens is a number of visual tokens of each view; a list of them, or any, of which one is drawn for each step")
+
+
 ReducerString = Annotated[str, BeforeValidator(_reducer)]
 TilingString = Annotated[str, BeforeValidator(_tiling)]
+ViewTokens = Annotated[int | list[int] | Literal["any"] | None, BeforeValidator(_view_tokens)]
+MicroBatch = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch)]

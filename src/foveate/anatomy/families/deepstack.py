@@ -1,7 +1,7 @@
 """DeepStack: features are added to the visual slots between the first layers of the decoder.
 
-Qwen3-VL (a list of features: what stands first is added after the first layer) and Granite 4 Vision (by the layer that they are added in
-front of; all its features may enter so).
+Qwen3-VL (a list of features: what stands first is added after the first layer), Granite 4 Vision (by the layer that they are added in
+front of; all its features may enter so), and Foveate's own models, which hold them in `entering` until the layer comes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ def injected(kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, dict[int, 
         mask = mask[..., 0] if mask.ndim == 3 else mask
         return {**kwargs, slots: None, features: None}, mask, {layer + behind: f for layer, f in layers}
     return None
+
+
+def held(core: Any, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor, dict[int, Tensor]] | None:
+    entering: Any = getattr(core, "entering", None)
+    layers = getattr(entering, "layers", None)
+    return (kwargs, entering.slots, layers) if layers else None
 
 
 def features(outputs: Any) -> Any:
