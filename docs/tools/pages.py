@@ -1,4 +1,4 @@
-"""Pages of the site that are made from other files: one for each method and bridge, and those that lie beside docs/.
+"""Pages of the site that are made from other files: one for each method, policy and bridge, and those that lie beside docs/.
 
 Methods are read without importing them: the docstring of a file is its method's card.
 """
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent.parent
 SOURCE = ROOT / "src" / "foveate"
 BESIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "security.md": "SECURITY.md", "changelog.md": "CHANGELOG.md"}
 """Pages by the files of the repository that they are."""
-FOLDERS = ("reducers", "bridges")
+FOLDERS = ("reducers", "cache_policies", "bridges")
 _LINK = re.compile(r"(?<=\]\()([^)#\s]+)(#[^)\s]*)?(?=\))")
 
 
@@ -25,7 +25,7 @@ def on_config(config: Any) -> Any:
     """Puts the pages of methods and bridges behind the overview of them all."""
     section = next(entry["Methods"] for entry in config["nav"] if "Methods" in entry)
     for folder in FOLDERS:
-        section.append({folder.capitalize(): sorted(f"{folder}/{found[0]}.md" for _, found in methods(folder))})
+        section.append({folder.replace("_", " ").capitalize(): sorted(f"{folder}/{found[0]}.md" for _, found in methods(folder))})
     return config
 
 

@@ -7,12 +7,16 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import foveate.model  # noqa: F401  # registers them
+from foveate.cache_policies import CachePolicy
 from foveate.contract import (
     BeforeLM,
     BeforeProcessor,
     Bypass,
+    CacheView,
     Cut,
+    Evict,
     FromLayer,
+    InCache,
     InEncoder,
     Question,
     Signal,
@@ -35,9 +39,13 @@ __all__ = [
     "BeforeLM",
     "BeforeProcessor",
     "Bypass",
+    "CachePolicy",
+    "CacheView",
     "Cut",
+    "Evict",
     "FoveateError",
     "FromLayer",
+    "InCache",
     "InEncoder",
     "Kept",
     "Kind",

@@ -227,6 +227,10 @@ def bench(
     tasks: Annotated[list[str], typer.Option(help="Questions with a metric, see docs/bench.md; may be given more than once.")],
     out: Annotated[Path, typer.Option(help="Folder of the answers and the report; the same command goes on with what is there.")],
     reduce: Annotated[list[str] | None, typer.Option(help='For example "fastv:layer=3"; may be given more than once.')] = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(help='Thin the KV cache so, such as "snapkv:window=32", see docs/cache.md; may be given more than once.'),
+    ] = None,
     keep: Annotated[str, typer.Option(help="Budgets, as shares of the visual tokens; 1 is the bare model.")] = "1,0.5,0.25,0.11,0.05",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of methods that draw at random.")] = 3,
     baselines: Annotated[bool, typer.Option(help="Random, evenly spaced, and a smaller image beside the reducers.")] = True,
@@ -245,7 +249,7 @@ def bench(
     from foveate.report.bench import write_bench_report
 
     how: dict[str, Any] = {"seeds": seeds, "baselines": baselines, "blind": blind, "batch_size": batch_size, "limit": limit}
-    how["tiling"] = tiling
+    how |= {"tiling": tiling, "cache": cache or ()}
     found = run(model, tasks, reduce or [], budgets(keep), out, **how)
     if push_to_model_card is not None:
         push(found, push_to_model_card)

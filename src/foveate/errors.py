@@ -22,6 +22,7 @@ class Reason(StrEnum):
     RECURRENT = "the decoder layer does not attend"
     SHARED_KEYS = "decoder layers read the keys of other layers"
     NO_BRANCH = "the decoder layer has no feed-forward branch of a known name"
+    BOUNDED_CACHE = "no decoder layer's cache grows with the sequence"
 
 
 class NotApplicable(FoveateError):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from foveate.errors import FoveateError
 
@@ -34,6 +35,9 @@ class Trained:
 class Ledger:
     """Tokens, KV bytes and FLOPs of one forward pass, one training step, or some decoding; per layer where a list.
 
+    kv_bytes          of the tokens that ran, `visual_kv_bytes` of those of images among them
+    kv_stays          where a cache policy acts and it is known: what is left of them after the pass; () without one. `kv_peak`: the most
+                      that there was at a time, each layer's cache being thinned once it has run
     activation_bytes  what autograd keeps of each decoder layer without gradient checkpointing, to its order: inputs and outputs of its
                       linear maps (of experts nothing is known); () in decoding
     """
@@ -47,10 +51,23 @@ class Ledger:
     flops: dict[str, int]
     convention: str = CONVENTION
     activation_bytes: tuple[int, ...] = ()
+    kv_stays: tuple[int, ...] = ()
+    kv_peak: int = 0
 
     @property
     def total_flops(self) -> int:
         return sum(self.flops.values())
+
+    def thinned(self, stays: Mapping[int, Fraction | int], ran: Mapping[int, Fraction | int], together: bool) -> Ledger:
+        """With what a cache policy has left: by layer, tokens that stay and tokens that the layer attended to, earlier turns' among them.
+        together: whether they all stayed until the last layer had run."""
+        token = [Fraction(kv, n) if n else Fraction(0) for kv, n in zip(self.kv_bytes, self.total_tokens, strict=True)]
+        left = [round(stays[i] * size) if i in stays else self.kv_bytes[i] for i, size in enumerate(token)]
+        full = [round(ran[i] * size) if i in ran else self.kv_bytes[i] for i, size in enumerate(token)]
+        # While layer i runs those before it are thinned, and those after it hold what earlier turns have left them.
+        earlier = [whole - own for whole, own in zip(full, self.kv_bytes, strict=True)]
+        peak = sum(full) if together else max(sum(left[:i]) + full[i] + sum(earlier[i + 1 :]) for i in range(len(token)))
+        return replace(self, kv_stays=tuple(left), kv_peak=peak)
 
 
 def answered(prefill: Ledger, decoding: Ledger) -> Ledger:

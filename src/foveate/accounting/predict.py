@@ -16,6 +16,7 @@ from foveate.accounting.ledger import Ledger, Trained
 from foveate.accounting.prompts import Calls, Prompt, encodings_of, planned, prompt_of, read_prompts
 from foveate.accounting.scores import decided
 from foveate.accounting.stack import Stack, decoder, lora_per_layer
+from foveate.cache_policies import CachePolicy
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
 from foveate.reducers import Reducer
@@ -39,6 +40,7 @@ def predict(
     trained: Trained | None = None,
     head_tokens: int | None = None,
     dtype_bytes: int = 2,
+    cache: CachePolicy | None = None,
 ) -> Ledger:
     """The cost of a batch of prompts, or of one sequence of `images` images (how many, or what each becomes) and `text_tokens` text tokens.
 
@@ -48,6 +50,8 @@ def predict(
     A bare text config has no tower and takes `per_image` visual tokens as given.
     `mode`: "prefill" (logits of one token), "decode" (`new_tokens` forwards of one token each after that prefill, whose own cost is not
     in it), "train" (forward and backward by the rule in CONVENTION, logits of all tokens; `trained` says what is updated).
+    `cache`: what thins the caches after the prompt, in "prefill" and "decode"; where what stays depends on more than sizes, the ledger of
+    a prefill leaves it out, and decoding is refused.
     FoveateError where the configuration does not say what becomes of an image, as in families whose images keep their size.
     """
     count = images if isinstance(images, int) else len(images)
@@ -66,15 +70,24 @@ def predict(
     layers = len(decoder(config).linear)
     if mode == "train" and trained is not None and trained.reducers:
         reducers = while_trained(reducers)
-    left = {images: tokens_by_layer(reducers, images, layers) for images in {tuple(prompt.images) for prompt in prompts}}
-    visual = [[sum(left[tuple(prompt.images)][layer]) for prompt in prompts] for layer in range(layers)]
+    reduced = {images: tokens_by_layer(reducers, images, layers) for images in {tuple(prompt.images) for prompt in prompts}}
+    visual = [[sum(reduced[tuple(prompt.images)][layer]) for prompt in prompts] for layer in range(layers)]
     total = [[count + prompt.text for count, prompt in zip(row, prompts, strict=True)] for row in visual]
+    if cache is not None and cache.keeps_everything:
+        cache = None
+    left = None if cache is None else _left(config, cache, total)
     if mode == "decode":
-        return _decode(config, visual, total, new_tokens, dtype_bytes)
+        if cache is not None and left is None:
+            raise FoveateError(f"how much {cache} leaves depends on more than sizes: what decoding costs after it cannot be predicted")
+        return _decode(config, visual, left or total, new_tokens, dtype_bytes)
     if head_tokens is None and mode == "train":  # a reducer's outputs keep the caller's length, so the head sees every token
         head_tokens = sum(prompt.tokens for prompt in prompts)
     scores = decided(config, reducers, prompts, calls)
-    return _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores)
+    if cache is None or mode == "train":
+        return _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores)
+    scores = scores[0] + _thinning(config, cache, total), scores[1]
+    found = _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores)
+    return found if left is None else found.thinned({i: sum(rows) for i, rows in enumerate(left)}, {}, cache.together)
 
 
 def observed(
@@ -92,6 +105,7 @@ def observed(
     encoded: Sequence[tuple[Encoded, Fraction]] | None = None,
     reducers: Sequence[Reducer] = (),
     prompts: Sequence[Prompt] = (),
+    cache: CachePolicy | None = None,
 ) -> Ledger:
     """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
@@ -99,7 +113,7 @@ def observed(
     one token each after a prefill of these tokens, whose own cost is not in it. `head_tokens`: how many got logits;
     unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
     each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
-    acted on `prompts`; what their scores took follows from the sizes of these.
+    acted on `prompts`; what their scores took follows from the sizes of these, and what the policy `cache` took from those of the layers.
     """
     if len(visual) != len(total):
         raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
@@ -107,6 +121,8 @@ def observed(
         return _decode(config, _rows(visual), _rows(total), new_tokens, dtype_bytes)
     calls = encoded if encoded is not None else encodings_of(config, None, grid, images)
     scores = decided(config, reducers, prompts, calls)
+    if cache is not None:
+        scores = scores[0] + _thinning(config, cache, _rows(total)), scores[1]
     return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores)
 
 
@@ -151,6 +167,26 @@ def _ledger(
         flops,
         activation_bytes=tuple(sum(rows) * width * dtype_bytes for rows, width in zip(total, _kept(stack), strict=True)),
     )
+
+
+def _left(config: Any, cache: CachePolicy, total: list[list[int]]) -> list[list[int]] | None:
+    """By layer, what a policy leaves of the tokens of each row; None where that depends on more than sizes."""
+    grows = decoder(config).grows
+    layers = [site.layer for site in cache.sites(len(grows)) if grows[site.layer]]
+    found = [list(rows) for rows in total]
+    for number, layer in enumerate(layers):
+        left = [cache.count(n, number, len(layers)) for n in total[layer]]
+        if None in left:
+            return None
+        found[layer] = [n for n in left if n is not None]
+    return found
+
+
+def _thinning(config: Any, cache: CachePolicy, total: list[list[int]]) -> int:
+    """What a policy multiplies in order to decide on a prompt."""
+    stack = decoder(config)
+    layers = [site.layer for site in cache.sites(len(stack.grows)) if stack.grows[site.layer]]
+    return sum(cache.score_flops(n, stack.attention_width[i], stack.kv_width[i] // 2) for i in layers for n in total[i])
 
 
 def _kept(stack: Stack) -> list[int]:

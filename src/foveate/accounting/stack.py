@@ -17,7 +17,7 @@ from foveate.accounting.counter import parameters_of
 from foveate.accounting.dry_run import Told, skeleton, trained_tower
 from foveate.accounting.ledger import Trained
 from foveate.accounting.prompts import image_of
-from foveate.anatomy import attends, read
+from foveate.anatomy import attends, grows, read
 from foveate.anatomy.config import EXPERTS, experts_of, heads_of, vision_of
 from foveate.errors import FoveateError
 
@@ -30,6 +30,7 @@ class Stack:
     linear_shapes: tuple[tuple[str, int, int], ...]  # (name, inputs, outputs) of every linear map in every layer
     attention_width: tuple[int, ...]  # heads * head_dim; 0 where a layer recurs instead of attending
     kv_width: tuple[int, ...]  # values kept per token: 2 * key-value heads * head_dim; 0 likewise
+    grows: tuple[bool, ...]  # whether the layer's cache grows with the sequence: it attends, and to all of it
     head: int  # multiply-adds per predicted token in the output embeddings
 
 
@@ -111,6 +112,7 @@ def stack_of(layers: nn.ModuleList, config: Any, output: Any = None) -> Stack:
         tuple((name, m.in_features, m.out_features) for name, m in layers.named_modules() if isinstance(m, nn.Linear)),
         tuple(heads * head_dim * attending for attending in here),
         tuple(2 * kv_heads * head_dim * attending for attending in here),
+        tuple(grows(layer, config, index) for index, layer in enumerate(layers)),
         output.weight.numel() if output is not None else 0,
     )
 

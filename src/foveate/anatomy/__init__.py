@@ -1,6 +1,6 @@
 """How a model of the library is read: where its images enter, how their tokens lie, where its layers are, what they attend to."""
 
-from foveate.anatomy.layers import attends, feed_forward, tensor_parallel_group
+from foveate.anatomy.layers import attends, feed_forward, grows, tensor_parallel_group
 from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
 from foveate.anatomy.raster import Laid, places
 from foveate.anatomy.reading import MODALITIES, TESTED, Anatomy, features_of, forget_reader, read, register_reader
@@ -23,6 +23,7 @@ __all__ = [
     "features_of",
     "feed_forward",
     "forget_reader",
+    "grows",
     "places",
     "read",
     "register_reader",

@@ -16,6 +16,21 @@ def attends(layer: nn.Module) -> bool:
     return any(map(_calls_interface, kinds))
 
 
+def window_of(layer: nn.Module, config: Any, index: int) -> int | None:
+    """How many tokens a decoder layer reaches back to, its own among them; None: to all. index: which layer of the language model it is."""
+    named = [vars(module)["sliding_window"] for module in layer.modules() if "sliding_window" in vars(module)]
+    if named:
+        return next((int(window) for window in named if window), None)
+    types, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    return int(window) if window and (types is None or "sliding" in types[index]) else None
+
+
+def grows(layer: nn.Module, config: Any, index: int) -> bool:
+    """Whether what a decoder layer caches grows with the sequence: it attends, and to all of it, not within a window or a chunk."""
+    types = getattr(config, "layer_types", None)
+    return attends(layer) and window_of(layer, config, index) is None and not (types and "chunked" in types[index])
+
+
 @functools.cache
 def _calls_interface(kind: Any) -> bool:
     for base in kind.__mro__:  # a subclass may hand on to its base

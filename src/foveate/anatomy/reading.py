@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.anatomy import families
-from foveate.anatomy.layers import attends
+from foveate.anatomy.layers import attends, window_of
 from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
 from foveate.anatomy.raster import places
 from foveate.errors import FoveateError, NotApplicable, Reason
@@ -167,15 +167,7 @@ class Anatomy:
 
     @functools.cached_property
     def _windows(self) -> list[int | None]:
-        return [self._window(layer) for layer in range(len(self.layers))]
-
-    def _window(self, layer: int) -> int | None:
-        named = [vars(module)["sliding_window"] for module in self.layers[layer].modules() if "sliding_window" in vars(module)]
-        if named:
-            return next((int(window) for window in named if window), None)
-        types = getattr(self.text_config, "layer_types", None)
-        window = getattr(self.text_config, "sliding_window", None)
-        return int(window) if window and (types is None or "sliding" in types[layer]) else None
+        return [window_of(module, self.text_config, layer) for layer, module in enumerate(self.layers)]
 
     # ---- how the tokens of a picture lie, and what else only some families have: see `families`
 

@@ -1,6 +1,7 @@
 """What the engine and a method say to each other: sites and decisions, signals, the view, the size of the work."""
 
 from foveate.contract.attention import BLOCK, AttentionRows
+from foveate.contract.cache import CacheView, Evict, InCache
 from foveate.contract.signals import (
     GROUPS,
     Attention,
@@ -26,12 +27,15 @@ __all__ = [
     "BeforeLM",
     "BeforeProcessor",
     "Bypass",
+    "CacheView",
     "ClsAttention",
     "Cut",
     "Decision",
+    "Evict",
     "FromLayer",
     "Groups",
     "ImageSize",
+    "InCache",
     "InEncoder",
     "Keys",
     "Noise",

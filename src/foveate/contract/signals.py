@@ -121,6 +121,11 @@ def content_keys(images: Tensor | list[Tensor]) -> Tensor:
     return torch.stack(keys) if keys else torch.zeros(0, dtype=torch.int64)
 
 
+def hashed(seed: int, first: Tensor, second: Tensor) -> Tensor:
+    """Uniform scores in [0, 1) from a seed and two tensors of small integers, which are broadcast."""
+    return (_mix(_mix(_mix(torch.full_like(first, seed)) ^ first) ^ second) >> 8).to(torch.float32) / float(1 << 24)
+
+
 def _mix(x: Any) -> Tensor:
     """A 32-bit finaliser (xor-shift, multiply) on int64 tensors: integers only, so the same on every device."""
     x = x & 0xFFFFFFFF

@@ -11,7 +11,8 @@ tokens, cache and cost follows from what is acted on and whether it lasts:
     ThroughLayer(layer)  in this layer alone        this layer                   this layer
 
 A new type is one class and one row here; one that acts on something new has its hook in the engine's wiring and driver.
-`InCache(k)` and `Visibility(k)` belong to this list as well and are not built yet.
+`Visibility(k)` belongs to this list as well and is not built yet. What stays in a cache without the sequence becoming shorter is decided at
+`InCache`, by a cache policy and not by a reducer: `foveate.contract.cache`.
 """
 
 from __future__ import annotations

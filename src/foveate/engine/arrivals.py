@@ -147,3 +147,16 @@ class Arrivals:
         values = torch.cat([item.values[signal] for item in items]).to(which_BN.device, torch.float32)
         spread = values[which_BN.clamp(min=0)]
         return torch.where((which_BN >= 0).view(*which_BN.shape, *[1] * (spread.ndim - 2)), spread, 0.0)
+
+
+def valid_slots(mask: Any, past: int, length: int) -> Tensor | None:
+    """(B, N) bool: which of the chunk's `length` slots behind `past` cached ones are tokens, from the mask that a caller may give: 2-D, or
+    4-D (one or one a kind of layer), where padding is what nobody attends to. None: it does not say."""
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 2:
+        return mask[:, -length:].to(torch.bool)
+    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return seen[:, 0, :, past : past + length].any(1) if mask.ndim == 4 else None

@@ -11,7 +11,8 @@ What happens in one forward pass (prefill, training step or decoding step), a `F
 2. in front of the decoder a `Chunk` is made of the part of the sequence that arrives, and where each question ends is told (`questions`);
 3. in front of every layer at which a reducer acts (`wiring`), the hidden states are cut; that layer and those after it get masks, positions
    and side inputs cut by the same map (`chunk`);
-4. after the last layer the states are expanded to the caller's length, so that logits and labels keep their places.
+4. after each layer a cache policy, if there is one, leaves of its keys and values what later tokens shall see (`thinning`, `held`);
+5. after the last layer the states are expanded to the caller's length, so that logits and labels keep their places.
 
 What decoding needs of earlier passes is remembered on the request's cache (`cache`). Nothing of a call is kept on the attachment, so that
 several threads may call one attached model.
@@ -26,9 +27,11 @@ from typing import Any
 from torch import nn
 
 from foveate.anatomy import read
+from foveate.cache_policies import CachePolicy
+from foveate.cache_policies import parse as parse_policy
 from foveate.engine.run import RUN, Run
 from foveate.errors import FoveateError
-from foveate.reducers import Preparing, Reducer, before_processor, load_reducers, parse, spell
+from foveate.reducers import Preparing, Reducer, before_processor, load_reducers, parse, saved_reducers, spell
 
 _RECORD = ("none", "last", "all")
 _SAVED: Any = object()
@@ -40,6 +43,7 @@ def attach(
     *,
     maps: Sequence[Reducer] | None = None,
     processor: Any = None,
+    cache: str | CachePolicy | None = None,
     record: str = "last",
     shortcuts: bool = True,
 ) -> Run:
@@ -47,9 +51,10 @@ def attach(
 
     model: a transformers VLM, also wrapped by PEFT or DDP, or the base model in it.
     reducers: a reducer, a list (applied in order of their layers), a spelling such as "vcc:layer=2,stride=8", None or "none" for
-        none at all; left out, what `foveate.json` beside the model's weights says.
+        none at all; left out, what `foveate.json` beside the model's weights says (with a `cache` there may be none).
     maps: `run.maps` of another attachment, in place of reducers: what was done there is done again, on the same batch or a longer one.
     processor: the model's processor, where a reducer acts on the images themselves (downsample): while attached it prepares them.
+    cache: a policy that thins the key-value cache, or its spelling, such as "snapkv:keep=0.5"; beside the reducers or with None.
     record: which forward passes with images stay readable in `run.passes`: "none", "last" or "all".
     shortcuts: False runs the whole machinery even where nothing is to be done; results are the same (tests use it).
 
@@ -66,9 +71,11 @@ def attach(
             raise FoveateError("give either reducers or maps, not both")
         reducers = list(maps)
     around = _around(model, anatomy.core)
+    if isinstance(cache, str):
+        cache = parse_policy(cache)
     if reducers is _SAVED:
-        name = next((getattr(module.config, "name_or_path", "") for module in around if hasattr(module, "config")), "")
-        reducers = load_reducers(str(name))
+        name = str(next((getattr(module.config, "name_or_path", "") for module in around if hasattr(module, "config")), ""))
+        reducers = load_reducers(name) if cache is None else saved_reducers(name)  # a policy alone is enough to attach
     if reducers is None:
         reducers = []
     elif isinstance(reducers, str):
@@ -81,7 +88,7 @@ def attach(
             f"{spell(preparing)!r} acts on the images, in front of the processor: give attach(model, …, processor=processor), or prepare "
             "each image by foveate.reducers.prepare and attach what foveate.reducers.in_model leaves"
         )
-    return Run(around, anatomy, list(reducers), record, shortcuts, Preparing(processor, preparing))
+    return Run(around, anatomy, list(reducers), record, shortcuts, Preparing(processor, preparing), cache)
 
 
 def _around(model: nn.Module, core: nn.Module) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from foveate.engine.held import Held
 from foveate.errors import FoveateError
 
 
@@ -37,6 +38,8 @@ class CacheTable:
     slots    segment -> (B, K) int64: the sequence index of each slot that the segment's layers were given, -1 for padding
     shift    segment -> (B,) int64: by how much the segment's positions are smaller than the sequence's (closed gaps)
     valid    (B, length) bool, or None where every token is real
+    held     layer -> what it holds, where a policy thins its cache: in the place of `slots`, which go on counting what it was given
+    since    tokens since the policy decided
     """
 
     cut_by: str = ""
@@ -44,6 +47,8 @@ class CacheTable:
     slots: dict[int, Tensor] = field(default_factory=dict)
     shift: dict[int, Tensor] = field(default_factory=dict)
     valid: Tensor | None = None
+    held: dict[int, Held] = field(default_factory=dict)
+    since: int = 0
     _served: Callable[[], Serving | None] | None = None
 
     def serve(self, forward: Serving) -> None:
@@ -69,6 +74,7 @@ class CacheTable:
                 table[segment] = value[index.to(value.device)]
         if self.valid is not None:
             self.valid = self.valid[index.to(self.valid.device)]
+        self.held = {layer: held.select(index) for layer, held in self.held.items()}
 
     def crop(self, removed: int) -> None:
         """The last `removed` tokens go. FoveateError if some of them were merged or dropped at a cut: their slots cannot be told apart."""
@@ -79,6 +85,10 @@ class CacheTable:
             if removed > held.shape[1] or bool((last < length).any()):
                 raise FoveateError(f"the cache cannot be cropped by {removed} tokens: some of them were cut in front of layer {segment}")
             slots[segment] = held[:, : held.shape[1] - removed]
+        kept = {layer: held.crop(removed, length) for layer, held in self.held.items()}
+        if (evicted := next((layer for layer, held in kept.items() if held is None), None)) is not None:
+            raise FoveateError(f"the cache cannot be cropped by {removed} tokens: some of them were evicted from decoder layer {evicted}")
+        self.held = {layer: held for layer, held in kept.items() if held is not None}
         self.slots, self.length = slots, length
         if self.valid is not None:
             self.valid = self.valid[:, :length]

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from foveate.engine.cache import CacheTable, fixed_length, held_before
+from foveate.engine.held import Held
 from foveate.errors import FoveateError
-from foveate.tokens import Layout, TokenMap
+from foveate.tokens import Kind, Layout, TokenMap
 
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # where packed samples begin, for flash attention
 
@@ -80,8 +81,11 @@ class Chunk:
     tables: dict[int, Tensor] = field(default_factory=dict)
     shifts: dict[int, Tensor] = field(default_factory=dict)
     given: dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]] = field(default_factory=dict)  # what layers were handed, what they get
-    _known: dict[tuple[int, int, bool], tuple[Any, Any]] = field(default_factory=dict)
+    held: dict[int, Held] = field(default_factory=dict)  # layer -> what a policy has left in its cache, this chunk among it
+    since: int = 0  # tokens since the policy decided
+    _known: dict[tuple[int, ...], tuple[Any, Any]] = field(default_factory=dict)
     _keys: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    _all_now: Tensor = field(init=False)  # the slots of this chunk, where nothing was cut
     _rows: Tensor = field(init=False)  # the slots of `whole`, ascending
     _all_before: Tensor | None = None  # the slots of earlier chunks where nothing was cut
     _aside: dict[str, Any] = field(default_factory=dict)  # the chunk as it was in front of the layer that a part of it passes by
@@ -92,7 +96,7 @@ class Chunk:
         self.shift = self.shift_before = torch.zeros(self.arrived.shape[0], dtype=torch.int64, device=self.arrived.kind.device)
         self.changed = self.memory is not None
         self._rows = self.whole.representative
-        self.tables[0] = self._rows + self.past
+        self.tables[0] = self._all_now = self._rows + self.past
 
     # ---- cuts
 
@@ -178,12 +182,38 @@ class Chunk:
         B = self.arrived.shape[0]
         memory.slots = {segment: torch.cat([self._before(memory, segment, B), table], 1) for segment, table in self.tables.items()}
         memory.shift.update(self.shifts)
+        visual = (self.arrived.kind != Kind.TEXT) & self.arrived.valid
+        for layer, held in memory.held.items():
+            if layer not in self.held:  # no policy is attached any more: what comes stays
+                slots = self.slots_of(layer)
+                at = (slots - self.past).clamp(min=0)
+                self.held[layer] = held.grown(slots, visual.gather(1, at) & (slots >= 0), self.all_came(layer))
+        memory.held, memory.since = self.held, self.since
         if memory.valid is not None or not bool(self.arrived.valid.all()):
-            old = (
-                memory.valid if memory.valid is not None else torch.ones((B, self.past), dtype=torch.bool, device=self.arrived.valid.device)
-            )
-            memory.valid = torch.cat([old, self.arrived.valid], 1)
+            memory.valid = self.valid_so_far()
         memory.length = self.past + self.arrived.shape[1]
+
+    def valid_so_far(self) -> Tensor:
+        """(B, L) bool: which slots of the sequence are tokens, this chunk's at the end."""
+        B, valid = self.arrived.shape[0], self.arrived.valid
+        earlier = None if self.memory is None else self.memory.valid
+        return torch.cat([torch.ones((B, self.past), dtype=torch.bool, device=valid.device) if earlier is None else earlier, valid], 1)
+
+    def before(self, layer: int) -> Tensor:
+        """(B, K) the slots that a layer was given of earlier chunks, whatever a policy has left of them."""
+        return self._before(self.memory, layer, self.arrived.shape[0])
+
+    def slots_of(self, layer: int) -> Tensor:
+        """(B, M) the slots that a layer was given of this chunk; once it has run."""
+        return self.tables[max(begin for begin in self.tables if begin <= layer)]
+
+    def all_came(self, layer: int) -> bool:
+        """Whether a layer is known to have been given all of this chunk, so that none of its slots is empty."""
+        return self.slots_of(layer) is self._all_now
+
+    def thinned(self, layer: int) -> Held | None:
+        """What a layer holds of earlier chunks, where a policy thins its cache."""
+        return None if self.memory is None else self.memory.held.get(layer)
 
     def _before(self, memory: CacheTable | None, layer: int, B: int) -> Tensor:
         """(B, K) the slots that a layer holds of earlier chunks."""
@@ -198,13 +228,18 @@ class Chunk:
 
     def mask(self, mask: Any, layer: int, recurrent: bool, window: int | None = None) -> Any:
         """A layer's own mask, from the whole chunk's. window: of a layer whose backend counts it in slots."""
+        held = self.thinned(layer)
+        if mask is None and held is not None and held.full and not self.cut and self._rows.shape[1] == 1:
+            return None  # a decoded token sees all that is left: nothing has to be asked of the device
         columns = self._columns(layer)
+        if held is not None and columns.ndim == 3:
+            return held.mask(mask, columns, self._filled(self._rows), self.past, self.flash)
         if window is not None and self._reaches_further(columns, window):
             raise FoveateError(
                 f"{self.implementation} counts the sliding window of decoder layer {layer} in slots, so that after a cut it would reach "
                 "further back than it should: load the model with sdpa or eager attention"
             )
-        key = (id(mask), columns.shape[1], recurrent)
+        key = (id(mask), columns.shape[1], recurrent, -1 if held is None else layer)
         if key not in self._known:
             self._known[key] = (mask, self._cut_mask(mask, columns, recurrent))
         return self._known[key][1]
@@ -217,13 +252,18 @@ class Chunk:
         """How many keys this decoder layer had before the chunk's: asked for after the layer."""
         if self.cache is None:
             return 0
+        if (held := self.thinned(layer)) is not None:
+            return held.slots.shape[2]
         return held_before(self.cache, layer, self._before(self.memory, layer, self.arrived.shape[0])).shape[1]
 
     def _columns(self, layer: int) -> Tensor:
-        """(B, K) the sequence index of every key that the layer will see, -1 where there is none."""
+        """(B, K) the sequence index of every key that the layer will see, -1 where there is none; (B, G, K) where its heads differ."""
         now = self.tables[self.segment]
         if self.cache is None:
             return now
+        if (held := self.thinned(layer)) is not None:
+            columns = torch.cat([held.slots, now[:, None].expand(-1, held.slots.shape[1], -1)], 2)
+            return columns[:, 0] if columns.shape[1] == 1 else columns
         before = held_before(self.cache, layer, self._before(self.memory, self.segment, now.shape[0]))
         # Of a cache of fixed length flash attention looks at as many slots as its mask has.
         length = None if self.flash else fixed_length(self.cache, layer)
@@ -321,7 +361,7 @@ class Chunk:
 
     def side(self, value: Any) -> Any:
         """Anything else that a layer gets: what runs along the sequence is cut as the sequence is."""
-        key = (id(value), -1, False)
+        key = (id(value), -1)
         if key not in self._known:
             self._known[key] = (value, self._cut_side(value))
         return self._known[key][1]
@@ -372,30 +412,6 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, (tuple, list)):
         return type(value)(_each(v, change) for v in value)
     return {name: _each(v, change) for name, v in value.items()} if isinstance(value, dict) else value
-
-
-def valid_slots(mask: Any, past: int, length: int) -> Tensor | None:
-    """(B, N) bool: which of the chunk's `length` slots behind `past` cached ones are tokens, from the mask that a caller may give: 2-D, or
-    4-D (one or one a kind of layer), where padding is what nobody attends to. None: it does not say."""
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention", next(iter(mask.values()), None))
-    if not isinstance(mask, Tensor):
-        return None
-    if mask.ndim == 2:
-        return mask[:, -length:].to(torch.bool)
-    seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return seen[:, 0, :, past : past + length].any(1) if mask.ndim == 4 else None
-
-
-def is_selection(token_map: TokenMap) -> bool:
-    """Whether every target is a copy of one source, and no source has two of them (looks at values; waits for the device)."""
-    member, representative = token_map.member, token_map.representative
-    there = representative >= 0
-    single = ((member >= 0).sum(-1) == there) & (member.max(-1).values == representative)
-    plain = True if token_map.weight is None else bool((token_map.weight.sum(-1) == there).all())
-    ascending = representative.sort(dim=1).values
-    twice = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
-    return plain and not token_map.mean and bool(single.all()) and not bool(twice.any())
 
 
 def put_back(token_map: TokenMap, states_BMD: Tensor, all_BND: Tensor) -> Tensor:

@@ -113,6 +113,7 @@ class Driver:
             decoder.register_forward_hook(Hook(self._after_decoder), always_call=True),
             *(layers[index].register_forward_hook(Hook(self._after_bypass, index), prepend=True) for index in wiring.through),
             *(hook for index in wiring.through for hook in self._gains.hooks(layers[index])),
+            *(layers[index].register_forward_hook(Hook(self._after_layer, index)) for index in wiring.thinned),
             layers[-1].register_forward_hook(Hook(self._after_last_layer)),
         ]
         if anatomy.rotary is not None:
@@ -257,6 +258,11 @@ class Driver:
         if forward.gain is not None:
             self._gains.begin(module, forward.gain)
         return new
+
+    def _after_layer(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+        forward = self._live.forward
+        if forward is not None and forward.under_way:
+            forward.after_layer(index)
 
     def _after_bypass(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
         forward = self._live.forward

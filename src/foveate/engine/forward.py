@@ -12,12 +12,13 @@ from torch import Tensor
 
 from foveate.anatomy import Anatomy
 from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, States, View
-from foveate.engine.arrivals import Arrivals
+from foveate.engine.arrivals import Arrivals, valid_slots
 from foveate.engine.cache import CacheTable, capacity, recall, remember
-from foveate.engine.chunk import Chunk, is_selection, put_back, valid_slots
+from foveate.engine.chunk import Chunk, put_back
 from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
 from foveate.engine.record import Record
 from foveate.engine.replay import Replay, decide, held
+from foveate.engine.thinning import Thinning
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
 from foveate.probes.layer import LayerProbe
@@ -60,6 +61,7 @@ class ForwardPass:
         self._first: Tensor | None = None  # the states of all in front of the first layer, where some pass that by
         self.gain: Tensor | None = None  # (B, M) what the feed-forward branch of the layer under way is multiplied with
         self.losses: list[tuple[Reducer, Tensor]] = []  # what reducers whose weights are trained add to the loss, (B,)
+        self.thinning = None if wiring.cache is None else Thinning(wiring.cache, wiring.thinned, probes)
 
     @property
     def chunk(self) -> Chunk:
@@ -80,12 +82,12 @@ class ForwardPass:
         cache = kwargs.get("past_key_values")
         memory = recall(cache)
         past = int(cache.get_seq_length()) if cache is not None else 0
-        if self.merged and self.wiring.acts and not self.has_images and past == 0:
+        if self.merged and self.wiring.tells_images and not self.has_images and past == 0:
             raise FoveateError(
                 "inputs_embeds do not say which of them are of images, so that nothing could be reduced: hand in input_ids with "
                 "pixel_values or mm_encoder_outputs (text alone: input_ids), or detach"
             )
-        if not self.has_images and memory is None and cache is not None:
+        if not self.has_images and memory is None and cache is not None and self.thinning is None:
             return None  # text alone, and nothing before it was cut: nothing is to be done
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -102,6 +104,8 @@ class ForwardPass:
         )
         self._which, self._cut_by = which, cut_by
         self._ask(prompt)
+        if self.thinning is not None:
+            self.thinning.begin(self._chunk, prompt)
         if memory is not None:
             memory.serve(self)
         self.under_way = True
@@ -136,8 +140,12 @@ class ForwardPass:
         if self._chunk is None or len(self.record.layouts) < len(self.anatomy.layers):
             return False
         chunk, seen = self._chunk, self.record
-        if chunk.cache is not None and chunk.changed:
-            chunk.remember(remember(chunk.cache, spell(self._cut_by)) if chunk.memory is None else chunk.memory)
+        if self.thinning is not None:
+            self.thinning.finish(chunk)
+            seen.cache, seen.ran, seen.stays = self.wiring.cache, self.thinning.ran, self.thinning.stays
+        if chunk.cache is not None and (chunk.changed or chunk.held):
+            by = [spell(self._cut_by)] * bool(self._cut_by or not chunk.held) + [str(self.wiring.cache)] * bool(chunk.held)
+            chunk.remember(remember(chunk.cache, " and ".join(by)) if chunk.memory is None else chunk.memory)
         if self.has_images:
             items = self.arrivals.items
             calls: dict[int, TowerPass] = {id(call): call for item in items for call in item.tower}
@@ -165,7 +173,7 @@ class ForwardPass:
         self.record.layouts.append(chunk.layout)
         self.record.lengths.append(hidden.shape[1])
         if index in self.probes:
-            self.probes[index].arm(self.has_images)
+            self.probes[index].arm(self.has_images or (self.thinning is not None and self.thinning.looks))
         if not chunk.changed:
             return None if added is None else ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         if args:
@@ -179,7 +187,8 @@ class ForwardPass:
         are handed the same objects."""
         chunk, recurrent = self.chunk, self.anatomy.recurrent(index)
         window = self.anatomy.window(index) if chunk.flash else None
-        key = (chunk.segment, recurrent, window, *capacity(chunk.cache, index), *kwargs, *map(id, kwargs.values()))
+        own = -1 if chunk.thinned(index) is None else index
+        key = (chunk.segment, own, recurrent, window, *capacity(chunk.cache, index), *kwargs, *map(id, kwargs.values()))
         if key not in chunk.given:  # with the objects, so that none of them goes and leaves its id to another
             chunk.given[key] = list(kwargs.values()), self._cut_given(index, kwargs, recurrent, window)
         return dict(chunk.given[key][1])
@@ -277,6 +286,11 @@ class ForwardPass:
         if decision.loss is not None:
             self.losses.append((reducer, decision.loss))
 
+    def after_layer(self, index: int) -> None:
+        """Layer `index` has cached what it was given: what stays of that."""
+        if self.thinning is not None and self.chunk.cache is not None:
+            self.thinning.after(index, self.chunk, self.record.layouts[index])
+
     def after_bypass(self, index: int, output: Any) -> Any:
         """What comes out of layer `index`, with what has passed it by."""
         if not self.has_images:
@@ -346,3 +360,14 @@ def padded_mask(memory: CacheTable, new: Tensor) -> Tensor:
     """(B, N) int64: the mask of a sequence that goes on with `new`, where the caller gives none and the prompt was padded."""
     assert memory.valid is not None
     return torch.nn.functional.pad(memory.valid, (0, new.shape[1]), value=True).to(torch.int64)
+
+
+def is_selection(token_map: TokenMap) -> bool:
+    """Whether every target is a copy of one source, and no source has two of them (looks at values; waits for the device)."""
+    member, representative = token_map.member, token_map.representative
+    there = representative >= 0
+    single = ((member >= 0).sum(-1) == there) & (member.max(-1).values == representative)
+    plain = True if token_map.weight is None else bool((token_map.weight.sum(-1) == there).all())
+    ascending = representative.sort(dim=1).values
+    twice = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
+    return plain and not token_map.mean and bool(single.all()) and not bool(twice.any())

@@ -8,6 +8,7 @@ from typing import Any
 
 from foveate.accounting import Ledger, Prompt
 from foveate.accounting.predict import observed
+from foveate.cache_policies import CachePolicy
 from foveate.contract import ImageSize
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
@@ -30,6 +31,9 @@ class Record:
     encoded: list[tuple[Encoded, Fraction] | None] = field(default_factory=list)  # by item: what encoded it, None where that was not seen
     reducers: list[Reducer] = field(default_factory=list)  # what scored and decided; recorded maps do not
     proportional: set[int] = field(default_factory=set)  # blocks of the tower behind which attention follows the tokens' sizes
+    cache: CachePolicy | None = None  # what thinned the layers' caches
+    ran: dict[int, Fraction] = field(default_factory=dict)  # layer -> keys that it held when it ran, where a policy has decided then
+    stays: dict[int, Fraction] = field(default_factory=dict)  # likewise, those that are left; over the batch, mean over heads
 
     @property
     def left(self) -> TokenMap:
@@ -75,7 +79,10 @@ class Record:
             for call, share in seen:  # counting a call takes a while, and many items may share one
                 calls[id(call)] = call, share + calls.get(id(call), (call, Fraction(0)))[1]
             options = {"encoded": list(calls.values()), **options}
-        return observed(config, visual, total, images=self.images, reducers=self.reducers, prompts=self.prompts, **options)
+        how = {"images": self.images, "reducers": self.reducers, "prompts": self.prompts, **options}
+        if self.cache is None or not self.stays or options.get("mode", "prefill") != "prefill":
+            return observed(config, visual, total, **how)
+        return observed(config, visual, total, cache=self.cache, **how).thinned(self.stays, self.ran, self.cache.together)
 
     @property
     def prompts(self) -> list[Prompt]:

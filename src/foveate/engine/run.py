@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from foveate.accounting import Ledger
 from foveate.anatomy import Anatomy
+from foveate.cache_policies import CachePolicy
 from foveate.engine.driver import Chosen, Driver
 from foveate.engine.forward import ForwardPass
 from foveate.engine.record import Record
@@ -31,6 +32,8 @@ _WIRING = threading.Lock()  # of no model alone: a lock of its own could not be 
 class Run:
     """An attachment: made by `attach`, ended by `detach` or by leaving the `with` block.
 
+    `cache` is the policy that thins the caches of the layers, None where there is none; it stays under `instead` too.
+
     Outputs keep the caller's length, hidden states of every level too (`output_hidden_states`): a dropped row carries the state of its
     nearest survivor before it, a merged row its group's. Attention maps (`output_attentions`) are of the slots that ran."""
 
@@ -42,10 +45,11 @@ class Run:
         record: str,
         shortcuts: bool,
         preparing: Preparing,
+        cache: CachePolicy | None = None,
     ) -> None:
         self.anatomy = anatomy
         self.config = next((module.config for module in around if hasattr(module, "config")), None)
-        self.reducers = list(reducers)
+        self.reducers, self.cache = list(reducers), cache
         self.record = record
         self.passes: list[Record] = []
         self._around, self._shortcuts = around, shortcuts
@@ -127,9 +131,9 @@ class Run:
 
     def _wired(self, reducers: list[Reducer], number: int = 0) -> Driver | None:
         """The hooks for some reducers; None where they have nothing to do and nothing is recorded."""
-        wiring = Wiring.of(reducers, self.anatomy, str(getattr(self.config, "name_or_path", "")))
+        wiring = Wiring.of(reducers, self.anatomy, str(getattr(self.config, "name_or_path", "")), self.cache)
         _forget_compiled()
-        if not wiring.acts and self.record == "none":
+        if not wiring.acts and wiring.cache is None and self.record == "none":
             return None
         return Driver(self._around, self.anatomy, wiring, reducers, self._done, self._shortcuts, self._chosen, number)
 

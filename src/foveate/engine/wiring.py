@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from foveate.anatomy import Anatomy
+from foveate.anatomy import Anatomy, grows
+from foveate.cache_policies import CachePolicy
 from foveate.contract import GROUPS, Attention, Keys, Signal, States
 from foveate.engine.replay import ReplayInTower
 from foveate.engine.tower_cuts import Carried
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.reducers import Reducer
 from foveate.reducers.learned import find_weights
@@ -26,7 +27,7 @@ Step = tuple[Reducer, int]  # a reducer, and which of its sites it is at
 @dataclass
 class Wiring:
     """By block of the tower and by decoder layer, what acts in front of it (`tower`, `cuts`) or around it (`through`); its weights
-    by method."""
+    by method. `cache` is the policy that acts after the layers `thinned`."""
 
     tower: dict[int, list[Step]] = field(default_factory=dict)
     cuts: dict[int, list[Step]] = field(default_factory=dict)
@@ -34,12 +35,16 @@ class Wiring:
     needs: set[Signal] = field(default_factory=set)
     tower_needs: set[Signal] = field(default_factory=set)
     weights: dict[str, nn.Module] = field(default_factory=dict)
+    cache: CachePolicy | None = None
+    thinned: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, reducers: Sequence[Reducer], anatomy: Anatomy, model: str = "") -> Wiring:
+    def of(cls, reducers: Sequence[Reducer], anatomy: Anatomy, model: str = "", cache: CachePolicy | None = None) -> Wiring:
         """FoveateError where a reducer's layer is not there, two of them do not go together, or one's weights are missing. model: its
-        name, beside whose weights those of the reducers lie."""
+        name, beside whose weights those of the reducers lie. cache: a policy; one that keeps everything is left out."""
         found, depth = cls(weights=find_weights(anatomy, reducers, model)), len(anatomy.layers)
+        if cache is not None and not cache.keeps_everything:
+            found._thin(cache, anatomy)
         for reducer in reducers:
             for number, site in enumerate(reducer.sites(depth)):
                 step = reducer, number
@@ -67,14 +72,28 @@ class Wiring:
         return bool(self.tower or self.cuts or self.through)
 
     @property
+    def tells_images(self) -> bool:
+        """Whether anything that acts has to know which tokens are of images."""
+        return self.acts or (self.cache is not None and self.cache.tells_images)
+
+    @property
     def watched(self) -> set[int]:
         """The decoder layers whose attention is looked at."""
-        return {signal.layer for signal in self.needs if isinstance(signal, (Attention, Keys))}
+        return {signal.layer for signal in self.needs if isinstance(signal, (Attention, Keys))} | set(self.thinned)
 
     @property
     def remembered(self) -> set[int]:
         """The decoder layers whose arriving states the next layer's reducers look at."""
         return {signal.layer for signal in self.needs if isinstance(signal, States)}
+
+    def _thin(self, policy: CachePolicy, anatomy: Anatomy) -> None:
+        layers = [site.layer for site in policy.sites(len(anatomy.layers))]
+        self.cache = policy
+        self.thinned = tuple(layer for layer in layers if grows(anatomy.layers[layer], anatomy.text_config, layer))
+        if not self.thinned:
+            raise NotApplicable(
+                Reason.BOUNDED_CACHE, f"{policy}: no decoder layer of this model attends to all of the sequence, so no cache grows with it"
+            )
 
     def _carry(self) -> None:
         """What is cut in the tower leaves the sequence in front of the language model; recorded maps do so themselves."""

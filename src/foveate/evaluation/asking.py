@@ -13,6 +13,7 @@ from PIL import Image
 
 from foveate.accounting import Ledger
 from foveate.accounting.predict import observed
+from foveate.cache_policies import CachePolicy
 from foveate.data.pixels import open_image
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
@@ -76,6 +77,7 @@ class Answered:
             visual_tokens=[sum(layer) / n for layer in zip(*self.totals, strict=True)],
             flops={part: sum(ledger.flops[part] for ledger in known) / n for part in (known[0].flops if known else ())},
             kv_bytes=sum(sum(ledger.kv_bytes) for ledger in known) / n,
+            kv_stays=sum(sum(ledger.kv_stays or ledger.kv_bytes) for ledger in known) / n,
             seconds=self.seconds,
             summary=metric.summary(samples, self.texts, scores),
         )
@@ -120,10 +122,12 @@ def answered(
     reducers: Sequence[Reducer],
     tell: Callable[[int], None] = lambda number: None,
     *,
+    cache: CachePolicy | None = None,
     blind: bool = False,
     observe: bool = True,
 ) -> Answered:
-    """Answers under the reducers, inside of `answering(model)`. `tell` hears of each batch how many samples have been answered.
+    """Answers under the reducers and a cache policy, inside of `answering(model)`. `tell` hears of each batch how many samples have been
+    answered.
 
     blind: every picture is replaced by a plain grey one of its size. observe: tokens and costs are counted, for which the model is
     attached to even where no reducer is.
@@ -132,7 +136,7 @@ def answered(
     found = Answered([""] * len(samples))
     start = time.perf_counter()
     processor, before = shrunk(processor, reducers)
-    with attach(model, in_model(reducers)) if observe else nullcontext() as run:
+    with attach(model, in_model(reducers), cache=cache) if observe else nullcontext() as run:
         for batch in asked.batches:
             place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for number in batch for ref in samples[number].images))}
             pictures = [prepare(before, _grey(image) if blind else image) for image in map(_opened, place)]

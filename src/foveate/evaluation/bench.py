@@ -18,6 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
+from foveate.cache_policies import CachePolicy
+from foveate.cache_policies import parse as parse_policy
 from foveate.errors import FoveateError
 from foveate.evaluation.asking import Asked, answered, limited
 from foveate.evaluation.cells import BENCH, CELLS, Bench, Cell, load_bench, save_cell
@@ -31,6 +33,7 @@ from foveate.reducers import Reducer, parse, spell
 
 BASELINES = ("random", "uniform", "downsample")
 BARE, BLIND = "none", "blind"  # the latter: the bare model on grey pictures
+CACHE = "cache "  # in front of the name of a cache policy, which may be a reducer's as well
 _FIXED = ("model_hash", "tiling", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
 
@@ -40,7 +43,8 @@ _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
 
 @dataclass(frozen=True)
 class Arm:
-    """A method at a budget with a seed; `refused`: why it cannot be set to this budget. `blind`: on grey pictures."""
+    """A method at a budget with a seed; `refused`: why it cannot be set to this budget. `blind`: on grey pictures. Where it is a cache
+    policy, `cache`, nothing is reduced."""
 
     method: str
     keep: float
@@ -48,11 +52,13 @@ class Arm:
     reducers: tuple[Reducer, ...]
     refused: str = ""
     blind: bool = False
+    cache: CachePolicy | None = None
 
     def cell(self, task: str) -> Cell:
         """Still empty."""
         spelling = self.method if self.refused else spell(self.reducers)
-        return Cell(task, self.method, self.keep, self.seed, spelling, refused=self.refused)
+        cache = "" if self.cache is None else str(self.cache)
+        return Cell(task, self.method, self.keep, self.seed, spelling, refused=self.refused, cache=cache)
 
 
 def budgets(text: str) -> list[float]:
@@ -88,6 +94,23 @@ def plan(reducers: Sequence[str], keep: Sequence[float], seeds: int, baselines: 
     return arms
 
 
+def cached(policies: Sequence[str], keep: Sequence[float], seeds: int) -> list[Arm]:
+    """Each cache policy at each budget below 1, with each seed where it has one; once as it is spelled, at 1, where it has no budget."""
+    arms: dict[tuple[str, float, int | None], Arm] = {}
+    for text in policies:
+        policy = parse_policy(text)
+        if policy is None:
+            raise FoveateError(f"the cache policy {text!r} is none at all, which the bare model has; leave it out")
+        method = CACHE + policy.spelled(("keep", "seed"))
+        shares = sorted({float(share) for share in keep if share < 1}, reverse=True) if hasattr(policy, "keep") else [1.0]
+        for share in shares:
+            for seed in range(seeds) if hasattr(policy, "seed") else [None]:
+                at = policy.at(share) if hasattr(policy, "keep") else policy
+                seeded: dict[str, Any] = {} if seed is None else {"seed": seed}
+                arms[method, share, seed] = Arm(method, share, seed, (), cache=replace(at, **seeded))
+    return list(arms.values())
+
+
 def _arm(method: str, parts: Sequence[Reducer], keep: float, seed: int | None) -> Arm:
     seeded: dict[str, Any] = {"seed": seed}
     try:
@@ -108,6 +131,7 @@ def bench(
     out: str | Path,
     *,
     processor: Any = None,
+    cache: Sequence[str] = (),
     seeds: int = 3,
     baselines: bool = True,
     blind: bool = False,
@@ -121,13 +145,14 @@ def bench(
 
     model: a folder, hub name or "asset:" name (loaded in float32), or a loaded model together with its `processor`.
     tasks: what `load_task` reads, or Tasks. reducers: spellings; what says how many tokens stay is set by each budget of `keep`.
+    cache: spellings of cache policies, each by itself, beside the reducers; `keep` of those that have one is set by each budget too.
     seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers. blind: the bare model on grey pictures,
     which shows what the questions give away by themselves.
     limit: so many questions of each task, see `limited`. tiling: cut images so, where the model is Foveate's own, see `retiled`.
     progress: shows a bar, and the table at the end.
     FoveateError for bad input, for a folder with another model's run, or for logits that are not finite. What is finished stays.
     """
-    arms = plan(reducers, keep, seeds, baselines, blind)
+    arms = plan(reducers, keep, seeds, baselines, blind) + cached(cache, keep, seeds)
     if batch_size < 1:
         raise FoveateError(f"batch_size must be at least 1, got {batch_size}")
     folder = Path(out)
@@ -154,6 +179,7 @@ def bench(
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": model.device.type,
             "command": _command(name, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit)
+            + "".join(f" --cache {shlex.quote(policy)}" for policy in cache)
             + ("" if tiling is None else f" --tiling {shlex.quote(tiling)}"),
             "environment": environment(),
             "order": [arm.cell(task.name).name for task in asked for arm in arms],
@@ -231,7 +257,7 @@ def _answer_all(model: Any, processor: Any, tasks: Sequence[Task], arms: Sequenc
         done += (len(arms) - len(missing)) * n
         asked = Asked.of(processor, task, batch_size)
         for arm in missing:
-            bar.update(shown, description=f"{task.name}, {arm.cell(task.name).reducer}", completed=done)
+            bar.update(shown, description=f"{task.name}, {arm.method if arm.cache else arm.cell(task.name).reducer}", completed=done)
             save_cell(folder, _finished(model, processor, asked, arm, partial(bar.advance, shown)))
             done += n
         bar.update(shown, completed=done)
@@ -243,9 +269,9 @@ def _finished(model: Any, processor: Any, asked: Asked, arm: Arm, tell: Callable
     if empty.refused:
         return empty
     try:
-        return answered(model, processor, asked, arm.reducers, tell, blind=arm.blind).cell(asked, empty)
+        return answered(model, processor, asked, arm.reducers, tell, cache=arm.cache, blind=arm.blind).cell(asked, empty)
     except Broken as error:
-        raise FoveateError(f"{empty.task}, {empty.reducer}: {error}") from error
+        raise FoveateError(f"{empty.task}, {empty.cache or empty.reducer}: {error}") from error
     except FoveateError as error:
         if arm.method == BARE:
             raise

@@ -38,9 +38,10 @@ class Cell:
     reducer              canonical spelling, as `attach` takes it
     visual_tokens        of one sample in each decoder layer, as they went through it
     flops                by part: "tower", "bridge", "lm_linear", "lm_attention", "head", "scores"; {} where the cost cannot be predicted
-    kv_bytes             of the prompt, all layers
+    kv_bytes             of the prompt, all layers, as they ran; `kv_stays` what a cache policy has left of them
     seconds              wall clock of answering all samples, processor and tower included
     summary              the metric's figures, headline first, percentages
+    cache                canonical spelling of the cache policy; "": none
     refused              why the reducer does not work on this model; there are no answers then
     """
 
@@ -56,6 +57,8 @@ class Cell:
     seconds: float = 0.0
     summary: dict[str, float] = field(default_factory=dict)
     refused: str = ""
+    cache: str = ""
+    kv_stays: float = 0.0
 
     @property
     def name(self) -> str:

@@ -24,6 +24,10 @@ LEGEND = (
     "Accuracy, in brackets its change to the bare model; then visual tokens of a sample, mean over the decoder layers, as they were. "
     "* p < 0.05, ** p < 0.01, *** p < 0.001 on the same questions, not corrected for the number of comparisons."
 )
+CACHES = (
+    "Under a cache policy all visual tokens go through all layers; beside the accuracy stands how much of the prompt's keys and values is "
+    "left for the answer, whose first token is the bare model's. A policy without a budget stands at keep 1."
+)
 ALONE = "The bare model alone: there is no method to compare it with. Name some (--reduce), at budgets below 1, or leave the baselines on."
 CARD_BEGIN, CARD_END = "<!-- foveate bench: begin -->", "<!-- foveate bench: end -->"
 
@@ -35,7 +39,8 @@ class Row:
     accuracy, spread, change  the metric's headline, its standard deviation over the seeds, and its difference to the bare model's
     paired                    the comparison of the scores of single questions; None for the bare model
     tokens                    visual tokens of a sample, mean over decoder layers
-    flops, kv_bytes           of a sample's prompt; None where the model's cost cannot be predicted
+    flops, kv_bytes           of a sample's prompt; None where the model's cost cannot be predicted. kv_stays: what a cache policy, `cache`,
+                              has left of the bytes; all of them without one
     """
 
     task: str
@@ -52,6 +57,13 @@ class Row:
     flops: float | None = None
     kv_bytes: float | None = None
     seconds: float | None = None
+    cache: str = ""
+    kv_stays: float | None = None
+
+    @property
+    def kept(self) -> str:
+        """What is left of the cache, as a share."""
+        return f"KV {self.kv_stays / self.kv_bytes:.1%}" if self.kv_bytes and self.kv_stays is not None else "KV unknown"
 
     @property
     def mark(self) -> str:
@@ -78,6 +90,7 @@ def rows(bench: Bench) -> list[Row]:
 def _row(bare: Cell, cells: Sequence[Cell]) -> Row:
     first = cells[0]
     names: dict[str, Any] = {"task": first.task, "method": first.method, "keep": first.keep, "reducer": first.reducer, "seeds": len(cells)}
+    names["cache"] = first.cache
     refused = next((cell.refused for cell in cells if cell.refused), "")
     if refused:
         return Row(**names, refused=refused)
@@ -93,6 +106,7 @@ def _row(bare: Cell, cells: Sequence[Cell]) -> Row:
         flops=fmean(cell.total_flops for cell in cells) if priced else None,
         kv_bytes=fmean(cell.kv_bytes for cell in cells) if priced else None,
         seconds=fmean(cell.seconds for cell in cells),
+        kv_stays=fmean(cell.kv_stays for cell in cells) if priced else None,
     )
 
 
@@ -166,7 +180,8 @@ def _tables(bench: Bench) -> list[tuple[str, list[str], list[list[str]], list[st
         lines = [
             [method, *(_told(by_place.get((method, keep))) for keep in keeps)] for method in dict.fromkeys(row.method for row in others)
         ]
-        notes = [f"{row.method} at {row.keep:g}: {row.refused}" for row in others if row.refused]
+        notes = [CACHES] if any(row.cache for row in others) else []
+        notes += [f"{row.method} at {row.keep:g}: {row.refused}" for row in others if row.refused]
         found.append((title, ["method", *(f"keep {keep:g}" for keep in keeps)], lines, notes))
     return found
 
@@ -176,7 +191,7 @@ def _told(row: Row | None) -> str:
         return ""
     if row.refused:
         return "not possible"
-    return f"{row.accuracy:.1f} ({row.change:+.1f}{row.mark}) · {row.tokens:.1f}"
+    return f"{row.accuracy:.1f} ({row.change:+.1f}{row.mark}) · " + (row.kept if row.cache else f"{row.tokens:.1f}")
 
 
 def push_to_model_card(bench: Bench, card: Path) -> None:

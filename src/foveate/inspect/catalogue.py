@@ -1,4 +1,4 @@
-"""What there is: reducers, bridges, tilings and strategies with their papers, and the architectures that are tested."""
+"""What there is: reducers, bridges, tilings, cache policies and strategies with their papers, and the architectures that are tested."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.table import Table
 
 from foveate.anatomy import TESTED
 from foveate.bridges import BRIDGES
+from foveate.cache_policies import POLICIES
 from foveate.inference.strategies import STRATEGIES
 from foveate.reducers import METHODS, Reducer
 from foveate.reducers.exporting import unexportable
@@ -49,10 +50,13 @@ def print_catalogue() -> None:
     tilings = Table("tiling", "arXiv", "what it does", box=None, pad_edge=False)
     for name, tiling in TILINGS.items():
         tilings.add_row(name, tiling.paper, _first(tiling) + (" (can be planned, not run)" if tiling.lacks else ""))
+    caches = Table("cache policy", "arXiv", "what it does", box=None, pad_edge=False)
+    for name, policy in POLICIES.items():
+        caches.add_row(name, policy.paper, ("experimental: " if policy.experimental else "") + _first(policy))
     searches = Table("strategy", "arXiv", "what it does", box=None, pad_edge=False)
     for name, strategy in STRATEGIES.items():
         searches.add_row(name, strategy.paper, _first(strategy))
-    console.print(reducers, "", bridges, "", tilings, "", searches, "", sep="\n", markup=False)
+    console.print(reducers, "", bridges, "", tilings, "", caches, "", searches, "", sep="\n", markup=False)
     console.print("architectures (docs/conformance.md says which reducer serves which):", markup=False)
     console.print(", ".join(f"{name} ({wants})" if wants else name for name, wants in TESTED.items()), markup=False)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.contract import AttentionRows, BeforeLM, FromLayer, Question, Signal, Site, View
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
+from foveate.reducers.spelling import Spelled
 from foveate.tokens import Layout, TokenMap, budget
 
 OF = ("original", "arriving")
@@ -22,7 +23,7 @@ _TOO_MUCH = 1 << 63  # for a tensor of integers
 # ---- options
 
 
-def choose(reducer: Reducer, **possible: Sequence[object]) -> None:
+def choose(reducer: Spelled, **possible: Sequence[object]) -> None:
     """Raises FoveateError where an option is none of its possible values."""
     for option, values in possible.items():
         given = getattr(reducer, option)
@@ -31,7 +32,7 @@ def choose(reducer: Reducer, **possible: Sequence[object]) -> None:
             raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible; choose {', '.join(words[:-1])} or {words[-1]}")
 
 
-def integers(reducer: Reducer, why: str = "", /, **least: int | None) -> None:
+def integers(reducer: Spelled, why: str = "", /, **least: int | None) -> None:
     """Raises FoveateError where an option is no integer of 64 bits or less than its least; None: a block of the tower, which may be
     negative."""
     for option, low in least.items():
@@ -41,7 +42,7 @@ def integers(reducer: Reducer, why: str = "", /, **least: int | None) -> None:
             raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible{why}; give {wanted}")
 
 
-def shares(reducer: Reducer, *options: str) -> None:
+def shares(reducer: Spelled, *options: str) -> None:
     """Raises FoveateError where an option is no float from 0 to 1."""
     for option in options:
         given = getattr(reducer, option)
@@ -49,7 +50,7 @@ def shares(reducer: Reducer, *options: str) -> None:
             raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible; give a share from 0.0 to 1.0, as in {option}=0.5")
 
 
-def above_zero(reducer: Reducer, *options: str) -> None:
+def above_zero(reducer: Spelled, *options: str) -> None:
     """Raises FoveateError where an option is no finite float above 0."""
     for option in options:
         given = getattr(reducer, option)

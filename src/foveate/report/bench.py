@@ -13,8 +13,9 @@ from typing import Any
 
 from foveate.accounting import CONVENTION, PARTS
 from foveate.errors import FoveateError
-from foveate.evaluation.bench import BARE
+from foveate.evaluation.bench import BARE, CACHE
 from foveate.evaluation.cells import Bench, load_bench
+from foveate.evaluation.table import CACHES, rows
 from foveate.inspect.words import answer_text, si
 from foveate.report.compared import Family, Line, budgets, findings, interval, signed, unrest
 from foveate.report.examples import about_failures, failures_of, pictures_of
@@ -57,6 +58,8 @@ def write_bench_report(folder: str | Path, *, model: Any = None, processor: Any 
             for part in parts
             for sentence in findings(part.bare, part.lines, part.counted)
         ],
+        "caches": _caches(bench),
+        "caches_about": CACHES,
         "tasks": [_task(part, source, number, methods, progress) for number, part in enumerate(parts)],
         "refused": _refused(bench),
         "pictures": pictures,
@@ -66,15 +69,27 @@ def write_bench_report(folder: str | Path, *, model: Any = None, processor: Any 
         "conventions": _CONVENTIONS,
         "made": _made(bench),
     }
-    rows = [(f"{name}, {part.name}", own) for part in parts if (own := panels(part))]
-    if rows:
-        save_plots(bench.folder, rows, methods)
+    drawn = [(f"{name}, {part.name}", own) for part in parts if (own := panels(part))]
+    if drawn:
+        save_plots(bench.folder, drawn, methods)
     return write_page("bench.html", bench.folder / "report.html", context)
 
 
 def _short(model: str) -> str:
     """A model in a folder is named by its last part: the page is for others, who have no such folder."""
     return Path(model).name if Path(model).is_absolute() or model.startswith((".", "~")) else model
+
+
+def _caches(bench: Bench) -> list[dict[str, Any]]:
+    """The answers under cache policies, which cost as many tokens as the bare model's: they have no place among methods that save some."""
+    found = [row for row in rows(bench) if row.cache and row.accuracy is not None]
+    return [
+        {
+            **{"task": row.task, "method": row.method.removeprefix(CACHE), "keep": f"{row.keep:g}", "seeds": row.seeds},
+            **{"value": f"{row.accuracy:.1f}", "change": f"{row.change:+.1f}{row.mark}", "kept": row.kept.removeprefix("KV ")},
+        }
+        for row in found
+    ]
 
 
 def _warnings(bench: Bench, parts: Sequence[Part]) -> list[str]:

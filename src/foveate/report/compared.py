@@ -101,11 +101,11 @@ def interval(scores: Sequence[float]) -> tuple[float, float]:
 
 
 def lines(bench: Bench, task: str, counted: set[str]) -> tuple[Line, list[Line]]:
-    """The bare model, and every method at every budget that was not refused, on the questions of the families in `counted`."""
+    """The bare model, and every reducer at every budget that was not refused, on the questions of the families in `counted`."""
     whole = bench.bare(task)
     groups: dict[tuple[str, float], list[Cell]] = {}
     for cell in bench.cells:
-        if cell.task == task and cell.method not in (BARE, BLIND) and not cell.refused:
+        if cell.task == task and cell.method not in (BARE, BLIND) and not cell.refused and not cell.cache:
             groups.setdefault((cell.method, cell.keep), []).append(cell)
     bare = _only(whole, counted)
     others = []
