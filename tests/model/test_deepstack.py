@@ -198,6 +198,23 @@ def test_images_encoded_before(made: tuple[Any, Any]) -> None:
             model(**batch, mm_encoder_outputs={"image": poor})
 
 
+@pytest.mark.parametrize("reducer", ["none", "divprune:keep=0.5"])
+def test_a_second_turn_with_an_image_of_its_own(made: tuple[Any, Any], reducer: str) -> None:
+    """On a kept cache, cut or not, the later image has its stacks too: equals both turns at once."""
+    model, processor = made
+    pictures, texts = samples()[1].images, ["<image>What is this?", "And <image>this?"]
+    one = processor(images=pictures[:1], text=texts[0], return_tensors="pt")
+    two = processor(images=pictures[1:], text=texts[1], return_tensors="pt", add_special_tokens=False)
+    both = processor(images=pictures, text="".join(texts), return_tensors="pt")
+    assert torch.equal(both["input_ids"], torch.cat([one["input_ids"], two["input_ids"]], 1))
+    two.pop("attention_mask")
+    with torch.no_grad(), foveate.attach(model, reducer):
+        cache = model(**one, use_cache=True).past_key_values
+        found = model(**two, past_key_values=cache, use_cache=True).logits
+        whole = model(**both, use_cache=False).logits
+    torch.testing.assert_close(found, whole[:, -found.shape[1] :], rtol=1e-4, atol=1e-5)
+
+
 def test_a_job_of_embeddings_refuses(made: tuple[Any, Any]) -> None:
     model, processor = made
     anatomy = read(model)

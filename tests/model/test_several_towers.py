@@ -12,6 +12,7 @@ from tests.train.tiny_training import save_backbones, save_samples
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -154,8 +155,15 @@ def test_a_large_and_a_small_look(folder: Path) -> None:
 
 
 def test_channels_side_by_side_go_through_any_bridge(folder: Path) -> None:
-    for bridge in ({"kind": "mlp"}, {"kind": "avg_pool2d", "pool": 2}, {"kind": "resampler", "queries": 3, "head_dim": 8, "width": 32}):
-        model, processor = assembled(folder, ["tower", "dino", "large"], bridge, -1, image_size=96)
+    """Of three towers, of two, and of one whose states are maps, which no other model takes alone."""
+    square = AutoImageProcessor.from_pretrained(folder / "tower", backend="pil")
+    queries = {"kind": "resampler", "queries": 3, "head_dim": 8, "width": 32}
+    for names, bridge, size in (
+        (["tower", "dino", "large"], {"kind": "avg_pool2d", "pool": 2}, 96),
+        (["dino", "tower"], queries, 48),
+        (["large"], {"kind": "mlp"}, 96),
+    ):
+        model, processor = assembled(folder, names, bridge, -1, image_size=size, image_processor=square)
         batch = inputs(processor, samples())
         assert model.grid == (6, 6)
         with torch.no_grad():
