@@ -13,6 +13,7 @@ import foveate
 from foveate import FoveateError
 from foveate.contract import View
 from foveate.engine.chunk import Chunk
+from foveate.engine.replay import ReplayVisible
 from foveate.reducers import (
     METHODS,
     VCC,
@@ -42,6 +43,8 @@ LOOK_AT_POSITIONS = {method for method in INSIDE if "positions" in method.looks_
 REFUSED = {
     ("foveate", "avgpool2d:stride=2"): "16 tokens of image 0 are no full grid of rows and columns",
     ("foveate", "fopru:keep=0.5,strategy=row"): 'strategy="row" needs the grid of every image',
+    ("foveate", "yopo:window=3"): "yopo: the tokens of image 0 do not lie in a raster",
+    ("foveate", "yopo:window=5,causal=true,layer=1"): "yopo: the tokens of image 0 do not lie in a raster",
 }
 SERVED = [(model, reducer) for model in MODELS for reducer in REDUCERS if (model, reducer) not in REFUSED]
 # Each way of attaching, at every backend and in every dtype; the other methods, which come to the same, once.
@@ -51,7 +54,7 @@ KEEP_ALL = [
     "random:keep=1.0,positions=renumber",
     "visionzip:dominant=8,contextual=8+pyramiddrop:keep=1.0",
 ]
-FACTORS = ("gain", "passing")  # of a recorded decision, one for each slot
+FACTORS = ("gain", "passing", "steps")  # of a recorded decision, one for each slot
 KEEP_ALL_TOO = [whole for method in INSIDE for whole in method.keeps_all if whole not in KEEP_ALL]
 
 
@@ -92,7 +95,8 @@ def follows(reducer: str, methods: set[type[Reducer]]) -> bool:
 def check_same(found: list[Any], recorded: list[Any]) -> None:
     """The same decisions, for a batch that goes on after the recorded one."""
     now = before = None
-    for new, old in zip(found, recorded, strict=True):
+    assert [step for step in found if isinstance(step, ReplayVisible)] == [step for step in recorded if isinstance(step, ReplayVisible)]
+    for new, old in zip(with_maps(found), with_maps(recorded), strict=True):
         here = old.reduce(View(new.map.source if before is None else before.target)).map
         to_new, to_old = (new.map, here) if now is None or before is None else (now.then(new.map), before.then(here))
         for b in range(here.source.shape[0]):
@@ -101,10 +105,15 @@ def check_same(found: list[Any], recorded: list[Any]) -> None:
             now, before = to_new, to_old
 
 
+def with_maps(steps: list[Any]) -> list[Any]:
+    """Those that are decisions about tokens, not about who sees whom."""
+    return [step for step in steps if not isinstance(step, ReplayVisible)]
+
+
 def joined(first: list[Any], second: list[Any]) -> list[Any]:
     """The maps of two passes, one chunk after the other, as those of one pass."""
-    found = []
-    for one, other in zip(first, second, strict=True):
+    found = [step for step in second if isinstance(step, ReplayVisible)]
+    for one, other in zip(with_maps(first), with_maps(second), strict=True):
         a, b = one.map, other.map
         N, E = a.source.shape[1], max(a.member.shape[2], b.member.shape[2])
         members = [torch.nn.functional.pad(m.member, (0, E - m.member.shape[2]), value=-1) for m in (a, b)]
@@ -343,8 +352,8 @@ def test_gradient_checkpointing_changes_nothing(make: Any, reentrant: bool, redu
         grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:
-        # A reentrant checkpoint adds up gradients of a state that is used twice (a tower's two levels) in another order.
-        tolerance = {"rtol": 1e-4, "atol": 1e-7} if reentrant else {"rtol": 0, "atol": 0}
+        # A reentrant checkpoint adds up gradients of a state that is used twice (a tower's two levels, one that is held) in another order.
+        tolerance = {"rtol": 1e-4, "atol": 1e-6} if reentrant else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(grads[0][name], grads[1][name], **tolerance, msg=partial("{}: {}".format, name))
 
 

@@ -420,6 +420,21 @@ def test_caches_that_cannot_be_thinned_are_refused_and_nothing_stays_behind() ->
         assert _hooks(model) == hooks
 
 
+def test_a_rule_of_who_sees_whom_and_a_policy_are_not_attached_together() -> None:
+    model, call = llava(), Batch(ROWS[:1]).singles[0]
+    with torch.no_grad():
+        model(**call)
+        hooks = _hooks(model)
+        with pytest.raises(FoveateError, match="yopo.* says which token sees which .* snapkv.* attach one of the two"):
+            foveate.attach(model, "yopo:window=3", cache="snapkv:keep=0.5")
+        with foveate.attach(model, "yopo:window=3"):
+            cache = model(**call, use_cache=True).past_key_values
+        with foveate.attach(model, None, cache="random:keep=0.5"), pytest.raises(FoveateError, match="only one of them can act"):
+            for _ in range(2):
+                cache = model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache, use_cache=True).past_key_values
+    assert _hooks(model) == hooks
+
+
 def _hooks(model: Any) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
 

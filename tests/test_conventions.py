@@ -350,7 +350,7 @@ layers_of_tokens = st.lists(st.integers(0, 3000), min_size=1, max_size=40)
 
 def test_the_list_names_every_convention() -> None:
     *papers, own = by.conventions()
-    assert [entry.name for entry in papers] == ["fastv", "divprune", "pyramiddrop", "aim", "mqt", "llavolta_tflops", "pmod"]
+    assert [entry.name for entry in papers] == ["fastv", "divprune", "pyramiddrop", "aim", "mqt", "llavolta_tflops", "pmod", "eemllm"]
     assert all(callable(getattr(by, entry.name)) for entry in papers)
     assert own.name == "cost.predict"
     assert callable(cost.predict)

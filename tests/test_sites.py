@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import DynamicCache
 
 import foveate
-from foveate.contract import BeforeLM, BeforeProcessor, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Workload
+from foveate.contract import BeforeLM, BeforeProcessor, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Visibility, Workload
 from foveate.contract.sites import SITES as SITES_TABLE
 from foveate.reducers import Reducer, visual_tokens
 from foveate.tokens import Kind, TokenMap
@@ -46,7 +46,7 @@ def _id(site: Site) -> str:
 
 
 def test_every_type_of_site_is_here() -> None:
-    assert {type(site) for site in SITES} | {BeforeProcessor} == set(get_args(Site)) == set(SITES_TABLE)
+    assert {type(site) for site in SITES} | {BeforeProcessor, Visibility} == set(get_args(Site)) == set(SITES_TABLE)
     assert BeforeProcessor().effect.decides is None
 
 

@@ -22,6 +22,8 @@ from foveate.contract import (
     Signal,
     ThroughLayer,
     View,
+    Visibility,
+    Visible,
 )
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
@@ -60,6 +62,8 @@ __all__ = [
     "ThroughLayer",
     "TokenMap",
     "View",
+    "Visibility",
+    "Visible",
     "attach",
     "reduce",
 ]

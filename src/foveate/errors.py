@@ -23,6 +23,8 @@ class Reason(StrEnum):
     SHARED_KEYS = "decoder layers read the keys of other layers"
     NO_BRANCH = "the decoder layer has no feed-forward branch of a known name"
     BOUNDED_CACHE = "no decoder layer's cache grows with the sequence"
+    NO_MASK = "the decoder layers take no mask that a rule can be laid over"
+    POSITIONS = "positions are not one number a token that a rotary module turns"
 
 
 class NotApplicable(FoveateError):

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import foveate
 from foveate.anatomy import read
-from foveate.contract import Workload
+from foveate.contract import Visible, Workload
 from foveate.errors import NotApplicable
 from foveate.reducers import Reducer, parse
 from foveate.reducers.base import tokens_by_layer
-from foveate.tokens import TokenMap
+from foveate.tokens import Layout, TokenMap
 from tests.conformance.family import Family, Row, families
 
 TOLERANCE: dict[str, Any] = {"rtol": 1e-3, "atol": 2e-4}  # float32; states of the tiny models are of order 1
@@ -174,10 +174,11 @@ def decoding(name: str, reducer: str | None, whole: str) -> None:
 
 def masking(name: str, reducer: str | None, whole: str) -> None:
     """Where positions are kept, dropping tokens is masking them out of the bare model; passing a layer by is being masked out there, and
-    behind it what one was in front of it."""
+    behind it what one was in front of it; a rule of who sees whom is laid over the bare model's mask."""
     loaded = load(name, "eager")
     if loaded.recurs:
-        raise Skip(RECURS)
+        with attached(loaded.model, reducer):
+            raise Skip(RECURS)
     inputs, model = loaded.batch("right"), loaded.model
     maps: dict[int, TokenMap] = {}
     through: dict[int, TokenMap] = {}
@@ -188,6 +189,8 @@ def masking(name: str, reducer: str | None, whole: str) -> None:
         for token_map in maps.values():
             if token_map.weight is not None or token_map.member.shape[-1] > 1 or token_map.mean:
                 raise Skip(MERGES)
+        if any(getattr(step, "steps", None) is not None for step in run.last.steps):
+            inputs = {**inputs, "position_ids": run.last.layouts[0].position}
     else:
         with torch.no_grad():
             dropped = model(**inputs, use_cache=False).logits
@@ -204,6 +207,10 @@ def masking(name: str, reducer: str | None, whole: str) -> None:
             here_BN = _gone(through[layer] if alive is None else alive.then(through[layer]), inputs)
             hooks.append(module.register_forward_hook(_passer(here_BN), with_kwargs=True))
         hooks.append(module.register_forward_pre_hook(_masker(here_BN), with_kwargs=True))
+        for visible in () if reducer is None else [ruling.visible for ruling in run.last.rulings if ruling.site.at(layer)]:
+            hooks.append(module.register_forward_pre_hook(_ruler(visible, run.last.entered), with_kwargs=True))
+            if visible.holds:
+                hooks.append(module.register_forward_hook(_passer(run.last.entered.visual), with_kwargs=True))
     try:
         with torch.no_grad():
             masked = model(**inputs, use_cache=False).logits
@@ -240,6 +247,25 @@ def _masker(hidden_BN: Tensor) -> Callable[..., Any]:
         return args, {**kwargs, "attention_mask": changed}
 
     return mask
+
+
+def _ruler(visible: Visible, layout: Layout) -> Callable[..., Any]:
+    """Lays a rule over a mask, pair by pair."""
+
+    def rule(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"].expand(layout.shape[0], -1, -1, -1).clone()
+        low: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        sees, opens, bias = (None if of is None else of(layout, layout) for of in (visible.sees, visible.opens, visible.bias))
+        mask = mask if bias is None else torch.where(mask == low, mask, mask + bias[:, None].to(mask.dtype))
+        for b, q in layout.valid.nonzero().tolist():
+            for k in layout.valid[b].nonzero()[:, 0].tolist():
+                if sees is not None and k != q and not sees[b, q, k]:
+                    mask[b, :, q, k] = low
+                if opens is not None and opens[b, q, k]:
+                    mask[b, :, q, k] = True if mask.dtype == torch.bool else 0
+        return args, {**kwargs, "attention_mask": mask}
+
+    return rule
 
 
 def keeping(reducer: str) -> list[Reducer]:

@@ -10,7 +10,7 @@ from foveate.reducers import METHODS
 from tests.conformance.checks import CHECKS, MERGES, RECURS
 from tests.conformance.expected import REASONS, words
 
-LETTERS = {str(reason): letter for letter, reason in zip("abcdefghijkl", Reason, strict=False)} | {MERGES: "m", RECURS: "r"}
+LETTERS = {str(reason): letter for letter, reason in zip("abcdefghijklnopq", Reason, strict=False)} | {MERGES: "m", RECURS: "r"}
 
 TEXT = """# Conformance
 

@@ -12,6 +12,7 @@ from foveate.contract import ClsAttention, ImageSize, ReceivedAttention, Signal,
 from foveate.engine.record import Record
 from foveate.reducers.base import Reducer
 from foveate.tokens import Kind, Layout, TokenMap
+from tests.reducers.ragged import mapped
 
 Shape = tuple[int, int, int]  # frames, rows, columns
 
@@ -106,15 +107,15 @@ def alone(reducer: Reducer, x: Tensor, signal: Tensor | None = None) -> tuple[li
     layout = replace(Layout.sequence(torch.ones(1, F * P, dtype=torch.bool)), place=place)
     score = torch.zeros(1, F * P) if signal is None else signal.reshape(1, -1)
     view = View.of(x.reshape(1, F * P, width), layout=layout, signals={ClsAttention(-1): score, ReceivedAttention(-1): score})
-    found = reducer.reduce(view).map
+    found = mapped(reducer.reduce(view))
     return found.representative[0].tolist(), found
 
 
 def check(reducer: Reducer, batch: Clips) -> None:
     """What every method for videos holds: text stays, counts are kept to, and a row is what it is alone."""
-    found = reducer.reduce(batch.view).map
+    found = mapped(reducer.reduce(batch.view))
     for b, single in enumerate(batch.rows):
-        source, target = single.layout, reducer.reduce(single.view).map.target
+        source, target = single.layout, mapped(reducer.reduce(single.view)).target
         (prompt,) = Record(layouts=[source]).prompts
         work = Workload(tuple(prompt.images), tuple(image.tokens for image in prompt.images))
         said = reducer.count(work)
@@ -127,7 +128,7 @@ def check(reducer: Reducer, batch: Clips) -> None:
         text = (source.valid & ~source.visual).sum()
         assert (target.valid & ~target.visual).sum() == text
         # The same map, wherever the row stands in the batch.
-        rows = _edges(reducer.reduce(single.view).map, 0), _edges(found, b)
+        rows = _edges(mapped(reducer.reduce(single.view)), 0), _edges(found, b)
         assert rows[0] == rows[1]
 
 

@@ -8,9 +8,15 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.contract import ImageSize, View, Workload
+from foveate.contract import Decision, ImageSize, View, Visible, Workload
 from foveate.reducers import Reducer
 from foveate.tokens import Layout, TokenMap
+
+
+def mapped(decision: Decision) -> TokenMap:
+    """The map of a decision about tokens."""
+    assert not isinstance(decision, Visible)
+    return decision.map
 
 
 @dataclass

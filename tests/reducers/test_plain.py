@@ -12,6 +12,7 @@ import foveate
 from foveate import FoveateError, Kept, Layout
 from foveate.contract import Attention, AttentionRows, ClsAttention, ReceivedAttention, View
 from foveate.reducers import VCC, FasterVLM, ToMe, parse
+from tests.reducers.ragged import mapped
 
 L, D, T = 12, 8, 4
 TOKENS = torch.randn(2, L, D, generator=torch.Generator().manual_seed(0))
@@ -93,7 +94,7 @@ def test_rows_of_different_lengths_end_in_empty_places() -> None:
     assert kept.indices[1, 3:].tolist() == [-1] * 3
     assert kept.states is not None
     assert not kept.states[1, 3:].any()
-    by_hand = parse("divprune:keep=0.5,positions=keep")[0].reduce(View.of(tokens, layout=layout)).map
+    by_hand = mapped(parse("divprune:keep=0.5,positions=keep")[0].reduce(View.of(tokens, layout=layout)))
     assert torch.equal(kept.mask[0].nonzero()[:, 0], by_hand.representative[0])
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from foveate import FoveateError
 from foveate.contract import Attention, AttentionRows, BeforeLM, FromLayer, Keys, Signal, States, TowerKeys, View
 from foveate.reducers import METHODS, Reducer, before_processor, in_model, parse, spell, visual_tokens
+from tests.reducers.ragged import mapped
 
 GRID, TEXT, WIDTH = (4, 4), 4, 8
 PATCHES, SLOTS = 16, 20
@@ -154,7 +155,7 @@ def tried(text: str) -> str:
         for reducer in reducers:
             for stage, site in enumerate(reducer.sites(4)):
                 if isinstance(site, BeforeLM | FromLayer) and site.layer < 4:
-                    decided = reducer.reduce(view(), stage).map
+                    decided = mapped(reducer.reduce(view(), stage))
                     assert bool((decided.target.kind[decided.target.valid] == 0).sum() == TEXT)
     except FoveateError:
         return "read, and cannot act here"

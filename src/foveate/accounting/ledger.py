@@ -10,9 +10,10 @@ from foveate.errors import FoveateError
 
 CONVENTION = (
     "2 FLOPs per multiply-add; matrix products only (no norms, activations, softmax, rotary angles, recurrences); causal attention and "
-    "sliding windows counted as the full N x N; of experts those that a token meets; a trained part costs 3 forwards, a frozen part behind "
-    "a trained one 2 (its attention products 3), other frozen parts 1; recomputation by gradient checkpointing is not counted; scores are "
-    "what reducers multiply in order to decide, in training too 1 forward"
+    "sliding windows counted as the full N x N, less what a method's rule of who sees whom hides (which a kernel under a mask computes "
+    "too); of experts those that a token meets; a trained part costs 3 forwards, a frozen part behind a trained one 2 (its attention "
+    "products 3), other frozen parts 1; recomputation by gradient checkpointing is not counted; scores are what reducers multiply in order "
+    "to decide, in training too 1 forward"
 )
 
 PARTS = ("tower", "bridge", "lm_linear", "lm_attention", "head", "scores")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from foveate.accounting.dry_run import encode
 from foveate.accounting.ledger import Ledger, Trained
+from foveate.accounting.pairs import unseen as unseen_by
 from foveate.accounting.prompts import Calls, Prompt, encodings_of, planned, prompt_of, read_prompts
 from foveate.accounting.scores import decided
 from foveate.accounting.stack import Stack, decoder, lora_per_layer
@@ -83,10 +84,11 @@ def predict(
     if head_tokens is None and mode == "train":  # a reducer's outputs keep the caller's length, so the head sees every token
         head_tokens = sum(prompt.tokens for prompt in prompts)
     scores = decided(config, reducers, prompts, calls)
+    unseen = unseen_by(reducers, prompts, layers)
     if cache is None or mode == "train":
-        return _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores)
+        return _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)
     scores = scores[0] + _thinning(config, cache, total), scores[1]
-    found = _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores)
+    found = _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)
     return found if left is None else found.thinned({i: sum(rows) for i, rows in enumerate(left)}, {}, cache.together)
 
 
@@ -106,6 +108,7 @@ def observed(
     reducers: Sequence[Reducer] = (),
     prompts: Sequence[Prompt] = (),
     cache: CachePolicy | None = None,
+    unseen: Sequence[Sequence[int]] = (),
 ) -> Ledger:
     """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
@@ -114,6 +117,7 @@ def observed(
     unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
     each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
     acted on `prompts`; what their scores took follows from the sizes of these, and what the policy `cache` took from those of the layers.
+    `unseen`: by layer and row, (query, key) pairs that a rule hides; without it none.
     """
     if len(visual) != len(total):
         raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
@@ -123,7 +127,7 @@ def observed(
     scores = decided(config, reducers, prompts, calls)
     if cache is not None:
         scores = scores[0] + _thinning(config, cache, _rows(total)), scores[1]
-    return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores)
+    return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)
 
 
 def _ledger(
@@ -136,6 +140,7 @@ def _ledger(
     dtype_bytes: int,
     calls: Calls,
     decided: tuple[int, int],
+    unseen: Sequence[Sequence[int]],
 ) -> Ledger:
     stack = decoder(config)
     if len(total) != len(stack.linear):
@@ -146,7 +151,9 @@ def _ledger(
     weights, products = (3 if trained.lm else 2 if flows else 1), (3 if flows else 1)
     lora = lora_per_layer(config, trained.lora_rank, trained.lora_targets) if trained.lora_rank else [0] * len(stack.linear)
     linear = [2 * sum(rows) * (weights * macs + 3 * extra) for rows, macs, extra in zip(total, stack.linear, lora, strict=True)]
-    attention = [products * sum(4 * n * n * width for n in rows) for rows, width in zip(total, stack.attention_width, strict=True)]
+    unseen = unseen or [[0] * len(rows) for rows in total]
+    pairs = [sum(n * n for n in rows) - sum(less) for rows, less in zip(total, unseen, strict=True)]
+    attention = [products * 4 * seen * width for seen, width in zip(pairs, stack.attention_width, strict=True)]
     if head_tokens is None:
         head_tokens = sum(total[0]) if mode == "train" else len(total[0])
     head = weights * 2 * head_tokens * stack.head

@@ -15,7 +15,20 @@ from foveate.contract.signals import (
     TowerKeys,
     content_keys,
 )
-from foveate.contract.sites import BeforeLM, BeforeProcessor, Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer
+from foveate.contract.sites import (
+    BeforeLM,
+    BeforeProcessor,
+    Bypass,
+    Cut,
+    Decision,
+    FromLayer,
+    InEncoder,
+    Rule,
+    Site,
+    ThroughLayer,
+    Visibility,
+    Visible,
+)
 from foveate.contract.view import Question, View
 from foveate.contract.workload import ImageSize, Workload, products
 
@@ -41,12 +54,15 @@ __all__ = [
     "Noise",
     "Question",
     "ReceivedAttention",
+    "Rule",
     "Signal",
     "Site",
     "States",
     "ThroughLayer",
     "TowerKeys",
     "View",
+    "Visibility",
+    "Visible",
     "Workload",
     "content_keys",
     "products",

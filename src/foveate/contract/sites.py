@@ -9,21 +9,23 @@ tokens, cache and cost follows from what is acted on and whether it lasts:
     BeforeLM             from the first layer on    every layer                  every layer
     FromLayer(layer)     from this layer on         these layers                 these layers
     ThroughLayer(layer)  in this layer alone        this layer                   this layer
+    Visibility(layer)    nowhere                    none                         pairs of query and key
 
 A new type is one class and one row here; one that acts on something new has its hook in the engine's wiring and driver.
-`Visibility(k)` belongs to this list as well and is not built yet. What stays in a cache without the sequence becoming shorter is decided at
-`InCache`, by a cache policy and not by a reducer: `foveate.contract.cache`.
+What stays in a cache without the sequence becoming shorter is decided at `InCache`, by a cache policy and not by a reducer:
+`foveate.contract.cache`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
 from foveate.contract import Signal
-from foveate.tokens import TokenMap
+from foveate.tokens import Layout, TokenMap
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,17 @@ class Cut:
 
     gain  (B, N) what the arriving states are multiplied with before that; None: nothing. In the tower there is none
     loss  (B,) a term of each row's loss, while the reducer's weights are trained; None: it adds none
+    steps (B, N) float64, what the step from the slot before to each arriving slot's position counts, in place of 1; None: 1. What comes
+          after fractions goes on from the next integer. In the tower there is none
+    several  positions of each target from here on, its members' from the last one backwards, among which the rotary embedding's
+          frequencies are shared out; 1: the target's own. In the tower nothing but 1
     """
 
     map: TokenMap
     gain: Tensor | None = None
     loss: Tensor | None = None
+    steps: Tensor | None = None
+    several: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,27 @@ class Bypass:
     loss: Tensor | None = None
 
 
-Decision = Cut | Bypass
+Rule = Callable[[Layout, Layout], Tensor]
+
+
+@dataclass(frozen=True)
+class Visible:
+    """At `Visibility`: who attends to whom, by rules on the layouts of the queries (B, M) and of all keys (B, K) of the sequence so far,
+    the queries' own the last of them. Rules are asked at every later step too, so they are values: equal ones are one rule.
+
+    sees   (B, M, K) bool: what stays visible of what the model's own mask allows; None: all. A token always sees itself
+    opens  (B, M, K) bool: what is visible beside that, in the same forward pass; None: nothing
+    bias   (B, M or 1, K) float32, added to the products of queries and keys; None: nothing
+    holds  whether visual tokens leave the layers as they came to them: nothing but their keys and values is theirs to give
+    """
+
+    sees: Rule | None = None
+    opens: Rule | None = None
+    bias: Rule | None = None
+    holds: bool = False
+
+
+Decision = Cut | Bypass | Visible
 
 
 @dataclass(frozen=True)
@@ -139,7 +167,21 @@ class ThroughLayer(_Acts):
     needs: tuple[Signal, ...] = ()
 
 
-Site = BeforeProcessor | InEncoder | BeforeLM | FromLayer | ThroughLayer
+@dataclass(frozen=True)
+class Visibility(_Acts):
+    """In decoder layer index `layer` and those after it, up to index `end` (None: to the last one): all tokens are there, and a rule says
+    which of them see which."""
+
+    layer: int = 0
+    end: int | None = None
+    needs: tuple[Signal, ...] = ()
+
+    def at(self, layer: int) -> bool:
+        """Whether the rule holds in a decoder layer."""
+        return self.layer <= layer and (self.end is None or layer < self.end)
+
+
+Site = BeforeProcessor | InEncoder | BeforeLM | FromLayer | ThroughLayer | Visibility
 
 SITES: dict[type, Effect] = {
     BeforeProcessor: Effect("image", None, True, "the image, before the processor"),
@@ -147,4 +189,5 @@ SITES: dict[type, Effect] = {
     BeforeLM: Effect("decoder", Cut, True, "before the LM"),
     FromLayer: Effect("decoder", Cut, True, "from layer {}", "layer"),
     ThroughLayer: Effect("decoder", Bypass, False, "through layer {}", "layer"),
+    Visibility: Effect("decoder", Visible, False, "who sees whom, from layer {}", "layer"),
 }

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from foveate.engine.held import Held
+from foveate.engine.rulings import Ruling
 from foveate.errors import FoveateError
+from foveate.tokens import Layout
 
 
 class Serving(Protocol):
@@ -40,6 +42,8 @@ class CacheTable:
     valid    (B, length) bool, or None where every token is real
     held     layer -> what it holds, where a policy thins its cache: in the place of `slots`, which go on counting what it was given
     since    tokens since the policy decided
+    layouts  segment -> what its slots are, as far as that is known: those behind the last image may be missing
+    rulings   who sees whom, as it was decided on
     """
 
     cut_by: str = ""
@@ -49,6 +53,8 @@ class CacheTable:
     valid: Tensor | None = None
     held: dict[int, Held] = field(default_factory=dict)
     since: int = 0
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    rulings: tuple[Ruling, ...] = ()
     _served: Callable[[], Serving | None] | None = None
 
     def serve(self, forward: Serving) -> None:
@@ -67,6 +73,15 @@ class CacheTable:
         """The segment that a layer belongs to."""
         return max((begin for begin in self.slots if begin <= layer), default=None)
 
+    def layout(self, layer: int, slots: Tensor) -> Layout:
+        """What the slots (B, K) of a layer are: those of which nothing is known are text that goes on counting."""
+        text = Layout.sequence(torch.zeros_like(slots, dtype=torch.bool), position_BN=slots.clamp(min=0))
+        segment = max((begin for begin in self.layouts if begin <= layer), default=None)
+        if segment is None:
+            return text
+        known = self.layouts[segment]
+        return known if known.shape[1] == slots.shape[1] else known.joined(text.each(lambda part: part[:, known.shape[1] :]))
+
     def select(self, index: Tensor) -> None:
         """Rows of the batch are chosen, reordered or repeated."""
         for table in (self.slots, self.shift):
@@ -75,6 +90,7 @@ class CacheTable:
         if self.valid is not None:
             self.valid = self.valid[index.to(self.valid.device)]
         self.held = {layer: held.select(index) for layer, held in self.held.items()}
+        self.layouts = {segment: layout.each(lambda part: part[index.to(part.device)]) for segment, layout in self.layouts.items()}
 
     def crop(self, removed: int) -> None:
         """The last `removed` tokens go. FoveateError if some of them were merged or dropped at a cut: their slots cannot be told apart."""
@@ -90,8 +106,15 @@ class CacheTable:
             raise FoveateError(f"the cache cannot be cropped by {removed} tokens: some of them were evicted from decoder layer {evicted}")
         self.held = {layer: held for layer, held in kept.items() if held is not None}
         self.slots, self.length = slots, length
+        for segment, layout in self.layouts.items():
+            held = next(slots[begin] for begin in sorted(slots, reverse=True) if begin <= segment)
+            self.layouts[segment] = layout.each(_first(held.shape[1]))
         if self.valid is not None:
             self.valid = self.valid[:, :length]
+
+
+def _first(slots: int) -> Callable[[Tensor], Tensor]:
+    return lambda part: part[:, :slots]
 
 
 class _Remembering:

@@ -21,33 +21,13 @@ from torch import Tensor
 
 from foveate.engine.cache import CacheTable, fixed_length, held_before
 from foveate.engine.held import Held
+from foveate.engine.moves import Move, axis_of, dropped_before, each, in_order, saved
+from foveate.engine.rulings import Rules, Ruling, laid_over, rules_at
+from foveate.engine.several import nth_member, turned
 from foveate.errors import FoveateError
 from foveate.tokens import Kind, Layout, TokenMap
 
 _VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")  # where packed samples begin, for flash attention
-
-
-@dataclass
-class Move:
-    """What one segment did to positions.
-
-    map      of its cut (None: nothing is cut)
-    earlier  (B,) the offset that earlier chunks have accumulated here
-    closed   (B, M) by how much closing the gaps moves each target, None where they stay open
-    """
-
-    map: TokenMap | None
-    earlier: Tensor
-    closed: Tensor | None = None
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        """(B, N) or (R, B, N) -> the same with M. Several rows a token (m-RoPE) name places in a grid: their gaps are not closed."""
-        if self.map is None:
-            return positions if positions.ndim == 3 else positions - self.earlier[:, None]
-        if positions.ndim == 3:
-            return torch.stack([self.map.positions(row, mean=self.map.mean) for row in positions])
-        moved = self.map.positions(positions, mean=self.map.mean) - self.earlier[:, None]
-        return moved if self.closed is None else moved - self.closed
 
 
 @dataclass
@@ -80,10 +60,15 @@ class Chunk:
     rotary_calls: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
     tables: dict[int, Tensor] = field(default_factory=dict)
     shifts: dict[int, Tensor] = field(default_factory=dict)
+    layouts: dict[int, Layout] = field(default_factory=dict)
+    rulings: tuple[Ruling, ...] = ()
+    shows: bool = False  # whether there are images in it
+    several: int = 1  # positions that each slot has
+    dtype: torch.dtype = torch.float32  # of the layers' states
     given: dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]] = field(default_factory=dict)  # what layers were handed, what they get
     held: dict[int, Held] = field(default_factory=dict)  # layer -> what a policy has left in its cache, this chunk among it
     since: int = 0  # tokens since the policy decided
-    _known: dict[tuple[int, ...], tuple[Any, Any]] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], tuple[Any, Any]] = field(default_factory=dict)
     _keys: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     _all_now: Tensor = field(init=False)  # the slots of this chunk, where nothing was cut
     _rows: Tensor = field(init=False)  # the slots of `whole`, ascending
@@ -96,18 +81,28 @@ class Chunk:
         self.shift = self.shift_before = torch.zeros(self.arrived.shape[0], dtype=torch.int64, device=self.arrived.kind.device)
         self.changed = self.memory is not None
         self._rows = self.whole.representative
-        self.tables[0] = self._all_now = self._rows + self.past
+        self._all_now = self._rows + self.past
+        self._begin(0, self._all_now)
+        if self.memory is not None:
+            self.rulings = self.memory.rulings
 
     # ---- cuts
 
-    def enter(self, segment: int, token_map: TokenMap, renumber: bool) -> None:
-        """Cuts the chunk in front of decoder layer `segment`; what stays of it is `token_map`."""
+    def enter(self, segment: int, token_map: TokenMap, renumber: bool, steps: Tensor | None = None, several: int = 1) -> None:
+        """Cuts the chunk in front of decoder layer `segment`; what stays of it is `token_map`. steps, several: as in `Cut`."""
         before, samples = self._shift_of(segment), self.samples_now()
         earlier = before - self.shift_before
         closed = dropped_before(token_map, samples) if renumber else None
+        if steps is not None:
+            at = token_map.representative.clamp(min=0)
+            now = token_map.positions(self.layout.position, mean=token_map.mean) - (0 if closed is None else closed)
+            theirs = None if samples is None else samples.gather(1, at)
+            less, after = saved(steps.gather(1, at), now, token_map.target.valid, theirs, self.past > 0)
+            closed, self.shift = less if closed is None else closed + less, self.shift + after
         self.cuts.append((segment, token_map, samples))
         self.moves.append(Move(token_map, earlier, None if closed is None else torch.where(token_map.representative >= 0, closed, 0)))
-        self.moved |= token_map.mean or renumber or (self.memory is not None and bool(earlier.any()))
+        self.several = max(self.several, several)
+        self.moved |= several > 1 or token_map.mean or closed is not None or (self.memory is not None and bool(earlier.any()))
         self.shift, self.shift_before = self.shift + earlier, before
         if renumber:
             self.shift = self.shift + (token_map.source.valid.sum(1) - token_map.target.valid.sum(1))
@@ -115,7 +110,7 @@ class Chunk:
         self.layout, self.segment = replace(token_map.target, position=self.positions(self.arrived.position)), segment
         self.changed = self.cut = True
         self.given, self._known, self._keys = {}, {}, {}
-        self.tables[segment] = self._sequence_index()
+        self._begin(segment, self._sequence_index())
         self.shifts[segment] = self.shift
 
     def go_on(self, segment: int) -> None:
@@ -130,11 +125,12 @@ class Chunk:
             self.layout = replace(self.layout, position=self.layout.position - earlier[:, None])
         self.shift_before = before
         self.given, self._known, self._keys = {}, {}, {}
-        self.tables[segment], self.shifts[segment], self.segment = self.tables[self.segment], self.shift, segment
+        self._begin(segment, self.tables[self.segment])
+        self.shifts[segment], self.segment = self.shift, segment
 
     def pass_by(self, segment: int) -> None:
         """Starts a segment at which nothing happens and nothing ever has; its layers go on with what the ones before had."""
-        self.tables[segment] = self.tables[self.segment]
+        self._begin(segment, self.tables[self.segment])
         self.shifts[segment] = self.shift
         self.segment = segment
 
@@ -170,8 +166,16 @@ class Chunk:
         for name, value in self._aside.items():
             setattr(self, name, value)
         self.segment, self._aside, self.given, self._known, self._keys = segment, {}, {}, {}, {}
-        self.tables[segment] = self._sequence_index()
+        self._begin(segment, self._sequence_index())
         self.shifts[segment] = self.shift
+
+    def look(self, ruling: Ruling) -> None:
+        """A rule of who sees whom holds from now on; one that holds already is no other."""
+        if ruling not in self.rulings:
+            self.rulings, self.changed = (*self.rulings, ruling), True
+
+    def _begin(self, segment: int, table: Tensor) -> None:
+        self.tables[segment], self.layouts[segment] = table, self.layout
 
     def _sequence_index(self) -> Tensor:
         self._rows = in_order(self.whole.representative)
@@ -180,6 +184,10 @@ class Chunk:
     def remember(self, memory: CacheTable) -> None:
         """Called when the pass has gone through: the tables grow by this chunk."""
         B = self.arrived.shape[0]
+        if self.rulings or self.shows:
+            before = {segment: memory.layout(segment, self._before(memory, segment, B)) for segment in self.layouts}
+            memory.layouts = {segment: before[segment].joined(here) for segment, here in self.layouts.items()}
+        memory.rulings = self.rulings
         memory.slots = {segment: torch.cat([self._before(memory, segment, B), table], 1) for segment, table in self.tables.items()}
         memory.shift.update(self.shifts)
         visual = (self.arrived.kind != Kind.TEXT) & self.arrived.valid
@@ -228,7 +236,12 @@ class Chunk:
 
     def mask(self, mask: Any, layer: int, recurrent: bool, window: int | None = None) -> Any:
         """A layer's own mask, from the whole chunk's. window: of a layer whose backend counts it in slots."""
-        held = self.thinned(layer)
+        held, rules = self.thinned(layer), rules_at(layer, self.rulings)
+        if held is not None and rules:
+            raise FoveateError(
+                f"a cache policy has let keys of decoder layer {layer} go, where a rule says who sees whom: only one of them can act on a "
+                "sequence"
+            )
         if mask is None and held is not None and held.full and not self.cut and self._rows.shape[1] == 1:
             return None  # a decoded token sees all that is left: nothing has to be asked of the device
         columns = self._columns(layer)
@@ -239,9 +252,10 @@ class Chunk:
                 f"{self.implementation} counts the sliding window of decoder layer {layer} in slots, so that after a cut it would reach "
                 "further back than it should: load the model with sdpa or eager attention"
             )
-        key = (id(mask), columns.shape[1], recurrent, -1 if held is None else layer)
+        key = (id(mask), columns.shape[1], recurrent, -1 if held is None else layer, rules)
         if key not in self._known:
-            self._known[key] = (mask, self._cut_mask(mask, columns, recurrent))
+            found = self._cut_mask(mask, columns, recurrent)
+            self._known[key] = (mask, self._ruled(found, rules, columns) if rules else found)
         return self._known[key][1]
 
     @property
@@ -301,8 +315,7 @@ class Chunk:
             causal = M == 1 or M == K
             if causal and bool((columns >= 0).all()):
                 return None
-            seen = (columns[:, None] >= 0) & (columns[:, None] <= (self._filled(rows) + self.past)[..., None])
-            return seen[:, None]
+            return self._causal(columns)
         if not isinstance(mask, Tensor):
             kind = f"{self.implementation} ({type(mask).__name__})"
             raise FoveateError(f"masks of {kind} cannot be reduced; load the model with sdpa or eager attention")
@@ -316,6 +329,23 @@ class Chunk:
         mask = mask.gather(3, self._in_mask(mask, columns)[:, None, None].expand(B, H, M, K))
         low: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
         return mask.masked_fill((columns < 0)[:, None, None], low)
+
+    def _causal(self, columns: Tensor) -> Tensor:
+        """(B, 1, M, K) bool: what a causal mask shows."""
+        return ((columns[:, None] >= 0) & (columns[:, None] <= (self._filled(self._rows) + self.past)[..., None]))[:, None]
+
+    def _ruled(self, mask: Any, rules: Rules, columns: Tensor) -> Any:
+        before = self._before(self.memory, self.segment, columns.shape[0])
+        known = (self.memory or CacheTable()).layout(self.segment, before)
+        return laid_over(
+            mask,
+            rules,
+            self.layout.counted_on(known),
+            known.joined(self.layout),
+            lambda: self._causal(columns),
+            columns.shape[1],
+            self.dtype,
+        )
 
     def _in_mask(self, mask: Tensor, columns: Tensor) -> Tensor:
         """The columns in the library's mask: a sliding layer's begins at the first key that the layer holds."""
@@ -369,14 +399,31 @@ class Chunk:
     def _cut_side(self, value: Any) -> Any:
         for args, kwargs, output in self.rotary_calls:
             if value is output:
-                return self._rotary_again(args, kwargs) if self.moved else _each(value, self._gather) if self.cut else value
-        return _each(value, self._carry) if self.cut else value
+                return self._rotary_again(args, kwargs) if self.moved else each(value, self._gather) if self.cut else value
+        return each(value, self._carry) if self.cut else value
 
     def _rotary_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self.rotary is not None
-        if "position_ids" in kwargs:
-            return self.rotary(*args, **{**kwargs, "position_ids": self.positions(kwargs["position_ids"])})
-        return self.rotary(args[0], self.positions(args[1]), *args[2:], **kwargs)
+        named = "position_ids" in kwargs
+        given = kwargs["position_ids"] if named else args[1]
+
+        def turn(positions: Tensor) -> Any:
+            assert self.rotary is not None
+            if named:
+                return self.rotary(*args, **{**kwargs, "position_ids": positions})
+            return self.rotary(args[0], positions, *args[2:], **kwargs)
+
+        if self.several == 1:
+            return turn(self.positions(given))
+        where = [nth_member(self.whole, n) for n in range(self.several)]
+        return turned(turn, [self._moved_along(given, at) for at in where])
+
+    def _moved_along(self, positions: Tensor, at_BM: Tensor) -> Tensor:
+        """The positions of some arrived slots, one for each that is left, moved as that has moved."""
+        whole = positions.expand(*positions.shape[:-2], *self.arrived.shape)
+        index = at_BM.expand(*whole.shape[:-2], *at_BM.shape)
+        own = self.whole.representative.clamp(min=0).expand_as(index)
+        return whole.gather(-1, index) + self.positions(positions) - whole.gather(-1, own)
 
     def _carry(self, value: Tensor) -> Tensor:
         """States along the sequence are mixed as the tokens are; anything else follows the representatives."""
@@ -384,16 +431,8 @@ class Chunk:
             return self.whole.apply(value)
         return self._gather(value)
 
-    def _axis(self, value: Tensor) -> int | None:
-        """The axis that runs along the chunk: behind an axis of the batch (or of 1)."""
-        B, N = self.arrived.shape
-        for axis in range(1, min(value.ndim, 3)):
-            if value.shape[axis] == N and value.shape[axis - 1] in (1, B):
-                return axis
-        return None
-
     def _gather(self, value: Tensor) -> Tensor:
-        axis, B = self._axis(value), self.arrived.shape[0]
+        axis, B = axis_of(value, self.arrived.shape), self.arrived.shape[0]
         if axis is None:
             return value
         index = self.whole.representative.clamp(min=0)
@@ -404,40 +443,3 @@ class Chunk:
         view[axis - 1], view[axis] = index.shape
         shape[axis] = index.shape[1]
         return value.gather(axis, index.view(view).expand(shape))
-
-
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_each(v, change) for v in value)
-    return {name: _each(v, change) for name, v in value.items()} if isinstance(value, dict) else value
-
-
-def put_back(token_map: TokenMap, states_BMD: Tensor, all_BND: Tensor) -> Tensor:
-    """(B, N, D) with the targets' states where a selection has taken them from; the other rows are what they were."""
-    B, N = token_map.source.shape
-    at = torch.where(token_map.representative >= 0, token_map.representative, N)
-    target = torch.arange(at.shape[1], device=at.device).expand_as(at)
-    came = torch.full((B, N + 1), -1, dtype=torch.int64, device=at.device).scatter(1, at, target)[:, :N, None]
-    return torch.where(came >= 0, states_BMD.gather(1, came.clamp(min=0).expand(-1, -1, states_BMD.shape[2])), all_BND)
-
-
-def dropped_before(token_map: TokenMap, samples_BN: Tensor | None = None) -> Tensor:
-    """(B, M) int64: by how many slots the part of the row up to each target has become shorter; of packed samples, of the target's own."""
-    at = token_map.representative.clamp(min=0)
-    gone = token_map.source.valid.cumsum(1).gather(1, at) - token_map.target.valid.cumsum(1)
-    if samples_BN is None:
-        return gone
-    own, count = samples_BN.gather(1, at), int(samples_BN.max()) + 1
-    less = samples_BN.new_zeros((samples_BN.shape[0], count))
-    less = less.scatter_add(1, samples_BN, token_map.source.valid.to(torch.int64))
-    less = less.scatter_add(1, own, -token_map.target.valid.to(torch.int64))
-    return gone - (less.cumsum(1) - less).gather(1, own)
-
-
-def in_order(index_BM: Tensor) -> Tensor:
-    """The same slots in ascending order, empty ones where they are: what stands later sees what stands before it, wherever it was."""
-    there = index_BM >= 0
-    ascending = torch.where(there, index_BM, torch.iinfo(torch.int64).max).sort(dim=1).values
-    return torch.where(there, ascending.gather(1, (there.cumsum(1) - 1).clamp(min=0)), -1)

@@ -92,6 +92,7 @@ class Driver:
     def _install(self) -> None:
         anatomy, wiring, layers = self.anatomy, self.wiring, self.anatomy.layers
         core, decoder = anatomy.core, anatomy.decoder
+        behind = [index for index in range(len(layers)) if wiring.puts_back(index)]
         for index in sorted(wiring.watched):
             self._probes[index] = LayerProbe(layers[index])
         if wiring.tower:
@@ -111,9 +112,9 @@ class Driver:
             core.register_forward_hook(Hook(self._after_model, len(self._around) - 1), always_call=True),
             decoder.register_forward_pre_hook(Hook(self._before_decoder), with_kwargs=True),
             decoder.register_forward_hook(Hook(self._after_decoder), always_call=True),
-            *(layers[index].register_forward_hook(Hook(self._after_bypass, index), prepend=True) for index in wiring.through),
+            *(layers[index].register_forward_hook(Hook(self._after_layer, index), prepend=True) for index in behind),
             *(hook for index in wiring.through for hook in self._gains.hooks(layers[index])),
-            *(layers[index].register_forward_hook(Hook(self._after_layer, index)) for index in wiring.thinned),
+            *(layers[index].register_forward_hook(Hook(self._cached, index)) for index in wiring.thinned),
             layers[-1].register_forward_hook(Hook(self._after_last_layer)),
         ]
         if anatomy.rotary is not None:
@@ -259,14 +260,14 @@ class Driver:
             self._gains.begin(module, forward.gain)
         return new
 
-    def _after_layer(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_layer(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
+        forward = self._live.forward
+        return forward.after_layer(index, output) if forward is not None and forward.under_way else None
+
+    def _cached(self, index: int, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._live.forward
         if forward is not None and forward.under_way:
-            forward.after_layer(index)
-
-    def _after_bypass(self, index: int, module: nn.Module, args: Any, output: Any) -> Any:
-        forward = self._live.forward
-        return forward.after_bypass(index, output) if forward is not None and forward.under_way else None
+            forward.cached(index)
 
     def _after_last_layer(self, module: nn.Module, args: Any, output: Any) -> Any:
         forward = self._live.forward

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import Anatomy
-from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, States, View
+from foveate.contract import Attention, Bypass, Cut, Groups, Keys, Signal, States, View, Visibility, Visible
 from foveate.engine.arrivals import Arrivals, valid_slots
 from foveate.engine.cache import CacheTable, capacity, recall, remember
-from foveate.engine.chunk import Chunk, put_back
+from foveate.engine.chunk import Chunk
+from foveate.engine.moves import put_back
 from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
 from foveate.engine.record import Record
-from foveate.engine.replay import Replay, decide, held
+from foveate.engine.replay import Replay, ReplayVisible, decide, held
+from foveate.engine.rulings import Ruling, kept_back, rules_at
 from foveate.engine.thinning import Thinning
 from foveate.engine.wiring import Wiring
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.layer import LayerProbe
 from foveate.probes.tower import TOWER_SIGNALS
 from foveate.probes.tower_pass import TowerPass
@@ -58,6 +60,7 @@ class ForwardPass:
         self._here: list[TokenMap] = []  # what the reducers of the layer under way have made of `_arriving`, the slots that came to it
         self._arriving: Layout | None = None
         self._passing: tuple[TokenMap, Tensor] | None = None  # what goes through the layer under way, and the states of the rest
+        self._came: Tensor | None = None  # the states that came to the layer under way, where a rule holds some of them
         self._first: Tensor | None = None  # the states of all in front of the first layer, where some pass that by
         self.gain: Tensor | None = None  # (B, M) what the feed-forward branch of the layer under way is multiplied with
         self.losses: list[tuple[Reducer, Tensor]] = []  # what reducers whose weights are trained add to the loss, (B,)
@@ -93,7 +96,7 @@ class ForwardPass:
         if positions is None:
             row = torch.arange(past, past + shape[1], device=device)[None]
         else:
-            row = positions if positions.ndim == 2 else positions[0]
+            row = positions if positions.ndim == 2 else positions[int(len(positions) == 4)]  # of four rows the first counts slots
         self._counted = not row.is_floating_point()
         valid = valid_slots(self.mask if self.mask is not None else kwargs.get("attention_mask"), past, shape[1])
         layout, which = self.arrivals.layout(shape, None if valid is None else valid.to(device), row.to(torch.int64))
@@ -102,7 +105,7 @@ class ForwardPass:
         self._chunk = Chunk(
             layout, past, memory, cache, implementation, self.anatomy.rotary, None if samples is None else samples.to(device)
         )
-        self._which, self._cut_by = which, cut_by
+        self._chunk.shows, self._which, self._cut_by = self.has_images, which, cut_by
         self._ask(prompt)
         if self.thinning is not None:
             self.thinning.begin(self._chunk, prompt)
@@ -171,9 +174,19 @@ class ForwardPass:
         elif chunk.begins(index):
             chunk.go_on(index)
         self.record.layouts.append(chunk.layout)
+        self.record.rulings = chunk.rulings
         self.record.lengths.append(hidden.shape[1])
         if index in self.probes:
             self.probes[index].arm(self.has_images or (self.thinning is not None and self.thinning.looks))
+        chunk.dtype, rules = hidden.dtype, rules_at(index, chunk.rulings)
+        self._came = hidden if self.has_images and any(rule.holds for rule in rules) else None
+        if self._came is not None and not self.wiring.puts_back(index):
+            raise FoveateError(
+                f"{spell(self._cut_by)!r} goes on with a sequence whose images another method lets pass decoder layer {index} unchanged: "
+                "bring further images while that method is attached"
+            )
+        if rules and "attention_mask" not in kwargs:
+            raise NotApplicable(Reason.NO_MASK, f"decoder layer {index} is given no mask over which a rule of who sees whom can be laid")
         if not chunk.changed:
             return None if added is None else ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         if args:
@@ -187,8 +200,8 @@ class ForwardPass:
         are handed the same objects."""
         chunk, recurrent = self.chunk, self.anatomy.recurrent(index)
         window = self.anatomy.window(index) if chunk.flash else None
-        own = -1 if chunk.thinned(index) is None else index
-        key = (chunk.segment, own, recurrent, window, *capacity(chunk.cache, index), *kwargs, *map(id, kwargs.values()))
+        rules, own = rules_at(index, chunk.rulings), -1 if chunk.thinned(index) is None else index
+        key = (chunk.segment, own, recurrent, window, rules, *capacity(chunk.cache, index), *kwargs, *map(id, kwargs.values()))
         if key not in chunk.given:  # with the objects, so that none of them goes and leaves its id to another
             chunk.given[key] = list(kwargs.values()), self._cut_given(index, kwargs, recurrent, window)
         return dict(chunk.given[key][1])
@@ -211,15 +224,16 @@ class ForwardPass:
     def _decide(self, index: int, hidden: Tensor) -> Tensor:
         """The states that go through layer `index`, after what acts in front of it and around it."""
         wiring, chunk = self.wiring, self.chunk
-        if index in wiring.cuts or index in wiring.through:
-            self._arriving, self._here = chunk.layout, []
-        else:
-            if index == 0 and (wiring.cuts or wiring.through):
+        if index not in wiring.cuts and index not in wiring.through:
+            if index == 0 and wiring.decides:
                 self._view(0, hidden)  # which those after it are shown
             if chunk.begins(index):
                 chunk.go_on(index)
+        self._arriving, self._here = chunk.layout, []
         if index in wiring.cuts:
             hidden = self._cut(index, hidden)
+        if index in wiring.rulings:
+            self._look(index, hidden)
         self._entered = {index: hidden.detach()} if index in wiring.remembered else {}
         return self._bypass(index, hidden) if index in wiring.through else hidden
 
@@ -234,14 +248,15 @@ class ForwardPass:
             renumber = reducer.positions_at(number) == "renumber" and self._counted
             if decision.gain is not None:
                 hidden = hidden * decision.gain[..., None].to(hidden.dtype)
-            same = self._shortcuts and chunk.memory is None and token_map.is_identity
+            steps = self._steps(reducer, decision)
+            same = self._shortcuts and chunk.memory is None and token_map.is_identity and steps is None
             if not same or decision.gain is not None:
-                how = "renumber" if renumber else "keep"
-                self.record.steps.append(Replay(index, token_map, gain=held(decision.gain), positions=how))
+                how, gain = "renumber" if renumber else "keep", held(decision.gain)
+                self.record.steps.append(Replay(index, token_map, gain=gain, steps=steps, several=decision.several, positions=how))
             if same:
                 continue
             hidden = token_map.apply(hidden)
-            chunk.enter(index, token_map, renumber)
+            chunk.enter(index, token_map, renumber, steps, decision.several)
             self._here.append(token_map)
         if self._here:
             whole = self._here[0] if len(self._here) == 1 else self._so_far()
@@ -249,6 +264,24 @@ class ForwardPass:
         elif chunk.memory is not None or chunk.changed:
             chunk.pass_by(index)
         return hidden
+
+    def _steps(self, reducer: Reducer, decision: Cut) -> Tensor | None:
+        """A decision's steps where some of them are not 1. NotApplicable where positions are not what a decision can place tokens by."""
+        steps = decision.steps
+        if decision.several > 1 and not self.chunk.rotary_calls:
+            raise NotApplicable(
+                Reason.POSITIONS, f"{reducer.name} gives tokens several positions, and no rotary module of a known name turns by them"
+            )
+        if steps is None or not bool((steps != 1).any()):
+            return None
+        turned = [kwargs.get("position_ids", args[1] if len(args) > 1 else None) for args, kwargs, _ in self.chunk.rotary_calls]
+        if not self._counted or not turned or any(positions is None or positions.ndim != 2 for positions in turned):
+            raise NotApplicable(
+                Reason.POSITIONS,
+                f"{reducer.name} places tokens between integers, and the positions of this model are places in a grid, or turned by no "
+                "rotary module of a known name: choose another method",
+            )
+        return steps.detach()
 
     def _bypass(self, index: int, hidden: Tensor) -> Tensor:
         """Takes out of the chunk what goes through layer `index`."""
@@ -282,23 +315,35 @@ class ForwardPass:
         self.record.bypasses[index] = replace(token_map, target=chunk.layout)
         return token_map.apply(hidden)
 
+    def _look(self, index: int, hidden: Tensor) -> None:
+        """Decides who sees whom from layer `index` on."""
+        for reducer, number, site in self.wiring.rulings[index]:
+            ruling = Ruling(Visibility(site.layer, site.end), decide(reducer, number, self._view(index, hidden, reducer), Visible))
+            self.record.steps.append(ReplayVisible(ruling))
+            self.chunk.look(ruling)
+
     def _note_loss(self, reducer: Reducer, decision: Cut | Bypass) -> None:
         if decision.loss is not None:
             self.losses.append((reducer, decision.loss))
 
-    def after_layer(self, index: int) -> None:
+    def cached(self, index: int) -> None:
         """Layer `index` has cached what it was given: what stays of that."""
         if self.thinning is not None and self.chunk.cache is not None:
             self.thinning.after(index, self.chunk, self.record.layouts[index])
 
-    def after_bypass(self, index: int, output: Any) -> Any:
-        """What comes out of layer `index`, with what has passed it by."""
+    def after_layer(self, index: int, output: Any) -> Any:
+        """What comes out of layer `index`, with what has passed it by or is held as it came; None: that."""
         if not self.has_images:
             return None
+        new = False
+        if self._came is not None:
+            states = output[0] if isinstance(output, tuple) else output
+            states = kept_back(rules_at(index, self.chunk.rulings), self.chunk.layout, self._came, states)
+            output, self._came, new = (states, *output[1:]) if isinstance(output, tuple) else states, None, True
         if self._passing is None:
-            if self.chunk.changed:  # later chunks may pass this layer by: what follows is a segment of its own
+            if index in self.wiring.through and self.chunk.changed:  # later chunks may pass this layer by: what follows is a segment
                 self.chunk.pass_by(index + 1)
-            return None
+            return output if new else None
         (token_map, before), self._passing = self._passing, None
         self.chunk.come_back(index + 1)
         hidden = put_back(token_map, output[0] if isinstance(output, tuple) else output, before)

@@ -10,6 +10,7 @@ from foveate.accounting import Ledger, Prompt
 from foveate.accounting.predict import observed
 from foveate.cache_policies import CachePolicy
 from foveate.contract import ImageSize
+from foveate.engine.rulings import Ruling, rules_at, unseen_pairs
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
 from foveate.probes.tower_pass import TowerPass
@@ -30,6 +31,7 @@ class Record:
     steps: list[Reducer] = field(default_factory=list)  # what was decided, one by one, to be done again
     encoded: list[tuple[Encoded, Fraction] | None] = field(default_factory=list)  # by item: what encoded it, None where that was not seen
     reducers: list[Reducer] = field(default_factory=list)  # what scored and decided; recorded maps do not
+    rulings: tuple[Ruling, ...] = ()  # who saw whom
     proportional: set[int] = field(default_factory=set)  # blocks of the tower behind which attention follows the tokens' sizes
     cache: CachePolicy | None = None  # what thinned the layers' caches
     ran: dict[int, Fraction] = field(default_factory=dict)  # layer -> keys that it held when it ran, where a policy has decided then
@@ -79,10 +81,24 @@ class Record:
             for call, share in seen:  # counting a call takes a while, and many items may share one
                 calls[id(call)] = call, share + calls.get(id(call), (call, Fraction(0)))[1]
             options = {"encoded": list(calls.values()), **options}
+        if self.rulings:
+            options = {"unseen": self.unseen, **options}
         how = {"images": self.images, "reducers": self.reducers, "prompts": self.prompts, **options}
         if self.cache is None or not self.stays or options.get("mode", "prefill") != "prefill":
             return observed(config, visual, total, **how)
         return observed(config, visual, total, cache=self.cache, **how).thinned(self.stays, self.ran, self.cache.together)
+
+    @property
+    def unseen(self) -> list[list[int]]:
+        """By decoder layer and row of the batch, (query, key) pairs that need not be computed since a rule hides them."""
+        found: dict[Any, list[int]] = {}
+        each = []
+        for layer, layout in enumerate(self.layouts):
+            key = rules_at(layer, self.rulings), id(layout)
+            if key not in found:
+                found[key] = unseen_pairs(key[0], layout)
+            each.append(found[key])
+        return each
 
     @property
     def prompts(self) -> list[Prompt]:

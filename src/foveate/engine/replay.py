@@ -8,13 +8,14 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from foveate.contract import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Workload
+from foveate.contract import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Visible, Workload
+from foveate.engine.rulings import Ruling
 from foveate.errors import FoveateError
 from foveate.probes.marker import scoring
 from foveate.reducers import Reducer
 from foveate.tokens import Layout, TokenMap
 
-Made = TypeVar("Made", Cut, Bypass)
+Made = TypeVar("Made", Cut, Bypass, Visible)
 
 
 def decide(reducer: Reducer, number: int, view: View, kind: type[Made]) -> Made:
@@ -37,7 +38,7 @@ def _onto(factor: Tensor | None, layout: Layout) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class _Recorded(Reducer):
+class Recorded(Reducer):
     """What has been decided before."""
 
     name: ClassVar[str] = "replay"
@@ -48,7 +49,7 @@ class _Recorded(Reducer):
 
 
 @dataclass(frozen=True)
-class Replay(_Recorded):
+class Replay(Recorded):
     """A recorded decision in front of a decoder layer (or `through` it), on the same batch or on one that goes on after it."""
 
     layer: int = 0
@@ -56,18 +57,38 @@ class Replay(_Recorded):
     through: bool = False
     gain: Tensor | None = None
     passing: Tensor | None = None
+    steps: Tensor | None = None
+    several: int = 1
 
     def sites(self, layers: int) -> list[Site]:
         return [ThroughLayer(self.layer) if self.through else FromLayer(self.layer)]
 
     def reduce(self, view: View, stage: int = 0) -> Decision:
         assert self.map is not None
-        token_map, gain = self.map.onto(view.layout), _onto(self.gain, view.layout)
-        return Bypass(token_map, gain, _onto(self.passing, view.layout)) if self.through else Cut(token_map, gain)
+        layout, token_map = view.layout, self.map.onto(view.layout)
+        gain = _onto(self.gain, layout)
+        if self.through:
+            return Bypass(token_map, gain, _onto(self.passing, layout))
+        return Cut(token_map, gain, steps=_onto(self.steps, layout), several=self.several)
 
 
 @dataclass(frozen=True)
-class ReplayInTower(_Recorded):
+class ReplayVisible(Recorded):
+    """A recorded rule of who sees whom, which says the same on any batch."""
+
+    ruling: Ruling | None = None
+
+    def sites(self, layers: int) -> list[Site]:
+        assert self.ruling is not None
+        return [self.ruling.site]
+
+    def reduce(self, view: View, stage: int = 0) -> Visible:
+        assert self.ruling is not None
+        return self.ruling.visible
+
+
+@dataclass(frozen=True)
+class ReplayInTower(Recorded):
     """Recorded maps in front of one block of the tower, one for each call of it."""
 
     block: int = 0

@@ -18,7 +18,7 @@ from foveate.cache_policies import CachePolicy
 from foveate.engine.driver import Chosen, Driver
 from foveate.engine.forward import ForwardPass
 from foveate.engine.record import Record
-from foveate.engine.replay import Replay, ReplayInTower
+from foveate.engine.replay import Recorded, ReplayInTower
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError
 from foveate.probes import hooks
@@ -152,7 +152,7 @@ class Run:
         if self.record == "none":
             return
         seen = forward.record
-        seen.reducers = [reducer for reducer in reducers if not isinstance(reducer, (Replay, ReplayInTower))]
+        seen.reducers = [reducer for reducer in reducers if not isinstance(reducer, Recorded)]
         acting = forward.wiring.tower.items()
         seen.proportional = {block for block, steps in acting if any(getattr(reducer, "proportional", False) for reducer, _ in steps)}
         self.passes = [*self.passes, seen] if self.record == "all" else [seen]

@@ -1,7 +1,8 @@
 """Who acts where in a model, and the signals that this takes; everything is checked before a hook is set.
 
-What each type of site does stands in one table, `foveate.contract.sites`. Here it becomes three: what acts in front of blocks of the tower,
-in front of decoder layers, and around one decoder layer. The driver sets a hook for each of these, and knows no site.
+What each type of site does stands in one table, `foveate.contract.sites`. Here it becomes four: what acts in front of blocks of the tower,
+in front of decoder layers and around one, and who says which token sees which in decoder layers. The driver sets a hook for each of these,
+and knows no site.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from torch import nn
 
 from foveate.anatomy import Anatomy, grows
 from foveate.cache_policies import CachePolicy
-from foveate.contract import GROUPS, Attention, Keys, Signal, States
+from foveate.contract import GROUPS, Attention, Keys, Signal, States, Visibility
 from foveate.engine.replay import ReplayInTower
+from foveate.engine.rulings import check_rules
 from foveate.engine.tower_cuts import Carried
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.tower import TOWER_SIGNALS
@@ -26,12 +28,13 @@ Step = tuple[Reducer, int]  # a reducer, and which of its sites it is at
 
 @dataclass
 class Wiring:
-    """By block of the tower and by decoder layer, what acts in front of it (`tower`, `cuts`) or around it (`through`); its weights
-    by method. `cache` is the policy that acts after the layers `thinned`."""
+    """By block of the tower and by decoder layer, what acts in front of it (`tower`, `cuts`) or around it (`through`), and by the
+    layer from which it holds who sees whom (`rulings`); weights by method. `cache` is the policy that acts after the layers `thinned`."""
 
     tower: dict[int, list[Step]] = field(default_factory=dict)
     cuts: dict[int, list[Step]] = field(default_factory=dict)
     through: dict[int, Step] = field(default_factory=dict)
+    rulings: dict[int, list[tuple[Reducer, int, Visibility]]] = field(default_factory=dict)
     needs: set[Signal] = field(default_factory=set)
     tower_needs: set[Signal] = field(default_factory=set)
     weights: dict[str, nn.Module] = field(default_factory=dict)
@@ -58,18 +61,33 @@ class Wiring:
                     if not reducer.beyond:
                         raise FoveateError(f"{reducer}: there is no decoder layer {site.layer} to act at; choose one from 0 to {depth - 1}")
                     continue
-                if site.effect.lasts:
+                if isinstance(site, Visibility):
+                    check_rules(site, anatomy, str(reducer))
+                    found.rulings.setdefault(site.layer, []).append((reducer, number, site))
+                elif site.effect.lasts:
                     found.cuts.setdefault(site.layer, []).append(step)
                 elif found.through.setdefault(site.layer, step) != step:
                     raise FoveateError(f"two reducers say what goes through decoder layer {site.layer}; leave one of them out")
                 found.needs.update(site.needs)
+        if cache is not None and found.rulings:
+            ruling = next(iter(found.rulings.values()))[0][0]
+            raise FoveateError(f"{ruling} says which token sees which of all that came, and {cache} lets some go: attach one of the two")
         found._carry()
         found._check()
         return found
 
     @property
     def acts(self) -> bool:
-        return bool(self.tower or self.cuts or self.through)
+        return bool(self.tower or self.decides)
+
+    @property
+    def decides(self) -> bool:
+        """Whether something is decided in front of a decoder layer."""
+        return bool(self.cuts or self.through or self.rulings)
+
+    def puts_back(self, layer: int) -> bool:
+        """Whether states may have to be put back behind a decoder layer."""
+        return layer in self.through or any(site.at(layer) for at in self.rulings.values() for *_, site in at)
 
     @property
     def tells_images(self) -> bool:

@@ -38,7 +38,9 @@ from foveate.reducers.tome import ToMe as ToMe
 from foveate.reducers.fastv import FastV as FastV
 from foveate.reducers.vcc import VCC as VCC
 from foveate.reducers.hired import HiRED as HiRED
+from foveate.reducers.eemllm import EEMLLM as EEMLLM
 from foveate.reducers.sparsevlm import SparseVLM as SparseVLM
+from foveate.reducers.yopo import YOPO as YOPO
 from foveate.reducers.pyramiddrop import PyramidDrop as PyramidDrop
 from foveate.reducers.fopru import FoPru as FoPru
 from foveate.reducers.dycoke import DyCoke as DyCoke
@@ -48,6 +50,7 @@ from foveate.reducers.vispruner import VisPruner as VisPruner
 from foveate.reducers.aim import AIM as AIM
 from foveate.reducers.pmod import PMoD as PMoD
 from foveate.reducers.visionzip import VisionZip as VisionZip
+from foveate.reducers.v2pe import V2PE as V2PE
 from foveate.reducers.prunevid import PruneVid as PruneVid
 from foveate.reducers.dart import DART as DART
 from foveate.reducers.divprune import DivPrune as DivPrune
@@ -62,7 +65,9 @@ from foveate.reducers.v2drop import V2Drop as V2Drop
 from foveate.reducers.holov import HoloV as HoloV
 from foveate.reducers.evs import EVS as EVS
 from foveate.reducers.visionselector import VisionSelector as VisionSelector
+from foveate.reducers.ppe import PPE as PPE
 from foveate.reducers.flashvid import FlashVID as FlashVID
+from foveate.reducers.restore import RESTORE as RESTORE
 from foveate.reducers.priortr import PriorTR as PriorTR
 # isort: on
 

@@ -30,6 +30,7 @@ class Reducer(Spelled, ABC):
     experimental  whether its rule rests on an abstract or another's words alone, and may change when the source can be read
     beyond        whether it ignores layers that the model does not have, instead of refusing the model
     amounts       the options that say how many tokens stay, which `at` sets
+    between       whether it places tokens where no other engine does: between integers, or in several places
     video         whether it compares the frames of a clip, so that it is of little use on pictures
     looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", what its choice follows
 
@@ -44,6 +45,7 @@ class Reducer(Spelled, ABC):
     version: ClassVar[int] = 1
     experimental: ClassVar[bool] = False
     beyond: ClassVar[bool] = False
+    between: ClassVar[bool] = False
     video: ClassVar[bool] = False
     amounts: ClassVar[tuple[str, ...]] = ("keep",)
     looks_at: ClassVar[frozenset[str]] = frozenset()
@@ -106,6 +108,11 @@ class Reducer(Spelled, ABC):
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         """What its own matrix products at one site take for one prompt; what the signals of the vision tower take is not in it."""
+        return 0
+
+    def unseen(self, sizes: Workload, stage: int = 0) -> int:
+        """(query, key) pairs of one prompt, of all its slots with all, that need not be computed under what it decides at `Visibility`;
+        where sizes alone do not say, those that are sure."""
         return 0
 
     # ---- spelling

@@ -6,7 +6,7 @@ gives one encoded image to many requests. So it can run a method that
 - acts once, between the tower and the first decoder layer,
 - leaves as many tokens as follow from sizes alone, to the token,
 - looks neither at the question nor at the other images of a prompt,
-- has no weights of its own.
+- has no weights of its own, and gives each token one position, an integer.
 
 All of it is read off what a method says of itself: its sites, what it looks at, the scope that it counts in.
 """
@@ -42,6 +42,8 @@ def unexportable(reducer: Reducer) -> str:
             return "acts in the tower"
         if site.layer or not site.effect.lasts:
             return "acts in the LM"
+    if reducer.between:
+        return "places tokens between integers, or in several places"
     if len(sites) != 1:
         return "acts more than once"
     if isinstance(reducer, Learned):

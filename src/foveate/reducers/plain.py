@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.contract import Signal, View, content_keys
+from foveate.contract import Signal, View, Visible, content_keys
 from foveate.errors import FoveateError
 from foveate.reducers import Reducer, parse
 from foveate.tokens import Kind, Layout, TokenMap
@@ -85,7 +85,12 @@ def reduce(
     view = View.of(blank, layout=layout, image_keys=keys, signals=signals, layers=layers)
     if tokens is None or (T and not isinstance(text, Tensor)):
         view = replace(view, tokens=None)  # not zeros, which a method would take for states
-    token_map = reducer.reduce(view, step).map
+    decision = reducer.reduce(view, step)
+    if isinstance(decision, Visible) or reducer.between:
+        raise FoveateError(
+            f"{reducer.name} says which token sees which, or where tokens stand, which only a model can do: attach it to one"
+        )
+    token_map = decision.map
     positions = token_map.target.position
     if reducer.positions_at(step) == "renumber":
         at = token_map.representative.clamp(min=0)

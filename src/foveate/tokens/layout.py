@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -33,7 +33,7 @@ class Layout:
 
     kind      int64, a `Kind`
     valid     bool, False where the slot is padding
-    position  int64, the position that the language model's rotary embedding sees
+    position  int64, or float32 where tokens stand between integers: the position that the language model's rotary embedding sees
     place     int64 (B, N, 5): image (counted over the batch), crop, frame, row, column of a patch; -1 where it does not apply
     size      float32, the number of patches that the slot stands for (0 for text)
     """
@@ -96,6 +96,10 @@ class Layout:
         position = torch.arange(len(kind_L), device=kind_L.device)
         parts = kind_L, torch.ones_like(here, dtype=torch.bool), position, place, (kind_L == Kind.PATCH).to(torch.float32)
         return cls(*(part[None] for part in parts))
+
+    @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.kind, self.valid, self.position, self.place, self.size
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -174,6 +178,21 @@ class Layout:
             position=torch.where(there, self.position.gather(1, at), 0),
             place=torch.where(there[..., None], self.place.gather(1, at[..., None].expand(-1, -1, len(PLACE))), -1),
             size=torch.where(there, self.size.gather(1, at), 0.0),
+        )
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Layout:
+        """The layout of which every part, (B, N) or (B, N, 5), is changed alike: rows chosen, slots cut off."""
+        return Layout(*map(change, self._parts))
+
+    def joined(self, after: Layout) -> Layout:
+        """The same sequences going on with the slots of another layout, whose images are counted on behind those here."""
+        return Layout(*(torch.cat(pair, 1) for pair in zip(self._parts, after.counted_on(self)._parts, strict=True)))
+
+    def counted_on(self, before: Layout) -> Layout:
+        """The same with its images counted on behind those of another layout."""
+        seen = int(before.image.max()) + 1 if before.image.numel() else 0
+        return replace(
+            self, place=torch.cat([torch.where(self.place[..., :1] >= 0, seen, 0) + self.place[..., :1], self.place[..., 1:]], -1)
         )
 
     def same(self, other: Layout) -> bool:
