@@ -48,7 +48,7 @@ def routers(model: Any) -> Any:
 def test_a_gain_is_what_it_says(make: Any) -> None:
     """Against a model whose branches and states are weighed by hand, by hooks that know what was decided."""
     model, batch = with_weights(make()), Batch([ROWS[1]])
-    with foveate.attach(model, "pmod:dense=1.0,least=1.0") as run, torch.no_grad():  # all go through
+    with foveate.attach(model, "pmod:dense=1.0,floor=1.0") as run, torch.no_grad():  # all go through
         found = model(**batch.inputs, use_cache=False).logits
         weights = [step.gain for step in recorded(run)]
     assert all(float((weight - 1).abs().max()) > 0.05 for weight in weights)
@@ -64,7 +64,7 @@ def test_a_gain_is_what_it_says(make: Any) -> None:
 def test_what_passes_by_is_scaled() -> None:
     model, batch = with_weights(llava()), Batch([ROWS[0]])
     model(**batch.inputs, output_hidden_states=True)  # the library hooks the layers by itself, here before we do
-    with foveate.attach(model, "pmod:shift=-0.4,least=0.2") as run, torch.no_grad():
+    with foveate.attach(model, "pmod:shift=-0.4,floor=0.2") as run, torch.no_grad():
         states = model(**batch.inputs, output_hidden_states=True, use_cache=False).hidden_states
         steps = recorded(run)
     assert [step.layer for step in steps] == list(range(LAYERS))
@@ -119,7 +119,7 @@ def test_the_gain_has_the_gradient_that_a_small_step_shows() -> None:
     model, batch = with_weights(llava(dtype=torch.float64)).train(), Batch(ROWS, dtype=torch.float64)
     bias = routers(model).bias
     losses = []
-    with foveate.attach(model, "pmod:dense=1.0,least=1.0"):
+    with foveate.attach(model, "pmod:dense=1.0,floor=1.0"):
         model(**batch.inputs, labels=batch.labels(), use_cache=False).loss.backward()
         for step in (0.02, -0.04):
             with torch.no_grad():
@@ -146,7 +146,7 @@ def test_new_routers_are_the_dense_model(make: Any) -> None:
     model, batch = make(), Batch(ROWS)
     bare = everything(model, batch)
     add_weights(model, [PMoD()])
-    with foveate.attach(model, "pmod:dense=1.0,least=1.0"):
+    with foveate.attach(model, "pmod:dense=1.0,floor=1.0"):
         kept = everything(model, batch)
     assert all(torch.equal(kept[name], value) for name, value in bare.items())
 

@@ -48,7 +48,7 @@ def test_the_papers_cache(tokens: int, percent: float) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 7, 28])
-@pytest.mark.parametrize("text", ["pmod", "pmod:shift=0.3,least=0.4", "pmod:dense=1.0,shift=0.6"])
+@pytest.mark.parametrize("text", ["pmod", "pmod:shift=0.3,floor=0.4", "pmod:dense=1.0,shift=0.6"])
 def test_shares_of_other_depths(layers: int, text: str) -> None:
     (reducer,) = parse(text)
     assert isinstance(reducer, PMoD)
@@ -57,7 +57,7 @@ def test_shares_of_other_depths(layers: int, text: str) -> None:
         if share > reducer.dense:
             assert layer not in reducer.shares(layers)
         else:
-            assert reducer.shares(layers)[layer] == min(1.0, max(reducer.least, share))
+            assert reducer.shares(layers)[layer] == min(1.0, max(reducer.floor, share))
     assert [site.layer for site in reducer.sites(layers)] == list(reducer.shares(layers))
 
 
@@ -113,7 +113,7 @@ def test_each_image_is_ranked_by_itself() -> None:
     assert kept.tolist() == [[0, 1, 4, 7, 8]]
 
 
-@pytest.mark.parametrize("option", ["shift=2", "shift=true", "least=0", "least=1.5", "dense=0", "dense=x", "untrained=1"])
+@pytest.mark.parametrize("option", ["shift=2", "shift=true", "floor=0", "floor=1.5", "dense=0", "dense=x", "untrained=1"])
 def test_impossible_options_are_named(option: str) -> None:
     with pytest.raises(FoveateError, match=f"pmod: {option.partition('=')[0]}=.* is not possible"):
         parse(f"pmod:{option}")

@@ -1,7 +1,7 @@
 """p-MoD: fewer visual tokens go through a decoder layer the deeper it is, a router per layer says which (arXiv 2412.04449).
 
 R(l) = cos(pi l / (L - 1)) / 2 + shift          l: the layer, L: layers of the model, shift = 0.5
-layers with R(l) > dense = 0.85 are as ever; in the others R(l) is at least `least` = 0.15, and k = floor(R(l) V) of V tokens go through
+layers with R(l) > dense = 0.85 are as ever; in the others R(l) is at least `floor` = 0.15, and k = floor(R(l) V) of V tokens go through
 w = 1 + 0.2 tanh(r . x + b)                     x: the state that comes to the layer; r and b begin at 0, so that every w begins at 1
 goes through, visual:   a + w MLP(norm(a))      a = x + attention among what goes through, text and visual tokens at their positions
 goes through, text:     a + MLP(norm(a))
@@ -38,23 +38,23 @@ SCALE = 0.2
 class PMoD(Learned):
     """Sends ever fewer visual tokens through the layers, by trained routers; the others pass a layer by.
 
-    shift  moves the share of every layer up or down; `dense`: above this share a layer has no router; `least`: the smallest share
+    shift  moves the share of every layer up or down; `dense`: above this share a layer has no router; `floor`: the smallest share
     """
 
     name: ClassVar[str] = "pmod"
     paper: ClassVar[str] = "2412.04449"
     amounts: ClassVar[tuple[str, ...]] = ()
     looks_at: ClassVar[frozenset[str]] = frozenset({"states"})
-    examples: ClassVar[tuple[str, ...]] = ("pmod:untrained=true", "pmod:shift=0.3,least=0.1,untrained=true,positions=renumber")
-    keeps_all: ClassVar[tuple[str, ...]] = ("pmod:dense=1.0,least=1.0,untrained=true",)
+    examples: ClassVar[tuple[str, ...]] = ("pmod:untrained=true", "pmod:shift=0.3,floor=0.1,untrained=true,positions=renumber")
+    keeps_all: ClassVar[tuple[str, ...]] = ("pmod:dense=1.0,floor=1.0,untrained=true",)
     multiplies: ClassVar[tuple[str, ...]] = ("pmod:untrained=true",)
     shift: float = 0.5
-    least: float = 0.15
+    floor: float = 0.15
     dense: float = 0.85
 
     def check(self) -> None:
         super().check()
-        for option, low, high in (("shift", -0.5, 1.5), ("least", 0.0, 1.0), ("dense", 0.0, 1.0)):
+        for option, low, high in (("shift", -0.5, 1.5), ("floor", 0.0, 1.0), ("dense", 0.0, 1.0)):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, int | float) or not low < value <= high:
                 raise FoveateError(f"pmod: {option}={value!r} is not possible; give a number above {low:g}, and {high:g} at most")
@@ -66,7 +66,7 @@ class PMoD(Learned):
     def shares(self, layers: int) -> dict[int, float]:
         """By decoder layer that has a router, the share of an image's tokens that go through it."""
         curve = [math.cos(math.pi * layer / max(1, layers - 1)) / 2 + self.shift for layer in range(layers)]
-        return {layer: min(1.0, max(self.least, share)) for layer, share in enumerate(curve) if share <= self.dense}
+        return {layer: min(1.0, max(self.floor, share)) for layer, share in enumerate(curve) if share <= self.dense}
 
     def sites(self, layers: int) -> list[Site]:
         return [ThroughLayer(layer) for layer in self.shares(layers)]
