@@ -65,16 +65,22 @@ def machine(device: str) -> str:
     return environment() if device == "cpu" else f"{torch.cuda.get_device_name()}; {environment()}"
 
 
+def before(path: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report that is there, {} where there is none. Ends the program where it was measured under other settings than this one's."""
+    if not path.is_file():
+        return {}
+    there: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if differs := [key for key, value in report.items() if there[key] != value]:
+        sys.exit(f"{path} was measured with other {', '.join(differs)}; move it away, or give another --output")
+    return there
+
+
 def earlier(path: Path, report: dict[str, Any]) -> tuple[list[Any], list[float | None]]:
     """The rounds that are measured already, and what share of its threads the machine granted in each (None: not known). Ends the program
     where they were measured under other settings."""
-    if not path.is_file():
-        return [], []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if differs := [key for key, value in report.items() if before[key] != value]:
-        sys.exit(f"{path} was measured with other {', '.join(differs)}; move it away, or give another --output")
-    rounds = before["rounds"]
-    return rounds, before.get("granted", [None] * len(rounds))
+    there = before(path, report)
+    rounds = there.get("rounds", [])
+    return rounds, there.get("granted", [None] * len(rounds))
 
 
 def measured(number: int, measure: Callable[[], Any], console: Console) -> tuple[Any, float | None]:

@@ -10,30 +10,45 @@ from typing import Any
 
 import benchmarks.common as common
 import pytest
-from benchmarks.common import Usage, busy, command, earlier, measured
+from benchmarks.common import Usage, before, busy, command, earlier, measured
 from benchmarks.elastic.run import RECIPES, difference, parts
 from benchmarks.elastic.run import table as elastic
 from benchmarks.overhead.run import table as overhead
 from benchmarks.prefill.show import table as prefill
+from benchmarks.serving.server.checkpoint import SHAPES, build
+from benchmarks.serving.server.run import wanted
+from benchmarks.serving.server.server import counted, read_metrics
+from benchmarks.serving.server.show import draw, growth, missed
+from benchmarks.serving.server.show import table as server
 from benchmarks.serving.show import table as serving
 from benchmarks.training_step.report import table as steps
 from benchmarks.training_step.report import unequal
 from benchmarks.training_step.run import ARMS, VARIANTS, peaks, recipe_of
 from benchmarks.training_step.run import main as measure_steps
 from benchmarks.training_step.sizes import table as training_step
+from PIL import Image
 from rich.console import Console
+from safetensors import safe_open
+from transformers import AutoProcessor
 
 from foveate.train.recipe import load_recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-TABLES = {"overhead": overhead, "prefill": prefill, "serving": serving, "training_step": training_step}
+TABLES = {"overhead": overhead, "prefill": prefill, "serving": serving, "serving/server": server, "training_step": training_step}
 STEPS = FOLDER / "training_step" / "results.json"
 RESULTS = [path for name in TABLES for path in sorted((FOLDER / name).glob("*.json"))]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_committed_tables_are_made_of_committed_numbers(path: Path) -> None:
-    table, written = (steps, path.with_name("table.md")) if path == STEPS else (TABLES[path.parent.name], path.with_suffix(".md"))
+    table, written = (
+        (steps, path.with_name("table.md"))
+        if path == STEPS
+        else (
+            TABLES[path.parent.relative_to(FOLDER).as_posix()],
+            path.with_suffix(".md"),
+        )
+    )
     assert table(json.loads(path.read_text(encoding="utf-8"))) == written.read_text(encoding="utf-8")
 
 
@@ -91,14 +106,137 @@ def test_rounds_go_on_where_they_were(tmp_path: Path) -> None:
     assert earlier(path, {"settings": 1}) == ([{"a": 1}, {"a": 2}], [None, None])
     path.write_text(json.dumps({"settings": 1, "rounds": [{"a": 1}], "granted": [0.97]}))
     assert earlier(path, {"settings": 1}) == ([{"a": 1}], [0.97])
-    with pytest.raises(SystemExit, match="measured with other settings"):
-        earlier(path, {"settings": 2})
+    assert before(path, {"settings": 1})["granted"] == [0.97]
+    for read in (before, earlier):
+        with pytest.raises(SystemExit, match="measured with other settings"):
+            read(path, {"settings": 2})
 
 
 def test_the_command_names_what_was_given() -> None:
     given = argparse.Namespace(shape="tiny", layers=None, rounds=2)
     found = command("benchmarks/x/run.py", given, ("shape", "layers", "rounds"), keep=[0.5, 0.25], reducers=None)
     assert found == "python benchmarks/x/run.py --shape tiny --rounds 2 --keep 0.5 0.25"
+
+
+# ---- a server under load
+
+METRICS = """# HELP vllm:num_preemptions_total Preemptions.
+vllm:num_preemptions_total{engine="0",model_name="/a b/c"} 3.0
+vllm:num_preemptions_total{engine="1",model_name="/a b/c"} 4.0
+vllm:kv_cache_usage_perc{engine="0"} 0.25
+vllm:cache_config_info{block_size="32",engine="0",num_gpu_blocks="682",sliding_window="None"} 1.0
+vllm:cache_config_info{block_size="32",engine="1",num_gpu_blocks="None"} 1.0
+process_start_time_seconds 1.7e+09
+odd nan_is_a_number NaN
+"""
+
+
+def test_metrics_are_read_with_their_blocks() -> None:
+    found = read_metrics(METRICS)
+    assert (found["vllm:num_preemptions_total"], found["vllm:kv_cache_usage_perc"], found["kv_blocks"]) == (7.0, 0.25, 682.0)
+    assert found["process_start_time_seconds"] == 1.7e9
+    assert read_metrics("") == {}
+    told = counted({}, found)
+    assert (told["preemptions"], told["image_hits"]) == (7.0, 0.0)
+    assert counted(found, found)["preemptions"] == 0.0
+
+
+def test_all_is_measured_once_in_the_same_order_each_time() -> None:
+    found = wanted(2, [1, 8], ["a", "b", "c"])
+    assert found == wanted(2, [1, 8], ["a", "b", "c"])
+    assert len(set(found)) == len(found) == 12
+    assert [number for number, _, _ in found] == [0] * 6 + [1] * 6
+    assert found[:6] == wanted(1, [1, 8], ["a", "b", "c"])  # so that rounds may be added
+    for start in range(0, 12, 3):  # variants of a number of clients one after the other
+        assert len({several for _, several, _ in found[start : start + 3]}) == 1
+
+
+def loaded(gains: dict[int, float], others: float = 0.01) -> dict[str, Any]:
+    """A report of two rounds: at so many clients the reduced model has so many times the bare one's requests/s."""
+    cells = []
+    for number in range(2):
+        for clients, gain in gains.items():
+            for variant, times in (("bare", 1.0), ("divprune:keep=0.25", gain)):
+                cell = {
+                    "round": number,
+                    "clients": clients,
+                    "variant": variant,
+                    "completed": 8,
+                    "failed": 0,
+                    "errors": [],
+                    "cpu": 8 / times,
+                }
+                cell |= {
+                    "rate": 2.0 * times,
+                    "prompt": 5000 / times,
+                    "kv_peak": 40.0,
+                    "kv_blocks": 682.0,
+                    "preemptions": 1,
+                    "others": others,
+                }
+                cell |= dict.fromkeys(("ttft_p50", "ttft_p95", "itl_p50", "itl_p95"), 0.5 / times)
+                cell |= {"prefix_asked": 100, "prefix_hits": 7, "image_asked": 0, "image_hits": 0}
+                cells.append(cell)
+    flops = {"bare": 30.0, "divprune:keep=0.25": 12.0}
+    report = {"settings": {"shape": "tiny", "clients": list(gains)}, "variants": list(flops), "cells": cells, "flops": flops}
+    return {**report, "command": "python run.py", "machine": "a machine", "what": "A model"}
+
+
+def test_goals_that_are_met() -> None:
+    report = loaded({1: 1.05, 8: 1.3, 32: 1.6})
+    assert missed(report) == []
+    text = server(report)
+    assert "TTFT p95 is lower: met.**" in text
+    assert "| `divprune:keep=0.25` | 391 | 3.20 (3.20–3.20) | 1.60 (1.60–1.60) | 2.50 |" in text
+    assert "| 40 of 682 | 2 | 7%, – |" in text
+    assert "busy" not in text
+
+
+def test_goals_that_are_missed_are_told_with_what_tells_why() -> None:
+    report = loaded({1: 0.9, 8: 1.3, 32: 1.4}, others=0.2)
+    one, many = missed(report)
+    assert one.startswith("`divprune:keep=0.25` at 1 client: 0.90 times the bare model's requests/s (goal 1), 1.11 times its TTFT p95;")
+    assert "goal 1.5" in many
+    assert "its FLOPs would allow 2.50, a request takes 0.71 of the bare model's CPU seconds, others took 20% of the machine" in many
+    assert "TTFT p95 is lower: missed.**" in server(report)
+    assert "in 12 of 12 measurements others took up to 20% of it" in server(report)
+    report["flops"] = {}
+    assert "FLOPs would" not in missed(report)[0]
+
+
+def test_what_is_not_measured_yet_is_left_out(tmp_path: Path) -> None:
+    report = loaded({1: 1.05, 8: 1.3, 32: 1.6})
+    report["cells"] = report["cells"][:3]  # of 8 clients the bare model alone
+    assert "8 clients" in server(report)
+    assert server(report).count("divprune") == 1
+    draw(report, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+    report["cells"] = []
+    assert missed(report) == []
+    assert "Goal" not in server(report)
+
+
+def test_faults_and_memory_are_in_the_table() -> None:
+    seen = [{"name": "half an image", "wanted": "400", "seen": "answered", "good": False}]
+    looks = [(100 * number, 2**20 * (500 + (10 if number < 5 else 50 + number))) for number in range(10)]
+    text = server({**loaded({1: 1.1}), "faults": seen, "soak": {"requests": 1000, "failed": 0, "seconds": 120.0, "memory": looks}})
+    assert "| half an image | 400 | **no**: answered |" in text
+    assert "1000 small requests in 2 minutes, 0 failed" in text
+    assert "510 MiB after 0, 555 MiB after 500, 559 MiB at the end; over the second half it grows by 10.0 MiB a thousand requests" in text
+    assert growth([(0, 5.0), (1000, 5.0)]) == growth([(0, 5.0)]) == 0.0
+
+
+def test_a_checkpoint_is_written_once_with_published_names(tmp_path: Path) -> None:
+    build(SHAPES["tiny"], tmp_path)
+    names = safe_open(tmp_path / "model.safetensors", "pt").keys()
+    assert any(".vision_tower.vision_model.encoder." in f".{name}" for name in names)
+    time = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    build(SHAPES["tiny"], tmp_path)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == time
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "w1 w2"}]}]
+    inputs = processor(text=processor.apply_chat_template(talk), images=[Image.new("RGB", (96, 48))])
+    assert len(inputs["input_ids"][0]) == 64 + 2
 
 
 # ---- a training step, before and after

@@ -142,6 +142,7 @@ ImagesOption = Annotated[
     str | None, typer.Option(help="Folder of the images. Default: images beside the file, or the file's own.", metavar="DIR")
 ]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows that are done together, and lost together by a kill.")]
+EngineOptions = Annotated[str | None, typer.Option(help="Of vllm: such as '{\"max_model_len\": 8192}'.", metavar="JSON")]
 DtypeOption = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
@@ -154,7 +155,7 @@ def generate(
     images: ImagesOption = None,
     engine: Annotated[str, typer.Option(help="transformers, ray or vllm.")] = "transformers",
     workers: Annotated[int | None, typer.Option(min=1, help="Of ray: actors that hold the model. Default: one a GPU, or one.")] = None,
-    engine_options: Annotated[str | None, typer.Option(help="Of vllm: such as '{\"max_model_len\": 8192}'.", metavar="JSON")] = None,
+    engine_options: EngineOptions = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
     batch_size: BatchOption = 16,
     dtype: DtypeOption = "float32",
@@ -238,6 +239,8 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only about so many questions of each task.")] = None,
     tiling: TilingOption = None,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    engine_options: EngineOptions = None,
     push_to_model_card: Annotated[
         Path | None, typer.Option(help="Write the table into this Markdown file; nothing is uploaded.", metavar="FILE")
     ] = None,
@@ -250,10 +253,24 @@ def bench(
 
     how: dict[str, Any] = {"seeds": seeds, "baselines": baselines, "blind": blind, "batch_size": batch_size, "limit": limit}
     how |= {"tiling": tiling, "cache": cache or ()}
-    found = run(model, tasks, reduce or [], budgets(keep), out, **how)
+    found = run(_asked(model, engine, _json(engine_options, "--engine-options")), tasks, reduce or [], budgets(keep), out, **how)
     if push_to_model_card is not None:
         push(found, push_to_model_card)
     print(write_bench_report(found.folder))
+
+
+def _asked(model: str, engine: str, options: dict[str, Any] | None) -> Any:
+    """Whom bench asks: the model in this process, or a serving engine."""
+    from foveate.batch import OnVLLM
+    from foveate.errors import nearest
+
+    if engine not in ("transformers", "vllm"):
+        raise FoveateError(f"engine={engine} is not known{nearest(engine, ('transformers', 'vllm'))}; choose transformers or vllm")
+    if engine == "vllm":
+        return OnVLLM(model, options)
+    if options is not None:
+        raise FoveateError("engine options are of the engine vllm")
+    return model
 
 
 @app.command()

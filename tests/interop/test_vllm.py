@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
 from foveate.integrations.vllm import overrides
 from foveate.reducers import parse
@@ -188,6 +189,24 @@ def test_a_server_that_cannot_be_started_says_why_at_once(cases: dict[str, Case]
     said = failing(cases["llava"].folder, list(STARTS_REFUSED.values()))
     for found, words in zip(said, STARTS_REFUSED, strict=True):
         assert words in found
+
+
+def test_a_model_that_would_not_hear_of_the_setting_says_so_at_once(tmp_path: Path) -> None:
+    """Of vLLM's own models those that the plug-in does not know; nothing is loaded to find that out, so there are no weights here."""
+    small = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    vision, text = CLIPVisionConfig(**small, image_size=64, patch_size=8), LlamaConfig(**small, vocab_size=99)
+    (tmp_path / "next").mkdir()
+    (tmp_path / "text").mkdir()
+    LlavaNextConfig(vision_config=vision, text_config=text, architectures=["LlavaNextForConditionalGeneration"]).save_pretrained(
+        tmp_path / "next"
+    )
+    text.architectures = ["LlamaForCausalLM"]
+    text.save_pretrained(tmp_path / "text")
+    for folder, name in (("next", "LlavaNextForConditionalGeneration"), ("text", "LlamaForCausalLM")):
+        told, untold = failing(tmp_path / folder, [({"foveate": "divprune:keep=0.25"}, {}), ({}, {})])
+        assert f"'divprune:keep=0.25' would have no effect: vLLM serves this model as {name}" in told
+        assert "Start the server with --model-impl transformers" in told
+        assert "foveate" not in untold  # it has no tokenizer, which is another matter
 
 
 # ---- over HTTP

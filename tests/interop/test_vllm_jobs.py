@@ -1,5 +1,5 @@
-"""`foveate generate --engine vllm` answers a file as transformers does, and `foveate encode` writes what vLLM's models can be given. Needs
-the environment that `make serve-test` builds."""
+"""`foveate generate` and `foveate bench --engine vllm` answer as transformers does, and `foveate encode` writes what vLLM's models can be
+given. Needs the environment that `make serve-test` builds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from foveate.batch import Done, Embeddings, Job, encode, generate
+from foveate.batch import Done, Embeddings, Job, OnVLLM, encode, generate
 from foveate.errors import FoveateError
+from foveate.evaluation.bench import bench
+from foveate.evaluation.cells import Bench, load_bench
 from foveate.tokens import budget
 from tests.conformance.family import picture
 from tests.interop.engine import LENGTH, alone
@@ -59,6 +61,42 @@ def test_answers_are_those_of_transformers(tmp_path: Path) -> None:
 
 def _served(job: Job, out: Path) -> Done | None:
     return generate(job, out, engine="vllm", options=OPTIONS, progress=False)
+
+
+@pytest.mark.parametrize(("name", "reducers"), [("llava", ["divprune", "fastervlm"]), ("qwen2_5_vl", ["divprune", "tome"])])
+def test_tasks_are_answered_as_by_transformers(tmp_path: Path, name: str, reducers: list[str]) -> None:
+    """With the baselines: one that keeps positions, and one that acts on the image. Some questions have two images or none."""
+    model = saved(tmp_path, name)
+    for number in range(3):
+        picture((64, 40 + 8 * number), number).save(tmp_path / f"{number}.png")
+    rows: list[dict[str, Any]] = [
+        {"image": "0.png", "question": "what is it", "answers": ["red"]},
+        {"image": "1.png", "question": "the cat", "answers": ["a"]},
+        {"images": ["0.png", "2.png"], "question": "which one", "answers": ["b"]},
+        {"question": "small or big", "answers": ["small"]},
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    given: dict[str, Any] = {
+        "tasks": [f"{tmp_path / 'data.json'}:metric=exact,images={tmp_path},max_new_tokens=12"],
+        "reducers": reducers,
+        "keep": [0.25],
+    }
+    one = bench(str(model), **given, out=tmp_path / "one", seeds=1, batch_size=2, progress=False, device="cpu")
+    found: Bench = alone(_benched, str(model), given, tmp_path / "vllm")
+    assert [cell.reducer for cell in found.cells] == [cell.reducer for cell in one.cells]
+    assert len({str(cell.answers) for cell in one.cells}) > 3
+    for ours, theirs in zip(one.cells, found.cells, strict=True):
+        if name == "qwen2_5_vl" and ours.method == "random":  # follows the pixels, which vLLM's own model normalises itself
+            continue
+        assert theirs.answers == ours.answers, ours.reducer
+        assert theirs.visual_tokens == ours.visual_tokens, ours.reducer
+        assert (theirs.refused, theirs.flops) == ("", {})
+
+
+def _benched(model: str, given: Any, out: Path) -> Bench:
+    options = {**OPTIONS, "limit_mm_per_prompt": {"image": 2} | ({"video": 0} if "qwen" in model else {})}
+    bench(OnVLLM(model, options), **given, out=out, seeds=1, batch_size=2, progress=False)
+    return load_bench(out)
 
 
 @pytest.mark.parametrize(

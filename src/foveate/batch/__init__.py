@@ -4,5 +4,6 @@ from foveate.batch.answering import Job
 from foveate.batch.encode import Embeddings, encode
 from foveate.batch.generate import generate
 from foveate.batch.parts import Done, told
+from foveate.batch.tasks_on_vllm import OnVLLM
 
-__all__ = ["Done", "Embeddings", "Job", "encode", "generate", "told"]
+__all__ = ["Done", "Embeddings", "Job", "OnVLLM", "encode", "generate", "told"]

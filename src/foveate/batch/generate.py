@@ -52,8 +52,7 @@ def generate(
         raise FoveateError("workers are of the engine ray, and engine options of vllm")
     reducing = job.reducing
     if engine != "transformers":
-        if importlib.util.find_spec(engine) is None:
-            raise FoveateError(f"the engine {engine} is not installed: {_INSTALL[engine]}; or leave out --engine")
+        check_installed(engine)
         if processes().num_processes > 1:
             raise FoveateError(f"the engine {engine} starts its own processes: start foveate without accelerate launch")
         if engine == "vllm" and reducing:
@@ -65,6 +64,11 @@ def generate(
         return {"job": "generate", **job.facts(questions), "max_new_tokens": job.max_new_tokens}
 
     return carry_out(folder, facts, parts, _work(job, engine, parts, workers, options or {}), partial(_merged, folder, parts), progress)
+
+
+def check_installed(engine: str) -> None:
+    if importlib.util.find_spec(engine) is None:
+        raise FoveateError(f"the engine {engine} is not installed: {_INSTALL[engine]}; or leave out --engine")
 
 
 def _work(job: Job, engine: str, parts: Parts, workers: int | None, options: Mapping[str, Any]) -> Work:

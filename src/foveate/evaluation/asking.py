@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import Answer, Cell
 from foveate.evaluation.samples import Sample, Task, in_turn, picture
-from foveate.inference import Broken, ask, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference import Broken, answering, ask, loaded, model_hash, prompts, shrunk, warn_of_cut_thoughts
 from foveate.inference.strategies import Strategy, opened
 from foveate.reducers import Reducer, in_model, prepare
 
@@ -83,6 +84,68 @@ class Answered:
         )
 
 
+class Engine(ABC):
+    """Whoever answers tasks.
+
+    name       of the engine
+    model      its name: a folder, a hub name or an asset
+    processor  the model's
+    dtype      of its weights, such as "float32"
+    device     "cpu", "cuda", …
+    told       how the command line says it
+    """
+
+    name: str
+    model: str
+    processor: Any
+    dtype: str
+    device: str
+    told: Sequence[str] = ()
+
+    def hash(self) -> str:
+        return model_hash(self.model)
+
+    @abstractmethod
+    def check(self, reducers: Sequence[Reducer], cache: CachePolicy | None) -> None:
+        """FoveateError with the reason where the engine can run these on no model."""
+
+    @abstractmethod
+    def answered(
+        self, asked: Asked, reducers: Sequence[Reducer], tell: Callable[[int], None], *, cache: CachePolicy | None, blind: bool
+    ) -> Answered:
+        """As the function `answered`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what the engine holds."""
+
+
+class Here(Engine):
+    """A model in this process: named, or loaded already and given with its processor."""
+
+    name = "transformers"
+
+    def __init__(self, given: Any, processor: Any, call: str, device: str | None) -> None:
+        self._given = given
+        self.loaded, self.processor, self.model = loaded(given, processor, call, device)
+        self.dtype, self.device = str(self.loaded.dtype).removeprefix("torch."), self.loaded.device.type
+
+    def hash(self) -> str:
+        return model_hash(self._given)
+
+    def check(self, reducers: Sequence[Reducer], cache: CachePolicy | None) -> None:
+        """Nothing is refused: what a method needs, the model has to show."""
+
+    def answered(
+        self, asked: Asked, reducers: Sequence[Reducer], tell: Callable[[int], None], *, cache: CachePolicy | None, blind: bool
+    ) -> Answered:
+        with answering(self.loaded):
+            return answered(self.loaded, self.processor, asked, reducers, tell, cache=cache, blind=blind)
+
+    def close(self) -> None:
+        """Nothing is given back: a loaded model is its owner's."""
+
+
 def limited(task: Task, limit: int | None) -> Task:
     """About `limit` questions of a task, its groups in turn. Pictures are taken with all of their questions, which some metrics belong to
     together, so that there may be a few more."""
@@ -139,7 +202,7 @@ def answered(
     with attach(model, in_model(reducers), cache=cache) if observe else nullcontext() as run:
         for batch in asked.batches:
             place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for number in batch for ref in samples[number].images))}
-            pictures = [prepare(before, _grey(image) if blind else image) for image in map(_opened, place)]
+            pictures = [prepare(before, shown(ref, blind)) for ref in place]
             owners = [[place[ref] for ref in samples[number].images] for number in batch]
             if run is not None:
                 run.passes.clear()
@@ -173,7 +236,7 @@ def searched(
     start = time.perf_counter()
     with opened(model, processor, reducers) as eyes:
         for number, sample in enumerate(samples):
-            pictures = [_grey(image) if blind else image for image in map(_opened, sample.images)]
+            pictures = [shown(ref, blind) for ref in sample.images]
             one = strategy.run(eyes, pictures, sample.question, new_tokens=asked.task.max_new_tokens)
             found.texts[number] = one.answer
             found.entered.append(one.visual_tokens)
@@ -186,15 +249,13 @@ def searched(
     return found
 
 
-def _grey(image: Image.Image) -> Image.Image:
-    return Image.new("RGB", image.size, GREY)
-
-
-def _opened(ref: Any) -> Image.Image:
+def shown(ref: Any, blind: bool) -> Image.Image:
+    """A sample's picture; `blind`: a plain grey one of its size. Broken where it cannot be read."""
     try:
-        return open_image(ref)
+        image = open_image(ref)
     except FoveateError as error:
         raise Broken(str(error)) from error
+    return Image.new("RGB", image.size, GREY) if blind else image
 
 
 def _observe(run: Run, lengths: list[int], dtype_bytes: int, found: Answered) -> None:

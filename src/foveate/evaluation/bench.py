@@ -21,20 +21,20 @@ from rich.console import Console
 from foveate.cache_policies import CachePolicy
 from foveate.cache_policies import parse as parse_policy
 from foveate.errors import FoveateError
-from foveate.evaluation.asking import Asked, answered, limited
+from foveate.evaluation.asking import Asked, Engine, Here, limited
 from foveate.evaluation.cells import BENCH, CELLS, Bench, Cell, load_bench, save_cell
 from foveate.evaluation.samples import Task
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import Broken, answering, loaded, model_hash, progress_bar, retiled
+from foveate.inference import Broken, progress_bar, retiled
 from foveate.machine import environment
 from foveate.reducers import Reducer, parse, spell
 
 BASELINES = ("random", "uniform", "downsample")
 BARE, BLIND = "none", "blind"  # the latter: the bare model on grey pictures
 CACHE = "cache "  # in front of the name of a cache policy, which may be a reducer's as well
-_FIXED = ("model_hash", "tiling", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
+_FIXED = ("model_hash", "engine", "tiling", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
 
 
@@ -143,7 +143,7 @@ def bench(
 ) -> Bench:
     """Answers every task under every reducer at every budget, and leaves cells, summary.csv, summary.json and table.md in `out`.
 
-    model: a folder, hub name or "asset:" name (loaded in float32), or a loaded model together with its `processor`.
+    model: a folder, hub name or "asset:" name (loaded in float32), a loaded model together with its `processor`, or an `Engine`.
     tasks: what `load_task` reads, or Tasks. reducers: spellings; what says how many tokens stay is set by each budget of `keep`.
     cache: spellings of cache policies, each by itself, beside the reducers; `keep` of those that have one is set by each budget too.
     seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers. blind: the bare model on grey pictures,
@@ -155,6 +155,8 @@ def bench(
     arms = plan(reducers, keep, seeds, baselines, blind) + cached(cache, keep, seeds)
     if batch_size < 1:
         raise FoveateError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(model, Engine):
+        _check(model, arms, processor, device, tiling)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise FoveateError(f"{folder} is a file; name a folder for the bench run")
@@ -162,38 +164,51 @@ def bench(
     names = [task.name for task in asked]
     if not names or len(set(names)) < len(names):
         raise FoveateError(f"a bench run needs at least one task, and each of them once; got {', '.join(names) or 'none'}")
-    given = model
-    model, processor, name = loaded(model, processor, "bench(model, …, processor=...)", device)
-    retiled(model, processor, tiling)
+    engine = model if isinstance(model, Engine) else Here(model, processor, "bench(model, …, processor=...)", device)
+    if isinstance(engine, Here):
+        retiled(engine.loaded, engine.processor, tiling)
     _begin(
         folder,
         {
-            "model": name,
-            "model_hash": model_hash(given),
+            "model": engine.model,
+            "model_hash": engine.hash(),
+            "engine": engine.name,
             "tasks": [_described(task, spec) for task, spec in zip(asked, tasks, strict=True)],
             "keep": sorted({1.0, *map(float, keep)}, reverse=True),
             "seeds": seeds,
             "limit": limit,
             "tiling": tiling,
             "batch_size": batch_size,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": model.device.type,
-            "command": _command(name, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit)
-            + "".join(f" --cache {shlex.quote(policy)}" for policy in cache)
-            + ("" if tiling is None else f" --tiling {shlex.quote(tiling)}"),
+            "dtype": engine.dtype,
+            "device": engine.device,
+            "command": shlex.join(
+                _command(engine.model, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit)
+                + [word for policy in cache for word in ("--cache", policy)]
+                + ([] if tiling is None else ["--tiling", tiling])
+                + [*engine.told]
+            ),
             "environment": environment(),
             "order": [arm.cell(task.name).name for task in asked for arm in arms],
         },
     )
     try:
-        with answering(model), progress_bar(progress) as bar:
-            _answer_all(model, processor, asked, arms, folder, batch_size, bar)
+        with progress_bar(progress) as bar:
+            _answer_all(engine, asked, arms, folder, batch_size, bar)
     finally:
+        engine.close()
         found = load_bench(folder)
         write_tables(found)
         if progress:
             print_table(found, Console())
     return found
+
+
+def _check(engine: Engine, arms: Sequence[Arm], *beside: Any) -> None:
+    """FoveateError for what an engine cannot be given beside it, and for methods that it cannot run."""
+    if any(option is not None for option in beside):
+        raise FoveateError(f"processor, device and tiling are of a model in this process; leave them out beside the engine {engine.name}")
+    for arm in arms:
+        engine.check(arm.reducers, arm.cache)
 
 
 def _command(
@@ -207,7 +222,7 @@ def _command(
     blind: bool,
     batch_size: int,
     limit: int | None,
-) -> str:
+) -> list[str]:
     words = ["foveate", "bench", model]
     for text in reducers:
         words += ["--reduce", text]
@@ -217,7 +232,7 @@ def _command(
     words += ["--out", str(out), "--seeds", str(seeds), "--batch-size", str(batch_size)]
     words += [] if limit is None else ["--limit", str(limit)]
     words += ["--blind"] if blind else []
-    return shlex.join(words + ([] if baselines else ["--no-baselines"]))
+    return words + ([] if baselines else ["--no-baselines"])
 
 
 def _described(task: Task, spec: str | Task) -> dict[str, Any]:
@@ -230,6 +245,7 @@ def _begin(folder: Path, meta: dict[str, Any]) -> None:
     if (folder / BENCH).is_file():
         before = load_bench(folder).meta
         known = {task["name"]: task for task in before.get("tasks", [])}
+        before.setdefault("engine", Here.name)  # runs of before there were others
         differs = [f"{name} (there {before.get(name)}, now {meta[name]})" for name in _FIXED if before.get(name) != meta[name]]
         for task in meta["tasks"]:
             there = known.get(task["name"], task)
@@ -248,28 +264,28 @@ def _begin(folder: Path, meta: dict[str, Any]) -> None:
     write_json(folder / BENCH, meta)
 
 
-def _answer_all(model: Any, processor: Any, tasks: Sequence[Task], arms: Sequence[Arm], folder: Path, batch_size: int, bar: Any) -> None:
+def _answer_all(engine: Engine, tasks: Sequence[Task], arms: Sequence[Arm], folder: Path, batch_size: int, bar: Any) -> None:
     total = len(arms) * sum(len(task.samples) for task in tasks)
     shown, done = bar.add_task("", total=total), 0
     for task in tasks:
         n = len(task.samples)
         missing = [arm for arm in arms if not (folder / CELLS / f"{arm.cell(task.name).name}.json").is_file()]
         done += (len(arms) - len(missing)) * n
-        asked = Asked.of(processor, task, batch_size)
+        asked = Asked.of(engine.processor, task, batch_size)
         for arm in missing:
             bar.update(shown, description=f"{task.name}, {arm.method if arm.cache else arm.cell(task.name).reducer}", completed=done)
-            save_cell(folder, _finished(model, processor, asked, arm, partial(bar.advance, shown)))
+            save_cell(folder, _finished(engine, asked, arm, partial(bar.advance, shown)))
             done += n
         bar.update(shown, completed=done)
 
 
-def _finished(model: Any, processor: Any, asked: Asked, arm: Arm, tell: Callable[[int], None]) -> Cell:
+def _finished(engine: Engine, asked: Asked, arm: Arm, tell: Callable[[int], None]) -> Cell:
     """The cell, with answers or with the reason why there are none."""
     empty = arm.cell(asked.task.name)
     if empty.refused:
         return empty
     try:
-        return answered(model, processor, asked, arm.reducers, tell, cache=arm.cache, blind=arm.blind).cell(asked, empty)
+        return engine.answered(asked, arm.reducers, tell, cache=arm.cache, blind=arm.blind).cell(asked, empty)
     except Broken as error:
         raise FoveateError(f"{empty.task}, {empty.cache or empty.reducer}: {error}") from error
     except FoveateError as error:

@@ -2,7 +2,7 @@
 
 A plug-in of vLLM's own kind: once foveate is installed beside vLLM, every process of a server calls `register`, which names classes and
 imports none. Each is vLLM's own class with two parts in front of it: the processor makes room for the tokens that will be left, the model
-leaves them. Without the setting they do what vLLM's own do.
+leaves them. Without the setting they do what vLLM's own do. Of all other models the setting is refused, since nothing would hear it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ def register() -> None:
 
     for name in ARCHITECTURES:
         ModelRegistry.register_model(name, f"{__name__}.classes:{name}")
+    try:
+        from foveate.integrations.vllm.unknown import watch
+    except ImportError:  # a version of vLLM that the plug-in does not know, which has no such checks
+        return
+    watch(ModelRegistry.get_supported_archs() - ARCHITECTURES.keys())
 
 
 def overrides(spelling: str, config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from packaging.specifiers import SpecifierSet
 
 from foveate.contract import Noise
 from foveate.errors import FoveateError
+from foveate.integrations.vllm import ARCHITECTURES
 from foveate.reducers import Reducer, parse
 from foveate.reducers.exporting import exported
 
@@ -35,6 +36,20 @@ def engine_reducer(config: Any) -> Reducer | None:
     if not isinstance(spelling, str):
         raise FoveateError(f'hf_overrides={{"{OPTION}": {spelling!r}}} is no reducer; write it as in "divprune:keep=0.25"')
     return exported(parse(spelling), "vLLM")
+
+
+def refuse_unknown(architecture: str, config: Any) -> None:
+    """FoveateError where a server is told a reducer and vLLM serves its model by a class that would not hear of it.
+
+    architecture  by which vLLM serves it, none of the plug-in's
+    """
+    reducer = engine_reducer(config)
+    if reducer is not None:
+        known = ", ".join(name for name in ARCHITECTURES if not name.startswith("Transformers"))
+        raise FoveateError(
+            f"{str(reducer)!r} would have no effect: vLLM serves this model as {architecture}, which the plug-in does not know. Start the "
+            f"server with --model-impl transformers, take a model of {known}, or leave {OPTION} out of hf_overrides"
+        )
 
 
 def installed() -> tuple[str, str]:
