@@ -261,6 +261,6 @@ def test_a_method_that_cannot_be_served_is_told_at_once(vllm: Recorded, tmp_path
 
 
 def test_cache_policies_are_of_transformers(vllm: Recorded, tmp_path: Path) -> None:
-    with pytest.raises(FoveateError, match=r"snapkv:keep=0.5.* thins a cache of transformers, and vLLM has one of its own"):
+    with pytest.raises(FoveateError, match=r"snapkv.* thins a cache of transformers, and vLLM has one of its own"):
         bench(OnVLLM("asset:vlm"), [task(tmp_path)], [], [0.5], tmp_path / "out", cache=["snapkv"], progress=False)
     assert vllm.told == []
