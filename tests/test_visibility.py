@@ -308,3 +308,12 @@ def test_flash_attention_is_given_positions_that_are_no_steps() -> None:
         with foveate.attach(model, "v2pe:delta=0.25"), torch.no_grad():
             found.append(model(**inputs("llava", [ONE])).logits)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_policy_for_the_cache_is_refused_beside_a_rule() -> None:
+    """Neither of them is attached."""
+    model = llava()
+    before = state_of(model)
+    with pytest.raises(FoveateError, match=r"says which token sees which of all that came, and .* lets some go"):
+        foveate.attach(model, "yopo:window=3", cache="random:keep=0.5")
+    assert state_of(model) == before

@@ -58,6 +58,17 @@ def test_pairs_are_told_and_seen(update: str, left: int) -> None:
     assert 23 * 23 - reducer.unseen(Workload((), (16,), 7)) == left
 
 
+def test_a_training_step_counts_fewer_pairs_too() -> None:
+    """Of both images of a prompt, forward and backward; a text alone has none to hide."""
+    config = llava().config
+    how: dict[str, Any] = {"images": 2, "text_tokens": 8, "mode": "train"}
+    full, less = predict(config, **how), predict(config, **how, reducers=[EEMLLM(layer=1)])
+    assert full.flops["lm_attention"] - less.flops["lm_attention"] == 3 * 4 * 32 * 39 * 32 * (LAYERS - 1)
+    assert {part for part in full.flops if full.flops[part] != less.flops[part]} == {"lm_attention"}
+    assert full.total_tokens == less.total_tokens
+    assert predict(config, images=0, text_tokens=8, reducers=[EEMLLM()]) == predict(config, images=0, text_tokens=8)
+
+
 def plain(model: Any, x: Tensor, visual: list[bool]) -> Tensor:
     """The first reading as its equations have it: no attention at all for visual tokens, their values go on as they are."""
     decoder, text = model.model.language_model, model.config.text_config

@@ -53,6 +53,7 @@ class FastVID(OverFrames):
     looks_at: ClassVar[frozenset[str]] = frozenset({"states", "tower"})
     examples: ClassVar[tuple[str, ...]] = ("fastvid:keep=0.5",)
     keeps_all: ClassVar[tuple[str, ...]] = ("fastvid:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("fastvid:keep=0.5",)
     keep: float | int = 0.1
     segments: int = 8
     tau: float = 0.9

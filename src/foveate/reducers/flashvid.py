@@ -52,6 +52,7 @@ class FlashVID(OverFrames):
     looks_at: ClassVar[frozenset[str]] = frozenset({"states", "tower"})
     examples: ClassVar[tuple[str, ...]] = ("flashvid:keep=0.5",)
     keeps_all: ClassVar[tuple[str, ...]] = ("flashvid:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("flashvid:keep=0.5",)
     keep: float | int = 0.25
     alpha: float = 0.7
     segments: int = 8

@@ -47,6 +47,7 @@ class HoliTom(OverFrames):
     looks_at: ClassVar[frozenset[str]] = frozenset({"states", "tower"})
     examples: ClassVar[tuple[str, ...]] = ("holitom:keep=0.5",)
     keeps_all: ClassVar[tuple[str, ...]] = ("holitom:keep=1.0",)
+    multiplies: ClassVar[tuple[str, ...]] = ("holitom:keep=0.5",)
     keep: float | int = 0.25
     tau: float = 0.8
     beta: float = 0.6
