@@ -59,7 +59,7 @@ def test_grey_pictures_are_a_row_and_no_method(found: Any) -> None:
 def test_the_bare_model_is_not_attached_to(options: dict[str, Any], model: Any, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a model that cannot be attached to is evaluated all the same."""
 
-    def attach(*_: Any) -> Any:
+    def attach(*_: Any, **__: Any) -> Any:
         raise FoveateError("this model cannot be attached to")
 
     monkeypatch.setattr(asking, "attach", attach)

@@ -60,7 +60,7 @@ def test_tokens_are_of_all_questions_whatever_the_batches(
         return Answers(["yes"] * len(texts), own, [60] * len(texts))
 
     @contextmanager
-    def attach(*_: Any) -> Iterator[Any]:
+    def attach(*_: Any, **__: Any) -> Iterator[Any]:
         yield run
 
     monkeypatch.setattr(asking, "ask", ask)

@@ -20,7 +20,8 @@ def in_two(folder: Path, *lines: str) -> str:
     """Runs a script of these lines in two processes of one thread each whose home is `folder`: what they wrote to stderr."""
     script = folder / "two.py"
     head = [
-        "import atexit, os, torch",
+        "import atexit, faulthandler, os, torch",
+        "faulthandler.enable()",
         "from pathlib import Path",
         "torch.set_num_threads(1)",
         f"Path.home = lambda: Path({str(folder)!r})",

@@ -89,9 +89,9 @@ def traces(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             inside = list(value.values()) if isinstance(value, dict) and "hooks" in key else [value]
-            found += [
-                f"{name}.{key}" for one in inside if type(one).__module__.startswith("foveate.") and not isinstance(one, PreTrainedConfig)
-            ]
+            # What a model of our own consists of is no attachment's.
+            kinds = [type(one).__module__ for one in inside if not isinstance(one, PreTrainedConfig)]
+            found += [f"{name}.{key}" for kind in kinds if kind.startswith("foveate.") and not kind.startswith("foveate.model.")]
     return found
 
 
