@@ -14,7 +14,7 @@ def processes(timeout: timedelta | None = None) -> PartialState:
 
     timeout: how long they wait for each other; None: as long as accelerate does."""
     state = PartialState(cpu=not torch.cuda.is_available(), **({} if timeout is None else {"timeout": timeout}))
-    # A group that is still there when the interpreter ends has threads that ask for its lock, and abort the process that has done its work.
+    # torch wants a group to be left: one that is still there when the interpreter ends has been seen to abort a process after its work.
     atexit.unregister(_part)
     atexit.register(_part)
     return state
