@@ -27,13 +27,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from foveate.contract import Cut, ReceivedAttention, Signal, View
 from foveate.errors import FoveateError
 from foveate.reducers.common import dealt, integers, meant, states
 from foveate.reducers.density import density_peaks
-from foveate.reducers.frames import Edges, OverFrames, best, clips, means, mixed, segments, selected, settled
+from foveate.reducers.frames import Edges, OverFrames, best, clips, mixed, quotas, selected, settled
 from foveate.tokens import budget
 
 _NEIGHBOURS = 7
@@ -82,11 +82,7 @@ class FlashVID(OverFrames):
         x, attention = states(self.name, view).detach().flatten(0, 1), view.signal(ReceivedAttention(self.layer)).flatten()
         found: list[Edges] = []
         for table in clips(view.layout, self.scope):
-            g = means(x, table)
-            like = settled(cosine_similarity(g[:-1], g[1:], dim=-1)).tolist()
-            parts = [table[part[0] : part[-1] + 1] for part in segments(like, self.segments, self.tau)]
-            sizes = [int((part >= 0).sum()) for part in parts]
-            for part, number in zip(parts, dealt(self.left([sum(sizes)]), sizes, sizes), strict=True):
+            for part, number in quotas(x, table, self.segments, self.tau, self.left([int((table >= 0).sum())])):
                 found += self._segment(x, attention, [row[row >= 0] for row in part], number)
         return Cut(mixed(view.layout, found))
 

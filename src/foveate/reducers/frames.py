@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import cosine_similarity, normalize, pad
 
 from foveate.contract import BeforeLM, Signal, Site, Workload
 from foveate.reducers.base import Reducer
-from foveate.reducers.common import choose, groups
+from foveate.reducers.common import choose, dealt, groups
 from foveate.tokens import Layout, TokenMap
 
 _DECIMALS = 6  # of cosines and scores, so that what is equal but for rounding ties
@@ -127,6 +127,16 @@ def segments(similarity: Sequence[float], at_least: int, below: float) -> list[r
     ends = [*sorted(cuts), len(similarity)]
     starts = [0, *(cut + 1 for cut in ends[:-1])]
     return [range(start, end + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+def quotas(states: Tensor, table: Tensor, at_least: int, below: float, left: int) -> list[tuple[Tensor, int]]:
+    """The segments of a clip, cut where the mean states of two frames in a row are less alike than `below` (see `segments`), each with its
+    share of the `left` tokens by how many it has. states: (slots, D)."""
+    mean = means(states, table)
+    like = settled(cosine_similarity(mean[:-1], mean[1:], dim=-1)).tolist()
+    parts = [table[part[0] : part[-1] + 1] for part in segments(like, at_least, below)]
+    sizes = [int((part >= 0).sum()) for part in parts]
+    return list(zip(parts, dealt(left, sizes, sizes), strict=True))
 
 
 # ---- maps
