@@ -399,7 +399,16 @@ def main(argv: list[str] | None = None) -> Any:
         return app(args=argv, standalone_mode=True)
     except FoveateError as error:
         print(f"foveate: {error}", file=sys.stderr)
+        _ends_with(2)
         sys.exit(2)
+    except SystemExit as end:
+        _ends_with(end.code)
+        raise
+
+
+def _ends_with(code: Any) -> None:
+    if together := sys.modules.get("foveate.processes"):  # a command that has not asked for them works alone
+        together.ends_with(code)
 
 
 if __name__ == "__main__":
