@@ -36,7 +36,7 @@ def _part_at_the_end() -> None:
 def _part() -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        # DDP never lets go of its group, and a process that had done its work has been seen to abort by threads while its interpreter ended.
+        # DDP never lets go of its group, by whose threads a process has been seen to abort while its interpreter ended, its work done.
         if _codes:
             sys.stdout.flush()
             sys.stderr.flush()
