@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +108,33 @@ def table(report: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Requests per second over the bare model's, and the 95th percentile of the time to first token, against the number of clients."""
-    settings, variants = report["settings"], list(report["variants"])
+    settings = report["settings"]
     clients = sorted(settings["clients"])
+    found = {
+        variant: ([gain(report, str(n), variant) for n in clients], [first_token(report, str(n), variant, "p95") for n in clients])
+        for variant in report["variants"]
+    }
+    title = f"{settings['shape']}, {settings['device']}, {settings['dtype']}, rounds: {len(report['rounds'])}"
+    drawn(found, clients, title).savefig(path, dpi=150)
+
+
+Rows = Sequence[Sequence[float]]
+"""By number of clients, the values of the rounds."""
+
+
+def drawn(found: Mapping[str, tuple[Rows, Rows]], clients: Sequence[int], title: str) -> Figure:
+    """Of each variant the medians and ranges over rounds of requests per second over the bare model's, and of the 95th percentile of the
+    time to first token, against the number of clients."""
     style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#88888855"}
     with mpl.rc_context({**style, "grid.linewidth": 0.6, "axes.axisbelow": True}):
         figure = Figure(figsize=(9.0, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for number, variant in enumerate(variants):
-            own = {"color": "#000000", "marker": "x", "linestyle": "--"}
+        for number, (variant, both) in enumerate(found.items()):
+            own: dict[str, Any] = {"color": "#000000", "marker": "x", "linestyle": "--"}
             if variant != BARE:
                 own = {"color": COLOURS[(number - 1) % len(COLOURS)], "marker": MARKERS[(number - 1) % len(MARKERS)], "linestyle": "-"}
-            places = [n * 1.03 ** (number - len(variants) / 2) for n in clients]  # side by side, so that ranges can be told apart
-            for axes, rows in (
-                (left, [gain(report, str(n), variant) for n in clients]),
-                (right, [first_token(report, str(n), variant, "p95") for n in clients]),
-            ):
+            places = [n * 1.03 ** (number - len(found) / 2) for n in clients]  # side by side, so that ranges can be told apart
+            for axes, rows in zip((left, right), both, strict=True):
                 middle = [statistics.median(row) for row in rows]
                 below = [m - min(row) for m, row in zip(middle, rows, strict=True)]
                 above = [max(row) - m for m, row in zip(middle, rows, strict=True)]
@@ -138,6 +151,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
         right.set_yscale("log")
         right.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
         right.set_title("time to first token, 95th percentile, s", fontsize=9)
-        figure.suptitle(f"{settings['shape']}, {settings['device']}, {settings['dtype']}, rounds: {len(report['rounds'])}", fontsize=9)
+        figure.suptitle(title, fontsize=9)
         figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        figure.savefig(path, dpi=150)
+    return figure

@@ -7,12 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from benchmarks.serving.show import BARE, MARKERS, MIB, people, spread
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from benchmarks.serving.show import BARE, MIB, drawn, people, spread
 
-from foveate.inspect.figures import COLOURS
 from foveate.reducers import parse
 
 GOAL = {1: 1.0, 8: 1.0, 32: 1.5}  # least requests/s over the bare model's, by clients, at this budget:
@@ -172,43 +168,17 @@ def growth(looks: Sequence[tuple[int, float]]) -> float:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Requests per second over the bare model's, and the 95th percentile of the time to first token, against the number of clients."""
+    """What `drawn` draws, of the numbers of clients at which the bare model is measured, and of what is measured at all of them."""
     clients = sorted(number for number in report["settings"]["clients"] if of(report, number, BARE))
     if not clients:
         return
-    variants = [name for name in report["variants"] if all(of(report, number, name) for number in clients)]
-    style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#88888855"}
-    with mpl.rc_context({**style, "grid.linewidth": 0.6, "axes.axisbelow": True}):
-        figure = Figure(figsize=(9.0, 3.8), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        for number, variant in enumerate(variants):
-            own: dict[str, Any] = {"color": "#000000", "marker": "x", "linestyle": "--"}
-            if variant != BARE:
-                own = {"color": COLOURS[(number - 1) % len(COLOURS)], "marker": MARKERS[(number - 1) % len(MARKERS)], "linestyle": "-"}
-            places = [n * 1.03 ** (number - len(variants) / 2) for n in clients]  # side by side, so that ranges can be told apart
-            for axes, rows in (
-                (left, [over(report, n, variant, "rate") for n in clients]),
-                (right, [[cell["ttft_p95"] for cell in of(report, n, variant)] for n in clients]),
-            ):
-                middle = [statistics.median(row) for row in rows]
-                ends = [
-                    [m - min(row) for m, row in zip(middle, rows, strict=True)],
-                    [max(row) - m for m, row in zip(middle, rows, strict=True)],
-                ]
-                label = variant if axes is left else None
-                axes.errorbar(places, middle, yerr=ends, label=label, markersize=5, linewidth=0.8, elinewidth=0.8, **own)
-        for axes in (left, right):
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_locator(FixedLocator(clients))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.set_xticklabels([str(n) for n in clients])
-            axes.set_xlabel("clients")
-        left.set_ylim(bottom=0)
-        left.set_title("requests per second, over the bare model's", fontsize=9)
-        right.set_yscale("log")
-        right.yaxis.set_major_formatter(FuncFormatter(lambda seconds, _: f"{seconds:g}"))
-        right.set_title("time to first token, 95th percentile, s", fontsize=9)
-        rounds = len({cell["round"] for cell in report["cells"]})
-        figure.suptitle(f"vLLM, {report['settings']['shape']}, CPU, float32, rounds: {rounds}", fontsize=9)
-        figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-        figure.savefig(path, dpi=150)
+    found = {
+        variant: (
+            [over(report, n, variant, "rate") for n in clients],
+            [[cell["ttft_p95"] for cell in of(report, n, variant)] for n in clients],
+        )
+        for variant in report["variants"]
+        if all(of(report, number, variant) for number in clients)
+    }
+    rounds = len({cell["round"] for cell in report["cells"]})
+    drawn(found, clients, f"vLLM, {report['settings']['shape']}, CPU, float32, rounds: {rounds}").savefig(path, dpi=150)

@@ -16,8 +16,7 @@ class CrossAttentionBlock(nn.Module):
 
     def __init__(self, width: int, context_width: int, head_dim: int) -> None:
         super().__init__()
-        if width % head_dim:
-            raise FoveateError(f"head_dim {head_dim} does not divide the bridge width {width}; choose a divisor or another width")
+        check_heads(width, head_dim)
         self.head_dim = head_dim
         self.norm_query = nn.LayerNorm(width)
         self.norm_context = nn.LayerNorm(context_width)
@@ -35,6 +34,12 @@ class CrossAttentionBlock(nn.Module):
         attended = attention(query, key, value).transpose(1, 2).flatten(2)
         q = q + self.proj(attended)
         return q + self.linear_2(F.gelu(self.linear_1(self.norm_mlp(q))))
+
+
+def check_heads(width: int, head_dim: int) -> None:
+    """FoveateError where heads of `head_dim` values do not fill the bridge's width."""
+    if width % head_dim:
+        raise FoveateError(f"head_dim {head_dim} does not divide the bridge width {width}; choose a divisor or another width")
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.bridges.base import Bridge, positive
-from foveate.bridges.cross_attention import attention
+from foveate.bridges.cross_attention import attention, check_heads
 from foveate.bridges.windows import Box, Grid, adaptive_boxes, adaptive_pool, square_only
-from foveate.errors import FoveateError
 
 POINTS = 4
 
@@ -50,8 +49,7 @@ class DAbstractor(Bridge):
         self.side, self.depth, self.grid = positive("side", side), positive("depth", depth), positive("grid", grid)
         self.width, self.head_dim = positive("width", width), positive("head_dim", head_dim)
         adaptive_boxes((grid, grid), side)
-        if width % head_dim:
-            raise FoveateError(f"head_dim {head_dim} does not divide the bridge width {width}; choose a divisor or another width")
+        check_heads(width, head_dim)
         self.places = nn.Parameter(torch.empty(grid * grid, levels * vision_width))
         self.enter = nn.Linear(levels * vision_width, width)
         self.queries = nn.Parameter(torch.empty(side * side, width))

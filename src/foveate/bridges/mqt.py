@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.bridges.base import ElasticBridge, positive
-from foveate.bridges.cross_attention import attention
+from foveate.bridges.cross_attention import attention, check_heads
 from foveate.bridges.windows import Box, Grid, sines, window_grid
 from foveate.errors import FoveateError
 
@@ -54,8 +54,7 @@ class MQT(ElasticBridge):
             )
         if keys not in KEYS:
             raise FoveateError(f"keys are of {' or '.join(KEYS)}, not {keys!r}")
-        if width % head_dim:
-            raise FoveateError(f"head_dim {head_dim} does not divide the bridge width {width}; choose a divisor or another width")
+        check_heads(width, head_dim)
         sines((self.side, self.side), width)
         self.query = nn.Parameter(torch.empty(queries, width))
         read = levels * vision_width

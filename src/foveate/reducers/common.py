@@ -44,10 +44,19 @@ def integers(reducer: Spelled, why: str = "", /, **least: int | None) -> None:
 
 def shares(reducer: Spelled, *options: str) -> None:
     """Raises FoveateError where an option is no float from 0 to 1."""
+    _within(reducer, 0.0, "share", options)
+
+
+def cosines(reducer: Spelled, *options: str) -> None:
+    """Raises FoveateError where an option is no float from -1 to 1."""
+    _within(reducer, -1.0, "cosine", options)
+
+
+def _within(reducer: Spelled, low: float, what: str, options: Sequence[str]) -> None:
     for option in options:
         given = getattr(reducer, option)
-        if type(given) is not float or not 0.0 <= given <= 1.0:
-            raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible; give a share from 0.0 to 1.0, as in {option}=0.5")
+        if type(given) is not float or not low <= given <= 1.0:
+            raise FoveateError(f"{reducer.name}: {option}={given!r} is not possible; give a {what} from {low} to 1.0, as in {option}=0.5")
 
 
 def above_zero(reducer: Spelled, *options: str) -> None:

@@ -29,8 +29,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.contract import ClsAttention, Cut, Signal, View
-from foveate.errors import FoveateError
-from foveate.reducers.common import dealt, integers, meant, states
+from foveate.reducers.common import cosines, dealt, integers, meant, shares, states
 from foveate.reducers.density import density_peaks
 from foveate.reducers.frames import Edges, OverFrames, best, clips, mixed, quotas, selected, settled
 from foveate.tokens import budget
@@ -68,10 +67,8 @@ class FastVID(OverFrames):
         budget(self.keep, 1)
         integers(self, layer=None)
         integers(self, segments=1, step=1)
-        for option, low in (("tau", -1.0), ("context", 0.0), ("beta", 0.0)):
-            value = getattr(self, option)
-            if type(value) is not float or not low <= value <= 1.0:
-                raise FoveateError(f"fastvid: {option}={value!r} is not possible; give a number in [{low:g}, 1] as a float")
+        cosines(self, "tau")
+        shares(self, "context", "beta")
 
     def needs(self) -> tuple[Signal, ...]:
         return (ClsAttention(self.layer),)

@@ -30,8 +30,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from foveate.contract import Cut, ReceivedAttention, Signal, View
-from foveate.errors import FoveateError
-from foveate.reducers.common import dealt, integers, meant, states
+from foveate.reducers.common import cosines, dealt, integers, meant, shares, states
 from foveate.reducers.density import density_peaks
 from foveate.reducers.frames import Edges, OverFrames, best, clips, mixed, quotas, selected, settled
 from foveate.tokens import budget
@@ -67,10 +66,8 @@ class FlashVID(OverFrames):
         budget(self.keep, 1)
         integers(self, layer=None)
         integers(self, segments=1)
-        for option, low in (("alpha", 0.0), ("tau", -1.0), ("edge", -1.0)):
-            value = getattr(self, option)
-            if type(value) is not float or not low <= value <= 1.0:
-                raise FoveateError(f"flashvid: {option}={value!r} is not possible; give a number in [{low:g}, 1] as a float")
+        cosines(self, "tau", "edge")
+        shares(self, "alpha")
 
     def needs(self) -> tuple[Signal, ...]:
         return (ReceivedAttention(self.layer),)

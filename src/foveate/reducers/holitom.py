@@ -25,8 +25,7 @@ import torch
 from torch import Tensor
 
 from foveate.contract import Cut, ReceivedAttention, Signal, View, Workload
-from foveate.errors import FoveateError
-from foveate.reducers.common import dealt, integers, states
+from foveate.reducers.common import cosines, dealt, integers, shares, states
 from foveate.reducers.density import density_peaks
 from foveate.reducers.frames import Edges, OverFrames, best, clips, mixed, selected, unlike
 from foveate.tokens import budget
@@ -59,10 +58,8 @@ class HoliTom(OverFrames):
         super().check()
         budget(self.keep, 1)
         integers(self, layer=None)
-        for option, low in (("tau", -1.0), ("beta", 0.0)):
-            value = getattr(self, option)
-            if type(value) is not float or not low <= value <= 1.0:
-                raise FoveateError(f"holitom: {option}={value!r} is not possible; give a number in [{low:g}, 1] as a float")
+        cosines(self, "tau")
+        shares(self, "beta")
 
     def needs(self) -> tuple[Signal, ...]:
         return (ReceivedAttention(self.layer),)

@@ -38,6 +38,7 @@ from foveate.contract import Attention, AttentionRows, Cut, FromLayer, Site, Vie
 from foveate.errors import FoveateError
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import OF, check_entries, choose, cutting_layers, images, into, leaving, numbers, questions, spelled
+from foveate.reducers.density import density_peaks
 from foveate.tokens import TokenMap, budget, top
 
 LISTS = {
@@ -207,15 +208,5 @@ def raters(visual_LD: Tensor, text_TD: Tensor) -> Tensor:
 
 def peaks(x_TD: Tensor, clusters: int) -> tuple[Tensor, Tensor]:
     """(clusters,) int64: the density peaks, the highest first, and (T,) the one that each of T tokens belongs to, as indices into them."""
-    T, D = x_TD.shape
-    # Differences, not products: equal tokens are exactly 0 apart.
-    distance = torch.cdist(x_TD, x_TD, compute_mode="donot_use_mm_for_euclid_dist") / D**0.5
-    density = (-distance.sort(dim=1).values[:, :clusters].square().mean(1)).exp()
-    index = torch.arange(T, device=x_TD.device)
-    denser = (density > density[:, None]) | ((density == density[:, None]) & (index < index[:, None]))
-    apart = torch.where(denser.any(1), distance.masked_fill(~denser, float("inf")).min(1).values, distance.max())
-    centres = torch.argsort(density * apart, descending=True, stable=True)[:clusters]
-    ascending = centres.sort().values
-    nearest = ascending[distance[:, ascending].argmin(1)]
-    nearest[centres] = centres
-    return centres, nearest
+    centres, label = density_peaks(x_TD, clusters, clusters)
+    return centres, centres[label]

@@ -20,8 +20,7 @@ from foveate.data.clips.film import ClipError as ClipError
 from foveate.data.clips.film import Film as Film
 from foveate.data.clips.film import open_film as open_film
 from foveate.data.clips.sampling import Sampling as Sampling
-from foveate.errors import FoveateError, nearest
-from foveate.reducers.spelling import read_options
+from foveate.reducers.spelling import listed, read
 
 # The rules. A line both exports one and lists it.
 # isort: off
@@ -32,16 +31,12 @@ from foveate.data.clips.changes import Changes as Changes
 
 log = logging.getLogger(__name__)
 
-_LISTED = [kind for kind in list(globals().values()) if isinstance(kind, type) and issubclass(kind, Sampling) and "name" in vars(kind)]
-SAMPLINGS: dict[str, type[Sampling]] = {rule.name: rule for rule in _LISTED}
+SAMPLINGS: dict[str, type[Sampling]] = listed(globals(), Sampling)
 
 
 def parse(text: str) -> Sampling:
     """A sampling from its spelling, such as "rate:fps=2,most=32". FoveateError for an unknown name or option."""
-    name, options = read_options(text, "sampling")
-    if name not in SAMPLINGS:
-        raise FoveateError(f"unknown sampling {name!r}{nearest(name, SAMPLINGS)}; known are {', '.join(SAMPLINGS)}")
-    return SAMPLINGS[name].from_options(options)
+    return read(text, "sampling", SAMPLINGS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ class Changes(Sampling):
     frames: int = 16
 
     def check(self) -> None:
-        self.number("frames")
+        self.least(1, "frames")
 
     def choose(self, film: Film) -> list[int]:
         if len(film) <= self.frames:

@@ -29,7 +29,7 @@ class Rate(Sampling):
     def check(self) -> None:
         if isinstance(self.fps, bool) or not isinstance(self.fps, int | float) or not (math.isfinite(self.fps) and self.fps > 0):
             raise FoveateError(f"rate: fps={self.fps!r} is not possible; give frames a second, more than 0")
-        self.number("most")
+        self.least(1, "most")
         if self.longer not in ("thin", "refuse"):
             raise FoveateError(f'rate: longer={self.longer!r} is not possible; choose "thin" or "refuse"')
 

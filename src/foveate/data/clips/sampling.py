@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 from foveate.data.clips.film import Film
-from foveate.errors import FoveateError
 from foveate.reducers.spelling import Spelled
 
 
@@ -25,12 +23,6 @@ class Sampling(Spelled, ABC):
     @abstractmethod
     def choose(self, film: Film) -> list[int]:
         """The numbers of the frames, ascending, none of them twice, at least one. ClipError for a film that the rule refuses."""
-
-    def number(self, option: str) -> None:
-        """FoveateError where an option is no whole number of at least 1."""
-        value: Any = getattr(self, option)
-        if type(value) is not int or value < 1:
-            raise FoveateError(f"{self.name}: {option}={value!r} is not possible; give a number of frames >= 1")
 
 
 def spread(film: Film, frames: int) -> list[int]:

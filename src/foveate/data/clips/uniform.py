@@ -18,7 +18,7 @@ class Uniform(Sampling):
     frames: int = 16
 
     def check(self) -> None:
-        self.number("frames")
+        self.least(1, "frames")
 
     def choose(self, film: Film) -> list[int]:
         return spread(film, self.frames)
