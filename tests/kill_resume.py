@@ -13,15 +13,17 @@ import argparse
 import json
 import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from foveate.train.run import main
+from tests.train.processes import started, stopped
 
 STAGES = ("0-pretrain", "1-grow", "2-all")
 STEPS = 18  # of all stages
@@ -29,24 +31,19 @@ LIMIT = 900.0  # seconds that one process may take
 
 
 def run_child(recipe: Path) -> None:
-    import torch
-
-    from foveate.train.run import main
-
-    torch.set_num_threads(1)
     main(recipe, ["workers=1", "log_steps=1", "stages.2.steps=6"])
 
 
-def start(recipe: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, "--child", str(recipe)]
-    with recipe.with_suffix(".err").open("ab") as said:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+def start(recipe: Path) -> Any:
+    return started(recipe.with_suffix(".err"), run_child, recipe)
 
 
-def stop(child: subprocess.Popen[bytes]) -> None:
-    """The process and its data workers, at once and without a word."""
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+def ended(child: Any) -> int:
+    """The status of a child that is waited for."""
+    child.join(LIMIT)
+    if child.exitcode is None:
+        raise SystemExit("a run did not end")
+    return int(child.exitcode)
 
 
 def logged(output: Path, stage: str) -> int:
@@ -80,36 +77,36 @@ def kill_at(recipe: Path, output: Path, moment: Callable[[Path], bool], delay: f
     child = start(recipe)
     begin = time.monotonic()
     while not moment(output):
-        if child.poll() is not None:
-            if child.returncode:
+        if child.exitcode is not None:
+            if child.exitcode:
                 raise SystemExit(f"the run failed:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
             return False
         if time.monotonic() - begin > LIMIT:
-            stop(child)
+            stopped(child)
             raise SystemExit("the moment to kill at did not come")
         time.sleep(0.0005)
     time.sleep(delay)
-    stop(child)
+    stopped(child)
     return not (output / "final/complete").exists()
 
 
 def finish(recipe: Path) -> None:
     child = start(recipe)
-    if child.wait(timeout=LIMIT):
+    if ended(child):
         raise SystemExit(f"the run failed:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
 
 
-def start_both(recipe: Path) -> subprocess.Popen[bytes]:
+def start_both(recipe: Path) -> Any:
     """The same command twice at once: the one that goes on, after the other was refused."""
     children = [start(recipe), start(recipe)]
     begin = time.monotonic()
-    while all(child.poll() is None for child in children):
+    while all(child.exitcode is None for child in children):
         if time.monotonic() - begin > LIMIT:
             raise SystemExit("neither of two runs in one folder was refused")
         time.sleep(0.01)
-    first, second = sorted(children, key=lambda child: child.poll() is None)
-    if first.returncode == 0:  # there was little left to do: the other came too early or too late
-        second.wait(timeout=LIMIT)
+    first, second = sorted(children, key=lambda child: child.exitcode is None)
+    if first.exitcode == 0:  # there was little left to do: the other came too early or too late
+        ended(second)
         return first
     if "is in use: process" not in recipe.with_suffix(".err").read_text():
         raise SystemExit(f"two runs in one folder:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
@@ -123,16 +120,16 @@ def random_round(recipe: Path, output: Path, dice: random.Random, touched: list[
         two, steps, delay = dice.random() < 0.5, dice.randint(0, STEPS), dice.uniform(0, 0.3)
         child = start_both(recipe) if two else start(recipe)
         begin = time.monotonic()
-        while child.poll() is None and sum(logged(output, stage) for stage in STAGES) < steps:
+        while child.exitcode is None and sum(logged(output, stage) for stage in STAGES) < steps:
             if time.monotonic() - begin > LIMIT:
                 raise SystemExit("the moment to kill at did not come")
             time.sleep(0.002)
         time.sleep(delay)
-        if child.poll():
+        if child.exitcode:
             raise SystemExit(f"the run failed:\n{recipe.with_suffix('.err').read_text()[-3000:]}")
-        over = child.poll() is not None
+        over = child.exitcode is not None
         if not over:
-            stop(child)
+            stopped(child)
         done = "+".join(str(logged(output, stage)) for stage in STAGES)
         story.append(f"{'two starts, ' if two else ''}{'was over before' if over else f'killed at step {done}'}")
         for path in touched:
@@ -240,16 +237,12 @@ def check(rounds: int, quick: bool, folder: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=2, help="runs that are killed")
     parser.add_argument("--quick", action="store_true", help="four kills a round instead of ten")
     parser.add_argument("--random", type=int, default=0, metavar="N", help="instead, N runs that are killed at random moments")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it")
     given = parser.parse_args()
-    if given.child:
-        run_child(given.child)
-        sys.exit()
     with tempfile.TemporaryDirectory() as temporary:
         place: Path = given.keep or Path(temporary)
         place.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,12 @@
-"""Training in processes of its own: two that train together, by torchrun or by accelerate, or one that is killed."""
+"""Training in processes of its own: two that train together, as under torchrun or by accelerate, or one that is killed."""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,28 +14,65 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from foveate.train.run import main
 
 ROOT = Path(__file__).parents[2]
+WARM = multiprocessing.get_context("forkserver")  # its server has imported what a training imports, which takes longer than tiny ones
+WARM.set_forkserver_preload(["tests.train.processes", "foveate.model.assembly", "foveate.data.library", "transformers.trainer"])
+
+
+def started(said: Path, work: Callable[..., object], *arguments: object, **environment: str) -> Any:
+    """A process of its own, and of one thread, that leads a group, appends all that it writes to a file, and works with an environment."""
+    process = WARM.Process(target=_alone, args=(said, environment, work, *arguments))
+    process.start()
+    return process
+
+
+def _alone(said: Path, environment: dict[str, str], work: Callable[..., object], *arguments: object) -> None:
+    os.setsid()
+    os.environ.update(environment)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    faulthandler.enable()
+    torch.set_num_threads(1)
+    work(*arguments)
+
+
+def stopped(process: Any) -> None:
+    """Kills a started process and its data workers, at once and without a word."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
 
 
 def in_two(folder: Path, *lines: str) -> str:
-    """Runs a script of these lines in two processes of one thread each whose home is `folder`: what they wrote to stderr."""
-    script = folder / "two.py"
-    head = [
-        "import faulthandler, os, sys, torch",
-        "from pathlib import Path",
-        "faulthandler.enable()",
-        "torch.set_num_threads(1)",
-        f"Path.home = lambda: Path({str(folder)!r})",
-    ]
+    """Runs a script of these lines in two processes, as torchrun starts them, whose home is `folder`: what they wrote."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    said = folder / "two.txt"
+    both = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    each = [started(said, _script, folder, lines, RANK=str(rank), LOCAL_RANK=str(rank), **both) for rank in range(2)]
+    for process in each:
+        process.join(600)
+    found, seen = said.read_text(), [process.exitcode for process in each]
+    for process in each:
+        if process.is_alive():
+            stopped(process)
+    said.unlink()
+    assert seen == [0, 0], (seen, found[-3000:])
+    return found
+
+
+def _script(folder: Path, lines: Sequence[str]) -> None:
+    Path.home = lambda: folder  # type: ignore[method-assign,assignment]
+    exec("\n".join(lines), {"Path": Path, "torch": torch})
     # What has been done is tested, and not how an interpreter ends, in which torch's threads have been seen to abort.
-    end = ["sys.stdout.flush()", "sys.stderr.flush()", "os._exit(0)"]
-    script.write_text("\n".join([*head, *lines, *end]) + "\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def train_in_two(folder: Path, recipe: Path, overrides: Sequence[str] = (), *before: str) -> str:

@@ -1,10 +1,7 @@
 """Stages with losses over several passes: what is logged, counted, left behind and refused; and that they go on where they were."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.train.processes import train_in_two
+from tests.train.processes import started, stopped, train_in_two
 from tests.train.tiny_training import tokenizer
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
@@ -166,27 +163,16 @@ def test_killed_runs_end_in_the_same_bits(written: Callable[[str, str], Path], r
     """kill -9 between checkpoints, twice, of a run whose steps are of two kinds."""
     whole, killed = written("dualspeed", "quiet"), written("dualspeed", "killed")
     overrides = ["stages.0.steps=12", "stages.0.save_steps=2"]
-    script = root / "kill-passes.py"
-    script.write_text(
-        "import sys\nfrom pathlib import Path\nimport torch\nfrom foveate.train.run import main\n"
-        f"torch.set_num_threads(1)\nPath.home = lambda: Path({str(root)!r})\nmain(Path(sys.argv[1]), {overrides!r})\n"
-    )
-
-    def start(path: Path) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, str(script), str(path)], stderr=subprocess.PIPE, start_new_session=True)
-
     log = output_of(killed) / "log.jsonl"
     for lines in (3, 7):
-        child = start(killed)
+        child = started(root / "said.txt", main, killed, overrides)
         until = time.monotonic() + 120
-        while (not log.exists() or len(log.read_text().splitlines()) < lines) and child.poll() is None and time.monotonic() < until:
+        while (not log.exists() or len(log.read_text().splitlines()) < lines) and child.is_alive() and time.monotonic() < until:
             time.sleep(0.002)
-        os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
-        assert child.returncode == -signal.SIGKILL
+        stopped(child)
+        assert child.exitcode == -signal.SIGKILL
         assert not (output_of(killed) / "final" / "complete").exists()
-    _, said = (child := start(killed)).communicate(timeout=240)
-    assert child.returncode == 0, said[-3000:]
+    main(killed, overrides)
     main(whole, overrides)
     assert rows_of(output_of(killed)) == rows_of(output_of(whole))
     assert same_weights(output_of(killed), output_of(whole))
