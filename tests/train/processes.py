@@ -67,7 +67,7 @@ def in_two(folder: Path, *lines: str) -> str:
 
 
 def _script(folder: Path, lines: Sequence[str]) -> None:
-    Path.home = lambda: folder  # type: ignore[method-assign,assignment]
+    Path.home = lambda: folder  # type: ignore[method-assign]
     exec("\n".join(lines), {"Path": Path, "torch": torch})
     # What has been done is tested, and not how an interpreter ends, in which torch's threads have been seen to abort.
     sys.stdout.flush()
