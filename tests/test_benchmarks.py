@@ -13,6 +13,10 @@ import pytest
 from benchmarks.common import Usage, before, busy, command, earlier, measured
 from benchmarks.elastic.run import RECIPES, difference, parts
 from benchmarks.elastic.run import table as elastic
+from benchmarks.learned.run import ARMS as METHODS
+from benchmarks.learned.run import LEARNED, RECIPE
+from benchmarks.learned.run import plot as draw_learned
+from benchmarks.learned.run import table as learned
 from benchmarks.overhead.run import table as overhead
 from benchmarks.prefill.show import table as prefill
 from benchmarks.serving.server.checkpoint import SHAPES, build
@@ -311,3 +315,21 @@ def test_elastic_bridges_are_compared_on_the_same_questions() -> None:
     assert [parts(arm) for arm in ("mqt", "chain-of-sight-20")] == [("mqt", None), ("chain-of-sight", 20)]
     for name in ("mqt", "chain-of-sight"):
         assert load_recipe(RECIPES / f"{name}.yaml", ["stages.0.view_tokens=4"]).stages[0].view_tokens == 4
+
+
+def test_learned_methods_are_compared_at_as_many_tokens_and_on_the_same_questions() -> None:
+    def row(arm: str, seed: int, tuned: bool, *correct: int) -> dict[str, Any]:
+        return {"arm": arm, "seed": seed, "tuned": tuned, "tokens": 35.0, "pictures": ["a", "a", "b", "b"], "correct": list(correct)}
+
+    rows = [row("none", 0, True, 1, 1, 1, 1), row("pmod", 0, True, 1, 0, 1, 0), row("pmod", 1, True, 1, 0, 0, 0)]
+    rows += [row("divprune as pmod", 0, True, 1, 1, 1, 1), row("divprune as pmod", 0, False, 1, 0, 0, 0)]
+    report = {"rows": rows, "steps": 3, "scenes": 9, "machine": "here"}
+    shown = learned(report)
+    assert "| pmod | yes | 35.0 | 37.5 ± 17.7 |  | 0, 1 |" in shown
+    assert "| divprune as pmod | yes | 35.0 | 100.0 | +50.0 (+50.0 to +50.0) | 0 |" in shown  # of the seed that both have
+    assert "| divprune as pmod | no | 35.0 | 25.0 | −25.0 (−50.0 to +0.0) | 0 |" in shown
+    assert len(draw_learned(report).axes[0].lines) == 4
+    for arm, spelling in LEARNED.items():
+        stage = load_recipe(RECIPE, [f"stages.0.reducers=[{{share: 1, reducer: '{spelling}'}}]", "stages.0.train.reducers=true"]).stages[0]
+        assert stage.train.reducers
+        assert f"random as {arm}" in METHODS

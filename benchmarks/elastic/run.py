@@ -4,11 +4,11 @@
     python benchmarks/elastic/run.py --arms mqt mqt-4     # some of them
     python benchmarks/elastic/run.py --table              # table.md and the curve again
 
-The elastic arms are recipes/elastic/*.yaml as they are: each step draws its number of tokens. An arm `mqt-4` is the same recipe with 4
-tokens in all steps. All arms have the same tower, language model, samples, order and number of steps; the features of the frozen tower are
-cached and shared. Each trained model is asked the same held-out questions, an elastic one once at every number. results.json has what is
-finished, which is not done again; an interrupted training goes on where it was. Differences are question by question, with 95 % intervals
-over pictures, and a seed is one draw of bridge weights and of the order of samples.
+The elastic arms are recipes/elastic/*.yaml as they are: the bridge is first fitted to words, then all is trained, and each step draws its
+number of tokens. An arm `mqt-4` is the same recipe with 4 tokens in all steps. All arms have the same tower, language model, samples, order
+and number of steps; the features of the frozen tower are cached and shared. Each trained model is asked the same held-out questions, an
+elastic one once at every number. results.json has what is finished, which is not done again; an interrupted training goes on where it was.
+Differences are question by question, with 95 % intervals over pictures; a seed is one draw of bridge weights and of the order of samples.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def finished(arm: str, seed: int, given: argparse.Namespace) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     overrides = [f"output={given.work}/{arm}-{seed}", f"seed={seed}"]
-    overrides += [] if count is None else [f"stages.0.view_tokens={count}"]
-    overrides += [f"stages.0.steps={given.steps}", "stages.0.epochs=null"] if given.steps else []
+    overrides += [] if count is None else [f"stages.{stage}.view_tokens={count}" for stage in (0, 1)]
+    overrides += [f"stages.1.steps={given.steps}", "stages.1.epochs=null"] if given.steps else []
     return train(load_recipe(path, overrides))
 
 
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=2000, help="to train on, two samples each")
     parser.add_argument("--test", type=int, default=200, help="scenes to ask about")
     parser.add_argument("--questions", type=int, help="at most so many, all families in turn")
-    parser.add_argument("--steps", type=int, default=0, help="of each training; 0: one epoch")
+    parser.add_argument("--steps", type=int, default=0, help="of each training on questions; 0: one epoch")
     parser.add_argument("--table", action="store_true", help="only write the table and the curve")
     parser.add_argument("--work", type=Path, default=Path("runs/elastic"), help="where data, features, checkpoints and models go")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")

@@ -1,0 +1,212 @@
+"""Methods with weights of their own, trained with the model, beside training-free ones that let as many tokens through its layers.
+
+    python benchmarks/learned/run.py                          # every arm that is not there yet, seeds 0, 1 and 2
+    python benchmarks/learned/run.py --arms none pmod         # some of them
+    python benchmarks/learned/run.py --table                  # table.md and the plot again
+
+Every arm goes on from the shipped model by recipes/learned/tuned.yaml, the same steps on the same samples. `none` is tuned with all
+tokens; a learned method is tuned under itself, and its weights with the model; VisionSelector, which freezes the model, has the model of
+`none` and trains on it. Then each is asked the same held-out questions. Training-free methods are asked of two models, at the budget that
+lets as many visual tokens through a layer, on the mean, as the learned method did: of `none`, and of one that was tuned under that very
+method and budget. Differences are question by question, with 95 % intervals over pictures; a seed is one order of samples (and, where there
+are any, one draw of new weights). results.json has what is finished, which is not done again; an interrupted training goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from foveate.evaluation.evaluate import evaluate
+from foveate.evaluation.paired import bootstrap
+from foveate.files import write_json
+from foveate.inspect.figures import COLOURS
+from foveate.machine import environment
+from foveate.train.recipe import load_recipe
+from foveate.train.run import train
+from foveate.world.scenes import write_world
+
+HERE = Path(__file__).parent
+RECIPE = HERE.parent.parent / "recipes" / "learned" / "tuned.yaml"
+LEARNED = {"pmod": "pmod", "visionselector": "visionselector:keep=0.25"}
+FROZEN = frozenset({"visionselector"})  # methods that train nothing but their own weights
+FREE = ("divprune", "random")
+NONE = "none"
+ARMS = [NONE, *LEARNED, *(f"{free} as {name}" for name in LEARNED for free in FREE)]
+
+
+def tuned(name: str, seed: int, given: argparse.Namespace, reducer: str, start: Path | None = None, own: bool = False) -> Path:
+    """Trains an arm under a reducer, or goes on with it; returns the folder of its model. start: a model in place of the shipped one, which
+    then stays as it is; own: the reducer's weights are trained too."""
+    text = RECIPE.read_text(encoding="utf-8").replace("runs/learned", str(given.work))
+    path = given.work / "recipes" / "tuned.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    overrides = [f"output={given.work}/{name.replace(' ', '-')}-{seed}", f"seed={seed}", f"stages.0.steps={given.steps}"]
+    overrides += [f"stages.0.reducers=[{{share: 1, reducer: '{reducer}'}}]"]
+    overrides += ["stages.0.train.reducers=true"] if own else []
+    if start is not None:
+        overrides += [f"model.checkpoint={start}", "stages.0.train={bridge: false, reducers: true}"]
+    return train(load_recipe(path, overrides))
+
+
+def asked(model: Path, reducer: str, given: argparse.Namespace) -> dict[str, Any]:
+    result = evaluate(str(model), given.work / "data", reducers=reducer, limit=given.questions)
+    tokens = result.visual_tokens if result.layer_tokens is None else mean(result.layer_tokens)
+    families = {family: score.accuracy for family, score in result.families.items()}
+    pictures, correct = [row.image for row in result.rows], [int(row.correct) for row in result.rows]
+    return {"reducer": reducer, "tokens": tokens, "families": families, "pictures": pictures, "correct": correct}
+
+
+def measure(arm: str, seed: int, given: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers of an arm: of its own model, and for a training-free method those of the model of `none` too."""
+    plain = tuned(NONE, seed, given, NONE)
+    if arm == NONE:
+        return [{"arm": arm, "seed": seed, "tuned": True, **asked(plain, NONE, given)}]
+    if arm in LEARNED:
+        frozen = arm in FROZEN
+        folder = tuned(arm, seed, given, LEARNED[arm], start=plain if frozen else None, own=True)
+        return [{"arm": arm, "seed": seed, "tuned": not frozen, **asked(folder, LEARNED[arm], given)}]
+    free, _, name = arm.partition(" as ")
+    theirs = next((row for row in rows if (row["arm"], row["seed"]) == (name, seed)), None)
+    if theirs is None:
+        raise SystemExit(f"{arm}: {name} with seed {seed} has to be there first, since it says how many tokens; add it to --arms")
+    reducer = f"{free}:keep={max(1, round(theirs['tokens']))}"
+    found = [{"arm": arm, "seed": seed, "tuned": False, **asked(plain, reducer, given)}]
+    if name not in FROZEN:
+        found.append({"arm": arm, "seed": seed, "tuned": True, **asked(tuned(arm, seed, given, reducer), reducer, given)})
+    return found
+
+
+def of(rows: Sequence[dict[str, Any]], arm: str, was_tuned: bool) -> dict[str, Any] | None:
+    """The answers of all seeds as one set, and the accuracy of each seed in %."""
+    own = sorted((row for row in rows if (row["arm"], row["tuned"]) == (arm, was_tuned)), key=lambda row: row["seed"])
+    if not own:
+        return None
+    return {
+        "seeds": [row["seed"] for row in own],
+        "tokens": mean(row["tokens"] for row in own),
+        "answers": [
+            (row["seed"], picture, i, right)
+            for row in own
+            for i, (picture, right) in enumerate(zip(row["pictures"], row["correct"], strict=True))
+        ],
+        "each": [100 * mean(row["correct"]) for row in own],
+    }
+
+
+def difference(one: dict[str, Any], other: dict[str, Any], seeds: Sequence[int]) -> str:
+    """By how many points `one` is better on the same questions of seeds that both have; a picture is drawn anew with all its seeds."""
+    pairs = [{(seed, picture, i): right for seed, picture, i, right in side["answers"] if seed in seeds} for side in (one, other)]
+    assert pairs[0].keys() == pairs[1].keys()
+    gains = np.array([right - pairs[1][question] for question, right in pairs[0].items()], dtype=np.float64)
+    low, high, _ = bootstrap(gains, [picture for _, picture, _ in pairs[0]])
+    return f"{100 * gains.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})".replace("-", "−")
+
+
+def table(report: dict[str, Any]) -> str:
+    rows = report["rows"]
+    count = len(rows[0]["correct"])
+    lines = [
+        f"{count:,} held-out questions; every training {report['steps']} steps of 16 samples, on {report['scenes']:,} scenes. "
+        f"{report['machine']}.",
+        "",
+        "| method | tuned with the model | visual tokens a layer | correct, % | less the learned one, points | seeds |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+
+    def line(arm: str, was_tuned: bool, against: dict[str, Any] | None) -> None:
+        own = of(rows, arm, was_tuned)
+        if own is None:
+            return
+        both = [seed for seed in own["seeds"] if against is not None and seed in against["seeds"]]
+        told = difference(own, against, both) if against is not None and both else ""
+        spread = f" ± {stdev(own['each']):.1f}" if len(own["each"]) > 1 else ""
+        seeds = ", ".join(map(str, own["seeds"]))
+        cells = [arm, "yes" if was_tuned else "no", f"{own['tokens']:.1f}", f"{mean(own['each']):.1f}{spread}", told, seeds]
+        lines.append(f"| {' | '.join(cells)} |")
+
+    line(NONE, True, None)
+    for name in LEARNED:
+        learned = of(rows, name, name not in FROZEN)
+        line(name, name not in FROZEN, None)
+        for free in FREE:
+            for was_tuned in (True, False):
+                line(f"{free} as {name}", was_tuned, learned)
+    note = (
+        "`divprune as pmod`: at as many tokens as pmod lets through a layer on the mean. ±: sample standard deviation over seeds. "
+        "Differences in points on the same questions, with 95 % intervals from drawing pictures anew, not corrected for their number."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
+def plot(report: dict[str, Any]) -> Figure:
+    """Accuracy over tokens: a mark for each method that was tuned, an open one for those asked of the model of `none`."""
+    figure = Figure(figsize=(6.5, 3.6), layout="constrained")
+    axes = figure.subplots()
+    kinds = [NONE, *LEARNED, *FREE]
+    for arm in ARMS:
+        kind = arm.partition(" as ")[0]
+        for was_tuned in (True, False):
+            own = of(report["rows"], arm, was_tuned)
+            if own is not None:
+                colour = COLOURS[kinds.index(kind) % len(COLOURS)]
+                label = f"{kind}{'' if was_tuned else ', not tuned with'}"
+                face = colour if was_tuned else "none"
+                axes.plot([own["tokens"]] * len(own["each"]), own["each"], "o", color=colour, markerfacecolor=face, label=label)
+    axes.set_xlabel("visual tokens in a layer, mean")
+    axes.set_ylabel("correct answers, %")
+    handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def write(output: Path) -> None:
+    report = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    (output / "table.md").write_text(table(report), encoding="utf-8")
+    figure = plot(report)
+    figure.savefig(output / "plot.svg", metadata={"Date": None})
+    figure.savefig(output / "plot.png", dpi=120)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scenes", type=int, default=2000, help="to tune on")
+    parser.add_argument("--test", type=int, default=200, help="scenes to ask about")
+    parser.add_argument("--questions", type=int, help="at most so many, all families in turn")
+    parser.add_argument("--steps", type=int, default=300, help="of each training")
+    parser.add_argument("--table", action="store_true", help="only write the table and the plot")
+    parser.add_argument("--work", type=Path, default=Path("runs/learned"), help="where data, checkpoints and models go")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    given = parser.parse_args(arguments)
+    path = given.output / "results.json"
+    settings = {"scenes": given.scenes, "test": given.test, "questions": given.questions, "steps": given.steps}
+    report = {**settings, "rows": []}
+    if path.is_file():
+        report = json.loads(path.read_text(encoding="utf-8"))
+    if not given.table:
+        if any(report[name] != value for name, value in settings.items()):
+            raise SystemExit(f"{path} was made with other settings; move it away, or give another --output")
+        write_world(given.work / "data", train=given.scenes, test=given.test, seed=0)
+        for seed in given.seeds:
+            for arm in given.arms:
+                if not any((row["arm"], row["seed"]) == (arm, seed) for row in report["rows"]):
+                    report["rows"] += measure(arm, seed, given, report["rows"])
+                    report |= {"machine": environment(), "threads": torch.get_num_threads()}
+                    given.output.mkdir(parents=True, exist_ok=True)
+                    write_json(path, report, indent=None)
+    write(given.output)
+
+
+if __name__ == "__main__":
+    main()
