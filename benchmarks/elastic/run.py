@@ -3,6 +3,7 @@
     python benchmarks/elastic/run.py                      # every arm that is not there yet, seed 0
     python benchmarks/elastic/run.py --arms mqt mqt-4     # some of them
     python benchmarks/elastic/run.py --table              # table.md and the curve again
+    python benchmarks/elastic/run.py --arms mqt chain-of-sight --steps 1000 --work runs/elastic-longer --output benchmarks/elastic/longer
 
 The elastic arms are recipes/elastic/*.yaml as they are: the bridge is first fitted to words, then all is trained, and each step draws its
 number of tokens. An arm `mqt-4` is the same recipe with 4 tokens in all steps. All arms have the same tower, language model, samples, order
