@@ -119,8 +119,8 @@ def framed(turns: Sequence[tuple[str, str]], images: Sequence[Shown], clips: Seq
     said: Turns = []
     shown: list[Shown] = []
     for role, text in turns:
-        pieces = re.split(f"({MARKER}|{CLIP})", text) if role == "user" else [text]
-        for at, piece in enumerate(pieces):
+        pieces = re.split(f"({MARKER}|{CLIP})", text)
+        for at, piece in enumerate(pieces if role == "user" else ()):
             if piece == CLIP:
                 frames = next(films)
                 shown += frames
