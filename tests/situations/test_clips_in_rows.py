@@ -20,6 +20,7 @@ from foveate.evaluation.bench import bench
 from foveate.evaluation.evaluate import evaluate
 from foveate.evaluation.tasks import load_task
 from foveate.inference import load_model
+from foveate.inspect.profile import profile
 from foveate.train.run import main as train
 from foveate.world.films import write_films
 from tests.data.films import folder, frame, gif, number_of, sound
@@ -243,6 +244,18 @@ def test_a_model_answers_about_clips(world: Path, tmp_path: Path) -> None:
         assert cells[method].visual_tokens == [128.0] * 6
     assert cells["downsample"].visual_tokens[0] < 256
     assert {answer.image for answer in cells["none"].answers} <= {str(world / "clips" / f"test/00000{n}") for n in (0, 1)}
+
+
+def test_a_prompt_about_a_clip_is_profiled(films: Path) -> None:
+    model, processor = load_model("asset:vlm", "cpu")
+    how: dict[str, Any] = {"new_tokens": 2, "repeats": 1, "frames": "uniform:frames=3"}
+    film, methods = str(films / "long.gif"), ["evs:keep=0.5,scope=sample", "downsample:keep=0.25"]
+    bare, evs, small = profile(model, processor, methods, [film], "what?", **how)
+    assert bare.visual_tokens == bare.predicted_tokens == [192] * 6
+    assert evs.visual_tokens == evs.predicted_tokens == [96] * 6
+    assert small.visual_tokens == [48] * 6
+    with pytest.raises(FoveateError, match="--frames is for one film, and 2 are named"):
+        profile(model, processor, [], [film, film], "what?", **how)
 
 
 def test_strategies_search_pictures_alone(world: Path) -> None:
