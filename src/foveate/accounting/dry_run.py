@@ -51,13 +51,14 @@ class Arrived:
     """What came to the blocks of a tower in one call.
 
     units   of each crop; beside them it has `beside` tokens of the tower's own, of which the first may be a [CLS] token (`cls`)
-    patches  of a unit
+    patches  of a unit; `packed`: whether crops are one row, each as long as it is, rather than rows as long as the longest
     pairs   by block, of all pairs of a crop's slots the share that attend to each other: less than 1 where it attends within windows
     heads   of the attention, each with `width` values
     """
 
     units: tuple[int, ...]
     patches: int
+    packed: bool
     beside: int
     cls: bool
     pairs: tuple[Fraction, ...]
@@ -195,7 +196,16 @@ class _Arriving:
         whole, query = sum(n * n for n in slots), self._probe.calls[0].query
         pairs = tuple(Fraction(sum(n * n for n in lengths), whole) for lengths in parts)
         self.calls.append(
-            Arrived(tuple(crops.lengths), crops.side**2, crops.extras.number, crops.extras.cls, pairs, query.shape[1], query.shape[3])
+            Arrived(
+                tuple(crops.lengths),
+                crops.side**2,
+                crops.packed,
+                crops.extras.number,
+                crops.extras.cls,
+                pairs,
+                query.shape[1],
+                query.shape[3],
+            )
         )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 from foveate.accounting.dry_run import Arrived, encode, skeleton
@@ -17,26 +18,37 @@ from foveate.reducers import Reducer
 from foveate.reducers.base import Step, acting, passing
 
 
-def decided(config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt], calls: Calls) -> tuple[int, int]:
-    """FLOPs that the reducers' scores take, and FLOPs that cuts in the vision tower save it."""
+def decided(
+    config: Any, reducers: Sequence[Reducer], prompts: Sequence[Prompt], calls: Calls, seen: Sequence[Mapping[int, int]] = ()
+) -> tuple[int, int]:
+    """FLOPs that the reducers' scores take, and FLOPs that cuts in the vision tower save it. seen: of each crop of the calls, where that is
+    known, by block the units that were left in front of it."""
     steps = acting(reducers, len(decoder(config).linear)) if reducers else []
     inside = [step for step in steps if step[0].effect.place == "tower"]
     needs = [signal for step in steps if step not in inside for signal in step[0].needs if isinstance(signal, TOWER_SIGNALS)]
     scores = saved = Fraction(0)
-    width = 0
+    width, towers = 0, list[tuple[Fraction, Arrived]]()
     for call, share in calls if needs or inside else ():
         counted = encode(config, call, needs, blocks=bool(inside))
         scores, width = scores + share * counted.flops["scores"], counted.width
-        for arrived in counted.calls:
-            for units in arrived.units:
-                spent, less = _in_tower(config, inside, arrived, units)
-                scores, saved = scores + share * spent, saved + share * less
+        towers += [(share, arrived) for arrived in counted.calls]
+    whole = all(share == 1 for share, _ in towers) and len(seen) == sum(len(arrived.units) for _, arrived in towers)
+    crops = iter(seen if whole else ())
+    for share, arrived in towers:
+        left = list(islice(crops, len(arrived.units))) or [{}] * len(arrived.units)
+        if not arrived.packed:  # rows of one call are as long as the longest
+            left = [{block: max(of[block] for of in left) for block in left[0]}] * len(left)
+        for units, known in zip(arrived.units, left, strict=True):
+            spent, less = _in_tower(config, inside, arrived, units, known)
+            scores, saved = scores + share * spent, saved + share * less
     return round(scores + sum(_in_lm(config, reducers, prompt, width) for prompt in prompts if prompt.images)), round(saved)
 
 
-def _in_tower(config: Any, steps: Sequence[Step], arrived: Arrived, units: int) -> tuple[Fraction, Fraction]:
+def _in_tower(
+    config: Any, steps: Sequence[Step], arrived: Arrived, units: int, seen: Mapping[int, int]
+) -> tuple[Fraction, Fraction]:
     """FLOPs of the scores of one crop of so many units, and those that its cuts save: where a block attends within windows, all of them
-    are taken to lose the same share."""
+    are taken to lose the same share. seen: as in `decided`."""
     layers = blocks(read(skeleton(config)).tower_of("image"))
     image, g, beside, width = ImageSize.whole(units), arrived.patches, arrived.beside, arrived.heads * arrived.width
     whole, left, score, saved = units * g + beside, units, Fraction(0), Fraction(0)
@@ -47,6 +59,7 @@ def _in_tower(config: Any, steps: Sequence[Step], arrived: Arrived, units: int) 
                 score += _asked(signal, came, arrived)
             score += reducer.score_flops(Workload((image,), (left,), beside, tower_width=arrived.width), stage)
             (left,) = reducer.count(Workload((image,), (left,)), stage)
+        left = seen.get(block, left)
         n = left * g + beside
         saved += 2 * (whole - n) * macs_of(layer, vision_of(config)) + 4 * (whole**2 - n**2) * pairs * width
     return score, saved

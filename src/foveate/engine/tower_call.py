@@ -38,6 +38,8 @@ class TowerCall:
 
     def open(self, crops: Crops, units: Units, slots: int) -> None:
         self.crops, self.units = crops, units
+        if crops.packed and self.pixels is not None and self.pixels.shape[:2] == (1, sum(crops.patches)):
+            self.pixels = self.pixels[0]  # a batch of one row, as the states may be
         self.first = Standing(units.slot, slots, crops.packed)
         self.layouts, self.seen = [units.layout], TowerPass(units.layout)
 

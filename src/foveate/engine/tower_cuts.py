@@ -3,14 +3,14 @@
 A token of the tower is a unit (`foveate.anatomy.Units`): the patches that become one token of the language model, which stay and go
 together. A merged unit has the mean of its members' first patches, of their second ones, and so on.
 
-The model must not notice. After the last block the states are brought to full length again, as is every level that the tower returns or
-hands to a part beside its blocks: each unit gets its group's states, a dropped one those of its neighbour. The tokens that the bridge makes
+The model must not notice. After the last block the states are brought to full length again, as is every level that the tower returns, or
+hands after a cut to a part beside its blocks: each unit gets its group's states, a dropped one those of its neighbour. The tokens that the bridge makes
 of a group's members are equal then, and in front of the language model's first layer all of them but one are dropped (`Carried`), which
 loses nothing. So the tower must give one token for each unit, and its bridge must look at each of them alone: what does not fit is told
 by `NotApplicable`.
 
-States that a cut has not seen yet (levels in front of it, which some models take their features from) are merged as the cut says, so
-that groups are equal at every level.
+Levels in front of a cut that the tower returns are merged as the cut says, so that groups are equal at every level. What the tower has
+handed to a part beside its blocks by then (DeepStack) is as it was: of a group's the one counts that enters the language model.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class Encoder:
         self.anatomy, self.tower, self.acting, self.needs = anatomy, tower, acting, list(needs)
         self._shortcuts, self._idle = shortcuts, idle
         self.layers = blocks(tower)
-        self._names = list(inspect.signature(tower.forward).parameters)
         extras = extras_of(tower)
         self.cls, self.prefix = extras.cls, extras.number
         if extras.behind:
@@ -95,9 +94,8 @@ class Encoder:
         weighs = any(getattr(reducer, "proportional", False) for at in self.acting.values() for reducer, _ in at)
         for index, layer in enumerate(layers):
             self._hooks.append(layer.register_forward_pre_hook(Hook(self._before_block, index), with_kwargs=True))
-            names = inspect.signature(layer.forward).parameters
-            packed = "cu_seqlens" in names  # each crop attends to itself, whatever its length
-            if index >= min(self.acting) and (weighs if packed else "attention_mask" not in names):
+            packed = any("cu_seqlens" in _names(part) for part in layer.modules())  # each crop attends to itself, whatever its length
+            if index >= min(self.acting) and (weighs if packed else "attention_mask" not in _names(layer)):
                 with contextlib.suppress(NotApplicable):  # there may never be need of it
                     self._masked[index] = LayerProbe(layer, self._mask)
                     self._hooks.append(layer.register_forward_hook(Hook(self._running.end), always_call=True))
@@ -129,7 +127,7 @@ class Encoder:
             self._live.now = None
             return
         pixels = args[0] if args else kwargs.get("pixel_values")
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        given = {**dict(zip(_names(module), args, strict=False)), **kwargs}
         self._live.now = TowerCall(given, pixels if isinstance(pixels, Tensor) else None)
 
     def _before_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,7 +165,7 @@ class Encoder:
         if index in self._masked:
             self._running.begin(layer, added_Rn)
             return args, kwargs
-        names = list(inspect.signature(layer.forward).parameters)
+        names = _names(layer)
         if "attention_mask" not in names:
             raise NotApplicable(
                 Reason.NO_TOWER_MASK, f"{type(layer).__name__} takes no mask, so attention cannot follow the tokens' sizes"
@@ -227,8 +225,7 @@ class Encoder:
                 Reason.NOT_BY_PATCH, f"{type(self.tower).__name__} does not hold its patches as (crops, patches, width)"
             )
         crops = self.anatomy.crops(self.tower, call.given, states.shape[:-1])
-        names = list(inspect.signature(self.layers[0].forward).parameters)
-        for name, value in {**dict(zip(names[1:], args[1:], strict=False)), **kwargs}.items():
+        for name, value in {**dict(zip(_names(self.layers[0])[1:], args[1:], strict=False)), **kwargs}.items():
             if name != "hidden_states":
                 check_beside(name, value, len(crops.grids), states.shape[-2], crops.packed)
         call.open(crops, Units.of(crops, states.device), states.shape[-2])
@@ -279,6 +276,11 @@ class Encoder:
             )
         said = stood.mean(stood.tokens(torch.cat(parts).reshape(*stood.slot.shape, -1)))
         return said if parts[0].ndim > 1 else said[..., 0]
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Of the arguments of a module's forward."""
+    return list(inspect.signature(module.forward).parameters)
 
 
 def _beside(tower: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:

@@ -41,6 +41,7 @@ class PixelPrune(Reducer):
 
     name: ClassVar[str] = "pixelprune"
     paper: ClassVar[str] = "2604.00886"
+    looks_at: ClassVar[frozenset[str]] = frozenset({"pixels"})
     amounts: ClassVar[tuple[str, ...]] = ()
     examples: ClassVar[tuple[str, ...]] = ("pixelprune:tau=0.7,distance=mean", "pixelprune", "pixelprune:tau=0.5,anchored=false")
     keeps_all: ClassVar[tuple[str, ...]] = ("pixelprune:tau=-1.0",)
