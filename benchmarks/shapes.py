@@ -146,7 +146,15 @@ def _qwen2_5_vl_half(layers: int | None) -> Any:
 
 
 def _qwen2_5_vl_tiny(layers: int | None) -> Any:
-    vision = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4, "window_size": 32}
+    vision = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 4,
+        "window_size": 32,
+    }
     text = _sizes(64, 128, 4, 4, num_key_value_heads=2, vocab_size=152064, mrope_section=[2, 3, 3])
     return _qwen2_5_vl([1, 3], vision, text)
 

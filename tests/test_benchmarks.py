@@ -25,11 +25,11 @@ from benchmarks.serving.server.server import counted, read_metrics
 from benchmarks.serving.server.show import draw, growth, missed
 from benchmarks.serving.server.show import table as server
 from benchmarks.serving.show import table as serving
+from benchmarks.tower_cuts.show import table as tower_cuts
 from benchmarks.training_step.report import table as steps
 from benchmarks.training_step.report import unequal
 from benchmarks.training_step.run import ARMS, VARIANTS, peaks, recipe_of
 from benchmarks.training_step.run import main as measure_steps
-from benchmarks.tower_cuts.show import table as tower_cuts
 from benchmarks.training_step.sizes import table as training_step
 from PIL import Image
 from rich.console import Console

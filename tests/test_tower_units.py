@@ -1,10 +1,11 @@
-"""Cuts in towers whose tokens are blocks of patches: packed pictures, windows, rotary positions, levels, pixel shuffle; against slow loops."""
+"""Cuts in towers whose tokens are blocks of patches: packed pictures, windows, rotary positions, levels, pixel shuffle."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import pytest
@@ -123,7 +124,9 @@ def test_what_is_cut_keeps_the_towers_order(packed: bool, seed: int) -> None:
     after = first.cut(token_map)
     cut = after.states(token_map.apply(first.tokens(first.rows(states))), states)
     for row, (own, all_of) in enumerate(zip(cut[None] if packed else cut, states[None] if packed else states, strict=True)):
-        there = units.slot[kept | ~units.layout.visual & units.layout.valid] if packed else units.slot[row][(kept | ~units.layout.visual)[row]]
+        there = (
+            units.slot[kept | ~units.layout.visual & units.layout.valid] if packed else units.slot[row][(kept | ~units.layout.visual)[row]]
+        )
         wanted = sorted(int(slot) - (0 if packed else row * slots) for slot in there.flatten() if slot >= 0)
         assert torch.equal(own[: len(wanted)], all_of[wanted])
         assert not own[len(wanted) :].any()
@@ -152,7 +155,8 @@ def test_what_cannot_be_cut_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "side"), [("internvl", 2), ("smolvlm", 2), ("gemma3", 2), ("aya_vision", 2), ("ovis2", 2), ("llava", 1), ("llava_onevision", 1)]
+    ("name", "side"),
+    [("internvl", 2), ("smolvlm", 2), ("gemma3", 2), ("aya_vision", 2), ("ovis2", 2), ("llava", 1), ("llava_onevision", 1)],
 )
 def test_the_side_of_a_block_is_in_the_configuration(name: str, side: int) -> None:
     assert shuffles.side(read(alone(name)).core) == side
@@ -179,10 +183,9 @@ def test_windows_and_rotary_positions_are_cut_with_the_patches() -> None:
     assert 60 < len(left) < 110
     x, part = x.clone(), torch.zeros(len(x), dtype=torch.bool)
     part[left] = True
-    for block, (_, given) in list(zip(tower.blocks, blocks, strict=True))[2:]:
-        cos, sin = given["position_embeddings"]
-        table = given["cu_seqlens"].tolist()
-        for start, end in zip(table[:-1], table[1:], strict=True):
+    for block, (_, beside) in list(zip(tower.blocks, blocks, strict=True))[2:]:
+        cos, sin = beside["position_embeddings"]
+        for start, end in pairwise(beside["cu_seqlens"].tolist()):
             here = (part[start:end].nonzero()[:, 0] + start).tolist()
             if here:
                 x[here] = block(x[here], cu_seqlens=torch.tensor([0, len(here)]), position_embeddings=(cos[here], sin[here]))

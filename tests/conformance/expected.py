@@ -4,7 +4,8 @@
     scores  variant -> reducers -> a word: whether the cost of their scores was compared
     bare    variant -> check -> what is wrong with the bare model
 
-A word is "ok", the name of a refusal's `Reason`, "merges", "recurs" or "tower" where masking says nothing, or "bare" where the bare model fails.
+A word is "ok", the name of a refusal's `Reason`, "merges", "recurs" or "tower" where masking says nothing, or "bare" where the bare model
+fails.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Merging inside the vision tower, on a family of each kind: what keeps all changes nothing, a batch is its prompts alone, decoding goes on,
-gradient checkpoints change nothing. (What drops there is a method of the table, PixelPrune; costs on all families are among the scores.)"""
+"""Merging inside the vision tower, on a family of each kind: what keeps all changes nothing, a batch is its prompts alone, decoding goes
+on, gradient checkpoints change nothing. (What drops there is a method of the table, PixelPrune; costs on all families are among the
+scores.)"""
 
 from __future__ import annotations
 

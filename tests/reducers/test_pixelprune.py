@@ -1,4 +1,5 @@
-"""PixelPrune against the reference's examples, a slow loop, and what it promises: no block that went is farther than `tau` from its stand-in."""
+"""PixelPrune against the reference's examples, a slow loop, and what it promises: no block that went is farther than `tau` from what
+stands for it."""
 
 from __future__ import annotations
 
@@ -43,9 +44,7 @@ def test_the_examples_of_the_reference() -> None:
     assert kept(PixelPrune(tau=0.05), [[x] for x in ramp[0]]) == [0, 2, 4]
 
 
-@pytest.mark.parametrize(
-    ("distance", "near"), [("max", 0.3), ("mean", 0.1), ("rms", 0.1732)], ids=["max", "mean", "rms"]
-)
+@pytest.mark.parametrize(("distance", "near"), [("max", 0.3), ("mean", 0.1), ("rms", 0.1732)], ids=["max", "mean", "rms"])
 def test_the_distances(distance: str, near: float) -> None:
     pair = [[[0.0, 0.0, 0.0], [0.3, 0.0, 0.0]]]
     assert kept(PixelPrune(tau=near + 0.01, distance=distance), pair) == [0]

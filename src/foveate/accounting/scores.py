@@ -44,9 +44,7 @@ def decided(
     return round(scores + sum(_in_lm(config, reducers, prompt, width) for prompt in prompts if prompt.images)), round(saved)
 
 
-def _in_tower(
-    config: Any, steps: Sequence[Step], arrived: Arrived, units: int, seen: Mapping[int, int]
-) -> tuple[Fraction, Fraction]:
+def _in_tower(config: Any, steps: Sequence[Step], arrived: Arrived, units: int, seen: Mapping[int, int]) -> tuple[Fraction, Fraction]:
     """FLOPs of the scores of one crop of so many units, and those that its cuts save: where a block attends within windows, all of them
     are taken to lose the same share. seen: as in `decided`."""
     layers = blocks(read(skeleton(config)).tower_of("image"))

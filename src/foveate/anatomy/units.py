@@ -13,6 +13,8 @@ from foveate.anatomy.tower import Extras, columns_of, extras_of
 from foveate.errors import NotApplicable, Reason
 from foveate.tokens import PLACE, Kind, Layout
 
+NONE = Extras()
+
 
 @dataclass(frozen=True)
 class Crops:
@@ -28,7 +30,7 @@ class Crops:
 
     grids: Sequence[tuple[int, int]]
     side: int
-    extras: Extras = Extras()
+    extras: Extras = NONE
     packed: bool = False
     grouped: bool = False
     order: Tensor | None = None
@@ -79,7 +81,7 @@ class Units:
     @classmethod
     def _behind(cls, crops: Crops, slot: Tensor, patch: Tensor, cell: Tensor) -> Units:
         """With the tower's own tokens in front."""
-        own, (C, _, g) = crops.extras.number, slot.shape
+        own, C = crops.extras.number, len(slot)
         slot, patch, cell = (torch.nn.functional.pad(part, (0, 0, own, 0), value=-1) for part in (slot, patch, cell))
         slot[:, :own, 0] = slot[:, own : own + 1, :].amin(-1) - own + torch.arange(own, device=slot.device)
         valid = (slot >= 0).any(-1)

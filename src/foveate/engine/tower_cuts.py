@@ -4,10 +4,10 @@ A token of the tower is a unit (`foveate.anatomy.Units`): the patches that becom
 together. A merged unit has the mean of its members' first patches, of their second ones, and so on.
 
 The model must not notice. After the last block the states are brought to full length again, as is every level that the tower returns, or
-hands after a cut to a part beside its blocks: each unit gets its group's states, a dropped one those of its neighbour. The tokens that the bridge makes
-of a group's members are equal then, and in front of the language model's first layer all of them but one are dropped (`Carried`), which
-loses nothing. So the tower must give one token for each unit, and its bridge must look at each of them alone: what does not fit is told
-by `NotApplicable`.
+hands after a cut to a part beside its blocks: each unit gets its group's states, a dropped one those of its neighbour. The tokens that
+the bridge makes of a group's members are equal then, and in front of the language model's first layer all of them but one are dropped
+(`Carried`), which loses nothing. So the tower must give one token for each unit, and its bridge must look at each of them alone: what does
+not fit is told by `NotApplicable`.
 
 Levels in front of a cut that the tower returns are merged as the cut says, so that groups are equal at every level. What the tower has
 handed to a part beside its blocks by then (DeepStack) is as it was: of a group's the one counts that enters the language model.
@@ -28,7 +28,7 @@ from foveate.anatomy import Anatomy, Extras, Units, blocks, extras_of
 from foveate.contract import GROUPS, BeforeLM, Cut, Noise, Pixels, Signal, Site, TowerKeys, View, Workload, content_keys
 from foveate.engine.replay import ReplayInTower, decide
 from foveate.engine.running import Running
-from foveate.engine.standing import Standing, check_beside, laid
+from foveate.engine.standing import check_beside, laid
 from foveate.engine.tower_call import TowerCall
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.hooks import Hook
@@ -167,9 +167,7 @@ class Encoder:
             return args, kwargs
         names = _names(layer)
         if "attention_mask" not in names:
-            raise NotApplicable(
-                Reason.NO_TOWER_MASK, f"{type(layer).__name__} takes no mask, so attention cannot follow the tokens' sizes"
-            )
+            raise NotApplicable(Reason.NO_TOWER_MASK, f"{type(layer).__name__} takes no mask, so attention cannot follow the tokens' sizes")
         mask, at = added_Rn[:, None, None].expand(-1, 1, added_Rn.shape[1], -1), names.index("attention_mask")
         if at < len(args):
             return (*args[:at], laid(args[at], mask), *args[at + 1 :]), kwargs
@@ -221,9 +219,7 @@ class Encoder:
     def _open(self, call: TowerCall, states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What came to the first block. NotApplicable where it cannot be cut."""
         if not isinstance(states, Tensor) or states.ndim < 2:
-            raise NotApplicable(
-                Reason.NOT_BY_PATCH, f"{type(self.tower).__name__} does not hold its patches as (crops, patches, width)"
-            )
+            raise NotApplicable(Reason.NOT_BY_PATCH, f"{type(self.tower).__name__} does not hold its patches as (crops, patches, width)")
         crops = self.anatomy.crops(self.tower, call.given, states.shape[:-1])
         for name, value in {**dict(zip(_names(self.layers[0])[1:], args[1:], strict=False)), **kwargs}.items():
             if name != "hidden_states":

@@ -187,8 +187,8 @@ class Encodings:
 
 
 def carry_groups(media: Media, parts: Sequence[Laid], merged: Sequence[Tensor]) -> list[Tensor]:
-    """What was merged in the tower, `Groups` of the units of each crop, to the tokens of each part. NotApplicable where there is not one token
-    for each unit."""
+    """What was merged in the tower, `Groups` of the units of each crop, to the tokens of each part. NotApplicable where there is not one
+    token for each unit."""
     order = media.anatomy.patches(media).order  # which refuses what is not told apart
     units, tokens = sum(map(len, merged)), sum(int((laid.kind == Kind.PATCH).sum()) for laid in parts)
     boxes = media.boxes

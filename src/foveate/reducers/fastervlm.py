@@ -52,7 +52,9 @@ class FasterVLM(Ranker):
         integers(self, layer=None)
         choose(self, scope=("crop", "image", "frame"), site=("lm", "tower"))
         if self.site == "tower" and self.scope != "crop":
-            raise FoveateError(f'{self.name}: scope="{self.scope}" is not possible at site="tower", where each crop is by itself; leave it out')
+            raise FoveateError(
+                f'{self.name}: scope="{self.scope}" is not possible at site="tower", where each crop is by itself; leave it out'
+            )
         if self.site == "tower" and self.layer < 0:
             raise FoveateError(
                 f'{self.name}: layer={self.layer} is not possible at site="tower"; count the blocks from the first one, as in layer=7'

@@ -85,8 +85,8 @@ def patches(media: Media) -> Patches | None:
 
 
 def crops(anatomy: Anatomy, tower: nn.Module, given: dict[str, Any], shape: Sequence[int]) -> Crops | None:
-    """Those of a call of a tower that is given grids: each frame is one. NotApplicable where blocks of one call differ in size, or the grids
-    are not those of the tower's slots."""
+    """Those of a call of a tower that is given grids: each frame is one. NotApplicable where blocks of one call differ in size, or the
+    grids are not those of the tower's slots."""
     grids = next((value for name, value in given.items() if name.endswith("grid_thw") and value is not None), None)
     if grids is None:
         return None
