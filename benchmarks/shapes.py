@@ -81,7 +81,7 @@ def prompt(
         inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * images)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
     else:
-        pixels = torch.randn(images, 3, *sides_of(vision, "image_size"), generator=generator)
+        pixels = torch.randn(images, 3, *(sides_of(vision, "image_size") or ()), generator=generator)
     return {name: value.to(device) for name, value in {**inputs, "pixel_values": pixels.to(dtype)}.items()}
 
 

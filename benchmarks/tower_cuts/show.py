@@ -67,8 +67,8 @@ def table(report: dict[str, Any]) -> str:
         "**Prefill** is everything from pixels to the first token: tower, scores, cuts, projector, language model, head. **Speed-up** is "
         "the bare model's prefill over the variant's, taken within each round. **FLOPs allow**: the bare model's counted FLOPs over the "
         "variant's, from the tokens that went through each block and layer; what a method computes to find its scores is not counted, so "
-        "it shows as a distance to the limit. Where a block of the tower attends within windows, all windows are taken to have lost the same "
-        "share.",
+        "it shows as a distance to the limit. Where a block of the tower attends within windows, all windows are taken to have lost the "
+        "same share.",
     ]
     return "\n".join(lines + busy(report)) + "\n"
 

@@ -50,7 +50,7 @@ def _in_tower(config: Any, steps: Sequence[Step], arrived: Arrived, units: int, 
     layers = blocks(read(skeleton(config)).tower_of("image"))
     image, g, beside, width = ImageSize.whole(units), arrived.patches, arrived.beside, arrived.heads * arrived.width
     whole, left, score, saved = units * g + beside, units, Fraction(0), Fraction(0)
-    for block, (layer, pairs) in enumerate(zip(layers, arrived.pairs, strict=True)):
+    for block, (layer, pairs) in enumerate(zip(layers, arrived.pairs, strict=False)):
         here, came = [step for step in steps if step[0].index == block], left * g + beside
         for _, reducer, stage in here:
             for signal in {signal for site, _, _ in here for signal in site.needs}:
