@@ -137,7 +137,7 @@ def test_what_is_cut_keeps_the_towers_order(packed: bool, seed: int) -> None:
             assert torch.equal(after.beside((states, states[None]))[1][0], all_of[wanted])
     mask = torch.randn(1, 1, slots, slots, generator=generator)
     there_n = after.slot[0][after.slot[0] >= 0]
-    assert torch.equal(after.beside(mask)[0, 0, : len(row), : len(row)], mask[0, 0][row][:, row])
+    assert torch.equal(after.beside(mask)[0, 0, : len(there_n), : len(there_n)], mask[0, 0][there_n][:, there_n])
 
 
 def test_what_cannot_be_cut_is_told() -> None:
