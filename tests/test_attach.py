@@ -41,7 +41,7 @@ LOOK_AT_TEXT = {method for method in INSIDE if "text" in method.looks_at}
 LOOK_AT_POSITIONS = {method for method in INSIDE if "positions" in method.looks_at}
 # Chain-of-Sight's tokens are no raster, and none of them is one patch.
 REFUSED = {
-    **{("foveate", text): "16 patches of the tower, or blocks of them, become 16 tokens" for text in METHODS["pixelprune"].examples},
+    **{("foveate", text): "not one of each: what is merged in the tower" for text in METHODS["pixelprune"].examples},
     ("foveate", "avgpool2d:stride=2"): "16 tokens of image 0 are no full grid of rows and columns",
     ("foveate", "fopru:keep=0.5,strategy=row"): 'strategy="row" needs the grid of every image',
     ("foveate", "yopo:window=3"): "yopo: the tokens of image 0 do not lie in a raster",
