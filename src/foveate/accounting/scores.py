@@ -34,23 +34,25 @@ def decided(
         towers += [(share, arrived) for arrived in counted.calls]
     whole = all(share == 1 for share, _ in towers) and len(seen) == sum(len(arrived.units) for _, arrived in towers)
     crops = iter(seen if whole else ())
+    macs = [macs_of(layer, vision_of(config)) for layer in blocks(read(skeleton(config)).tower_of("image"))] if towers else []
     for share, arrived in towers:
         left = list(islice(crops, len(arrived.units))) or [{}] * len(arrived.units)
         if not arrived.packed:  # rows of one call are as long as the longest
             left = [{block: max(of[block] for of in left) for block in left[0]}] * len(left)
         for units, known in zip(arrived.units, left, strict=True):
-            spent, less = _in_tower(config, inside, arrived, units, known)
+            spent, less = _in_tower(macs, inside, arrived, units, known)
             scores, saved = scores + share * spent, saved + share * less
     return round(scores + sum(_in_lm(config, reducers, prompt, width) for prompt in prompts if prompt.images)), round(saved)
 
 
-def _in_tower(config: Any, steps: Sequence[Step], arrived: Arrived, units: int, seen: Mapping[int, int]) -> tuple[Fraction, Fraction]:
+def _in_tower(
+    macs: Sequence[int], steps: Sequence[Step], arrived: Arrived, units: int, seen: Mapping[int, int]
+) -> tuple[Fraction, Fraction]:
     """FLOPs of the scores of one crop of so many units, and those that its cuts save: where a block attends within windows, all of them
-    are taken to lose the same share. seen: as in `decided`."""
-    layers = blocks(read(skeleton(config)).tower_of("image"))
+    are taken to lose the same share. macs: of each block, a token's multiply-adds in its weights; seen: as in `decided`."""
     image, g, beside, width = ImageSize.whole(units), arrived.patches, arrived.beside, arrived.heads * arrived.width
     whole, left, score, saved = units * g + beside, units, Fraction(0), Fraction(0)
-    for block, (layer, pairs) in enumerate(zip(layers, arrived.pairs, strict=False)):
+    for block, (own, pairs) in enumerate(zip(macs, arrived.pairs, strict=False)):
         here, came = [step for step in steps if step[0].index == block], left * g + beside
         for _, reducer, stage in here:
             for signal in {signal for site, _, _ in here for signal in site.needs}:
@@ -59,7 +61,7 @@ def _in_tower(config: Any, steps: Sequence[Step], arrived: Arrived, units: int, 
             (left,) = reducer.count(Workload((image,), (left,)), stage)
         left = seen.get(block, left)
         n = left * g + beside
-        saved += 2 * (whole - n) * macs_of(layer, vision_of(config)) + 4 * (whole**2 - n**2) * pairs * width
+        saved += 2 * (whole - n) * own + 4 * (whole**2 - n**2) * pairs * width
     return score, saved
 
 
