@@ -86,6 +86,8 @@ class Standing:
         index = self._order[:, :n, None].expand(-1, -1, tokens_CUgD.shape[3])
         found = tokens_CUgD.reshape(R, -1, tokens_CUgD.shape[3]).gather(1, index)
         found = torch.where((self.slot >= 0)[..., None], found, torch.zeros((), dtype=found.dtype, device=found.device))
+        if like.ndim == 3 and like.stride(1) < like.stride(2):  # held the other way round: sums go through memory as they did
+            found = found.transpose(1, 2).contiguous().transpose(1, 2)
         return found[0] if like.ndim == 2 else found
 
     def each(self, units_CU: Tensor) -> Tensor:
