@@ -109,6 +109,7 @@ def observed(
     prompts: Sequence[Prompt] = (),
     cache: CachePolicy | None = None,
     unseen: Sequence[Sequence[int]] = (),
+    in_tower: Sequence[Mapping[int, int]] = (),
 ) -> Ledger:
     """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
@@ -117,14 +118,15 @@ def observed(
     unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
     each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
     acted on `prompts`; what their scores took follows from the sizes of these, and what the policy `cache` took from those of the layers.
-    `unseen`: by layer and row, (query, key) pairs that a rule hides; without it none.
+    `unseen`: by layer and row, (query, key) pairs that a rule hides; without it none. `in_tower`: of each crop that the tower saw, by block
+    in front of which something was cut, the tokens that were left; without it as many as the reducers say.
     """
     if len(visual) != len(total):
         raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
     if mode == "decode":
         return _decode(config, _rows(visual), _rows(total), new_tokens, dtype_bytes, bool(images))
     calls = encoded if encoded is not None else encodings_of(config, None, grid, images)
-    scores = decided(config, reducers, prompts, calls)
+    scores = decided(config, reducers, prompts, calls, in_tower)
     if cache is not None:
         scores = scores[0] + _thinning(config, cache, _rows(total)), scores[1]
     return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)

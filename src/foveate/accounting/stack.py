@@ -110,7 +110,7 @@ def stack_of(layers: nn.ModuleList, config: Any, output: Any = None) -> Stack:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     here = [attends(layer) for layer in layers]
     return Stack(
-        tuple(_macs(layer, config) for layer in layers),
+        tuple(macs_of(layer, config) for layer in layers),
         tuple((name, m.in_features, m.out_features) for name, m in layers.named_modules() if isinstance(m, nn.Linear)),
         tuple(heads * head_dim * attending for attending in here),
         tuple(2 * kv_heads * head_dim * attending for attending in here),
@@ -119,7 +119,7 @@ def stack_of(layers: nn.ModuleList, config: Any, output: Any = None) -> Stack:
     )
 
 
-def _macs(layer: nn.Module, config: Any) -> int:
+def macs_of(layer: nn.Module, config: Any) -> int:
     """Multiply-adds per token in the weights of a layer; of experts in those that a token meets."""
     macs, sets = 0, set()
     for name, module in layer.named_modules():

@@ -7,7 +7,7 @@ some families have is in `families`, one such shape a file. What cannot be read 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from foveate.anatomy import families
 from foveate.anatomy.layers import attends, window_of
 from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
 from foveate.anatomy.raster import places
+from foveate.anatomy.units import Crops, in_rows
 from foveate.errors import FoveateError, NotApplicable, Reason
 
 # By model type, what a model wants beside transformers. Any model that shares these shapes is served; these are tested.
@@ -226,6 +227,15 @@ class Anatomy:
     def boxes(self, pixels: Tensor) -> Boxes | None:
         """Of a model whose bridge says so: from which box of patches each token is made, and the grid of patches."""
         return families.boxes.boxes(self.core, pixels)
+
+    def crops(self, tower: nn.Module, given: dict[str, Any], shape: Sequence[int]) -> Crops:
+        """How the crops of a call of a tower lie, from the call's arguments by name and the shape of its blocks' states without their
+        width. NotApplicable where that is not known."""
+        found = families.grids.crops(self, tower, given, shape)
+        if found is not None:
+            return found
+        pixels = next((value for name, value in given.items() if name.startswith("pixel_values") and isinstance(value, Tensor)), None)
+        return in_rows(tower, families.shuffles.side(self.core), pixels, shape)
 
     def window_order(self, grids: Tensor | None) -> Tensor | None:
         """Of a tower that puts its groups of patches in order of windows: that order."""

@@ -21,7 +21,7 @@ class Gains:
     def hooks(self, layer: nn.Module) -> list[Any]:
         """Those that a layer needs whose tokens may have a gain."""
         branch = feed_forward(layer)
-        found = [layer.register_forward_hook(Hook(self._end), always_call=True)]
+        found = [layer.register_forward_hook(Hook(self._now.end), always_call=True)]
         return found if branch is None else [*found, branch.register_forward_hook(Hook(self._weigh))]
 
     def begin(self, layer: nn.Module, gain_BM: Tensor) -> None:
@@ -40,6 +40,3 @@ class Gains:
         weight = gain.to(branch.dtype)
         branch = branch * (weight[..., None] if branch.ndim == 3 else weight.reshape(-1, 1))  # experts may give one row a token
         return (branch, *output[1:]) if isinstance(output, tuple) else branch
-
-    def _end(self, layer: nn.Module, *_: Any) -> None:
-        self._now.end(layer)

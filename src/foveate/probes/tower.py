@@ -85,15 +85,16 @@ def _arm(probe: LayerProbe, idle: Callable[[], bool], *_: Any) -> None:
         probe.arm()
 
 
-def values_of(signal: Signal, call: AttentionRows, extras: Extras) -> list[Tensor]:
-    """One tensor a crop: a value for each patch."""
+def values_of(signal: Signal, call: AttentionRows, extras: Extras, valid_Cn: Tensor | None = None) -> list[Tensor]:
+    """One tensor a crop: a value for each patch. valid: the tokens that are no padding; None: all."""
     b, n = call.query.shape[0], call.query.shape[2]
     if isinstance(signal, TowerKeys):
         values = call.mean(call.key.to(torch.float32))
     elif isinstance(signal, ClsAttention) and extras.cls:
         values = replace(call, causal=False).row(torch.full((b,), n - 1 if extras.behind else 0, device=call.query.device))
     else:
-        values = replace(call, causal=False).received(torch.ones((b, n), dtype=torch.bool, device=call.query.device))
+        rows = torch.ones((b, n), dtype=torch.bool, device=call.query.device) if valid_Cn is None else valid_Cn
+        values = replace(call, causal=False).received(rows)
     return list(extras.patches(values))
 
 

@@ -23,14 +23,21 @@ class Within(Live):
 
     def __init__(self) -> None:
         self.values: tuple[Tensor, ...] | None = None
+        self._taken = 0
+
+    def take(self, count: int) -> slice:
+        """The next so many places: parts of a layer that take turns each have their own."""
+        start = self._taken
+        self._taken += count
+        return slice(start, start + count)
 
     def begin(self, layer: nn.Module, *values: Tensor) -> None:
-        """From now until `end`, in this thread."""
-        self.values = values
+        """From now until `end`, in this thread, and whenever the layer runs again."""
+        self.values, self._taken = values, 0
         if getattr(layer, "gradient_checkpointing", False) and layer.training:
             setattr(layer, _CHECKPOINT, partial(self._checkpointed, getattr(layer, _CHECKPOINT), values))
 
-    def end(self, layer: nn.Module) -> None:
+    def end(self, layer: nn.Module, *_: Any) -> None:
         """The layer has run, or an exception has ended it."""
         self.values = None
         current = vars(layer).get(_CHECKPOINT)
@@ -41,8 +48,9 @@ class Within(Live):
         return checkpoint(partial(self._again, function, len(values)), *values, *args)
 
     def _again(self, function: Callable[..., Any], count: int, *args: Any) -> Any:
-        before, self.values = self.values, args[:count]
+        before = self.values, self._taken
+        self.values, self._taken = args[:count], 0
         try:
             return function(*args[count:])
         finally:
-            self.values = before
+            self.values, self._taken = before

@@ -71,6 +71,7 @@ from foveate.reducers.evs import EVS as EVS
 from foveate.reducers.visionselector import VisionSelector as VisionSelector
 from foveate.reducers.ppe import PPE as PPE
 from foveate.reducers.flashvid import FlashVID as FlashVID
+from foveate.reducers.pixelprune import PixelPrune as PixelPrune
 from foveate.reducers.restore import RESTORE as RESTORE
 from foveate.reducers.priortr import PriorTR as PriorTR
 # isort: on

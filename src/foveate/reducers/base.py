@@ -32,7 +32,7 @@ class Reducer(Spelled, ABC):
     amounts       the options that say how many tokens stay, which `at` sets
     between       whether it places tokens where no other engine does: between integers, or in several places
     video         whether it compares the frames of a clip, so that it is of little use on pictures
-    looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", what its choice follows
+    looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", "pixels", what its choice follows
 
     What the common tests run, on images of 16 tokens in a model of four decoder layers and more:
 
