@@ -401,6 +401,20 @@ def export(
     print(run(*load_model(model, "cpu", dtype="auto"), out))
 
 
+@app.command()
+def presets(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model folder, a hub name, asset:vlm or a model type, such as llava; none lists all.", metavar="[MODEL]"),
+    ] = None,
+    json: Annotated[bool, typer.Option(help="Print JSON.")] = False,
+) -> None:
+    """Settings that measurements speak for on a model's family, with the measurements; attach(model, "preset:balanced") takes one."""
+    from foveate.inspect.presets import main as run
+
+    run(model, json=json)
+
+
 @app.command("list")
 def list_methods() -> None:
     """The reducers and bridges with their papers and what they need, and the architectures that are tested."""

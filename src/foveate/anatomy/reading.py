@@ -25,7 +25,9 @@ TESTED = {
     "aria": "",
     "aya_vision": "",
     "cohere2_vision": "torchvision",
+    "cohere_compass": "torchvision",
     "deepseek_vl": "",
+    "deepseek_vl_hybrid": "",
     "ernie4_5_vl_moe": "torchvision",
     "exaone4_5": "torchvision",
     "fast_vlm": "timm",
@@ -38,9 +40,14 @@ TESTED = {
     "glm_ocr": "torchvision",
     "got_ocr2": "",
     "granite4_vision": "",
+    "granite_docling": "",
     "hunyuan_vl": "",
+    "hyperclovax_vision_v2": "torchvision",
+    "idefics2": "",
     "idefics3": "",
     "internvl": "torchvision",
+    "janus": "",
+    "kimi_k25": "torchvision",
     "lfm2_vl": "torchvision",
     "lighton_ocr": "",
     "llama4": "torchvision",
@@ -48,7 +55,10 @@ TESTED = {
     "llava_next": "",
     "llava_next_video": "torchvision",
     "llava_onevision": "torchvision",
+    "minicpmv4_6": "torchvision",
     "mistral3": "torchvision",
+    "molmo2": "torchvision",
+    "muse_glimmer": "torchvision",
     "ovis2": "",
     "paddleocr_vl": "",
     "paligemma": "",
@@ -57,6 +67,8 @@ TESTED = {
     "qwen2_5_vl": "torchvision",
     "qwen2_vl": "torchvision",
     "qwen3_5": "torchvision",
+    "qwen3_5_moe": "torchvision",
+    "qwen3_omni_moe_thinker": "torchvision",
     "qwen3_vl": "torchvision",
     "qwen3_vl_moe": "torchvision",
     "smolvlm": "num2words, torchvision",
@@ -116,6 +128,9 @@ class Anatomy:
         the names that it takes), and whether they are those of features that the call was given."""
         if self.slot_method != _SLOT_METHODS[0]:
             return {"image": self.placeholders(given.get("input_ids"), given["inputs_embeds"])}, False
+        one = families.asked.modality(self.core.config, given, MODALITIES)
+        if one is not None:
+            return {one: result[..., 0] if result.ndim == 3 else result}, True
         masks = result if isinstance(result, tuple) else (result,)
         asked = any(f"{modality}_features" in parameters for modality in MODALITIES)
         named = zip(MODALITIES, masks, strict=False)
@@ -192,7 +207,7 @@ class Anatomy:
     def patches(self, media: Media) -> Patches:
         """How the tower's patches become the tokens of a call. NotApplicable where that is not known."""
         families.plans.refuse_shapes(media)
-        return families.grids.patches(media) or Patches(boxes=media.boxes)
+        return families.pooling.patches(media) or families.grids.patches(media) or Patches(boxes=media.boxes)
 
     def contents(self, media: Media) -> list[Tensor]:
         """What each item of a call is told apart by: its pixels, or its features where these are all there is."""
@@ -293,6 +308,11 @@ def read(model: nn.Module) -> Anatomy:
             "interleaves visual tokens with text, or its family needs a reader of its own (foveate.anatomy.register_reader)"
         )
     language = next(part for part in (getattr(core, attribute, None) for attribute in _LANGUAGE) if isinstance(part, nn.Module))
+    if getattr(getattr(language, "config", None), "is_encoder_decoder", False):
+        raise FoveateError(
+            f"{name}: {type(language).__name__} reads pictures with an encoder and answers with a decoder that looks at it from outside; "
+            "no visual tokens stand in the sequence that is decoded, so that there are none to be reduced"
+        )
     decoder = next((m for m in language.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
     if decoder is None:
         raise FoveateError(

@@ -132,6 +132,11 @@ def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
     found: list[Reducer] = []
     for part in text.split("+"):
         name = part.strip().partition(":")[0]
+        if name == "preset":
+            raise FoveateError(
+                f"{part.strip()!r} is a setting that depends on the model: attach(model, {part.strip()!r}) takes it alone; elsewhere "
+                "write out what `foveate presets MODEL` shows"
+            )
         if name not in methods:
             raise FoveateError(f"unknown reducer {name!r}{nearest(name, methods)}; known are {', '.join(sorted(methods))} and none")
         _, options = read_options(part, "reducer")
