@@ -29,7 +29,6 @@ from foveate.anatomy.families import (
     shared_keys,
     sizes,
     two_towers,
-    weights,
     windows,
 )
 from foveate.errors import NotApplicable, Reason
@@ -273,11 +272,14 @@ def test_sizes_in_patches_and_in_pixels() -> None:
 
 @pytest.mark.parametrize("name", ["target_sizes", "target_sizes_videos"])
 def test_sizes_of_slices_whose_patches_are_merged_twice(name: str) -> None:
-    wide, small = sizes.laid(call(6, 1, **{name: torch.tensor([[8, 12], [4, 4]])})) or []
+    def given(*rows: list[int]) -> dict[str, Any]:
+        return {name: torch.tensor(rows)}
+
+    wide, small = sizes.laid(call(6, 1, **given([8, 12], [4, 4]))) or []
     assert (cells(wide), cells(small)) == (raster(2, 3), [[0, 0]])
-    (whole,) = sizes.laid(call(24, **{name: torch.tensor([[4, 6]])})) or []
+    (whole,) = sizes.laid(call(24, **given([4, 6]))) or []
     assert cells(whole) == raster(4, 6)
-    (unknown,) = sizes.laid(call(7, **{name: torch.tensor([[8, 12]])})) or []
+    (unknown,) = sizes.laid(call(7, **given([8, 12]))) or []
     assert cells(unknown) == [[-1, -1]] * 7
 
 
