@@ -184,7 +184,12 @@ class Encoder:
     def _before_part(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         """A part beside the blocks is given what one of them has made."""
         call = self._live.now
-        if call is None or not call.stands or call.over or not args or not isinstance(args[0], Tensor):
+        if call is None or not call.stands or not args or not isinstance(args[0], Tensor):
+            return None
+        levels = [one for given in args if isinstance(given, list | tuple) for one in given if isinstance(one, Tensor)]
+        if any(one.shape[:-1] == call.shape for one in levels):
+            raise NotApplicable(Reason.NOT_BY_PATCH, f"{type(module).__name__} is given what several blocks of the tower have made at once")
+        if call.over:
             return None
         return (call.full(args[0], call.block), *args[1:]) if args[0].shape[:-1] == call.shape else None
 
