@@ -19,7 +19,9 @@ from foveate.accounting.ledger import Trained
 from foveate.accounting.prompts import image_of
 from foveate.anatomy import attends, grows, read
 from foveate.anatomy.config import EXPERTS, experts_of, heads_of, vision_of
+from foveate.bridges.vlora import RANK
 from foveate.errors import FoveateError
+from foveate.model.configuration import FoveateConfig
 
 
 @dataclass(frozen=True)
@@ -142,3 +144,13 @@ def _macs(layer: nn.Module, config: Any) -> int:
             f"cannot predict the cost of a {config.model_type!r} model: which of {len(sets)} sets of experts a token meets is not known"
         )
     return macs
+
+
+def low_rank(config: Any) -> list[int]:
+    """Multiply-adds per token of each layer in the weights that images become, A and B; zeros where they become tokens."""
+    found = [0] * len(decoder(config).linear)
+    if isinstance(config, FoveateConfig) and config.weighs:
+        bridge = config.bridge
+        for layer in bridge["layers"]:
+            found[layer] = bridge.get("rank", RANK) * sum(map(sum, bridge["targets"].values()))
+    return found

@@ -231,6 +231,11 @@ class Anatomy:
         """Of a tower that puts its groups of patches in order of windows: that order."""
         return None if grids is None else families.windows.order(self.tower, grids)
 
+    @property
+    def weighs(self) -> bool:
+        """Whether images become weights of the decoder, and no tokens of the sequence."""
+        return families.weights.made(self.core)
+
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(B, N) bool: the slots of image features, for models that have no method to say so."""
         return families.merger.placeholders(self.core, input_ids, inputs_embeds)

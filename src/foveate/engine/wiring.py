@@ -53,6 +53,11 @@ class Wiring:
                 step = reducer, number
                 if site.effect.decides is None:  # `foveate.reducers.Preparing` sees to it
                     continue
+                if anatomy.weighs:
+                    raise NotApplicable(
+                        Reason.NO_TOKENS,
+                        f"{reducer} has nothing to reduce: images become weights of this model's decoder, and no tokens that enter it",
+                    )
                 if site.effect.place == "tower":
                     found.tower.setdefault(site.index, []).append(step)
                     found.tower_needs.update(site.needs)

@@ -22,6 +22,7 @@ from foveate.anatomy.families import (
     shared_keys,
     sizes,
     two_towers,
+    weights,
     windows,
 )
 
@@ -47,5 +48,6 @@ __all__ = [
     "shared_keys",
     "sizes",
     "two_towers",
+    "weights",
     "windows",
 ]
