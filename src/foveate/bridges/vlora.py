@@ -57,7 +57,7 @@ class VLoRA(Bridge):
         self.to_channels = nn.Linear(levels * vision_width, channels)
         self.place = nn.Parameter(torch.empty(grid * grid, channels))
         self.generators = nn.ModuleDict(
-            {name: Generator(len(self.layers), inputs * rank, depth, channels, heads) for name, (inputs, _) in self.targets.items()}
+            {of(name): Generator(len(self.layers), inputs * rank, depth, channels, heads) for name, (inputs, _) in self.targets.items()}
         )
         self.outputs = nn.Parameter(torch.empty(len(self.layers), sum(outputs for _, outputs in self.targets.values()), rank))
         self.reset_parameters()
@@ -66,7 +66,7 @@ class VLoRA(Bridge):
         reset_parameters(self)
         nn.init.trunc_normal_(self.place, std=0.02)
         for name, (inputs, _) in self.targets.items():
-            generator: Any = self.generators[name]
+            generator: Any = self.generators[of(name)]
             nn.init.trunc_normal_(generator.query, std=0.02)
             nn.init.normal_(generator.head.weight, std=(3 * inputs * self.channels) ** -0.5)
         nn.init.zeros_(self.outputs)
@@ -134,6 +134,11 @@ class Block(nn.Module):
         q = q + self.proj(attention(query, key, value).transpose(1, 2).flatten(2))
         read: Tensor = self.cross(q, x)
         return read
+
+
+def of(name: str) -> str:
+    """What the generator of a target is called: not as the target, by which adapters look for linear maps in a whole model."""
+    return f"of_{name}"
 
 
 def read_targets(given: Any) -> dict[str, list[int]]:
