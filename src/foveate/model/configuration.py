@@ -10,7 +10,7 @@ from transformers.configuration_utils import SubConfigSpec
 from foveate.bridges import VLoRA, complete_config
 from foveate.errors import FoveateError
 from foveate.model.entering import refuse_layers
-from foveate.model.towers import number
+from foveate.model.towers import number, told
 from foveate.model.views import BridgeSight
 from foveate.model.weighing import completed
 from foveate.tilings import Tiling, parse
@@ -154,6 +154,7 @@ class FoveateConfig(Planning, PreTrainedConfig):
             self.vision_feature_layer = [-2]
         elif isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = [self.vision_feature_layer]
+        told(self.vision_config, self.vision_feature_layer)
         if self.image_size is None:
             self.image_size = self.native_size
         tiling = read_tiling(self.tiling)
