@@ -27,6 +27,7 @@ from foveate.anatomy.families import (
     shared_keys,
     sizes,
     two_towers,
+    weights,
     windows,
 )
 from foveate.errors import NotApplicable, Reason
@@ -445,6 +446,13 @@ def test_a_tower_for_each_modality() -> None:
     assert given.tower_of("video") is given.tower is core.image_tower
     core.video_tower = nn.Linear(1, 1)
     assert given.tower_of("video") is core.video_tower
+
+
+def test_images_that_become_weights() -> None:
+    core = Core()
+    assert not call(4, core=core).anatomy.weighs
+    core.weighing = nn.Identity()
+    assert call(4, core=core).anatomy.weighs
 
 
 def test_shared_keys_are_refused() -> None:
