@@ -27,7 +27,6 @@ from foveate.anatomy.families import (
     shared_keys,
     sizes,
     two_towers,
-    weights,
     windows,
 )
 from foveate.errors import NotApplicable, Reason
