@@ -46,7 +46,7 @@ class FitPrune(Falling):
 
     name: ClassVar[str] = "fitprune"
     paper: ClassVar[str] = "2409.10197"
-    amounts: ClassVar[tuple[str, ...]] = ("keeps",)
+    amounts: ClassVar[tuple[str, ...]] = ()
     looks_at: ClassVar[frozenset[str]] = frozenset({"text", "attention"})
     examples: ClassVar[tuple[str, ...]] = ("fitprune:keeps=1:0.75/3:0.4", "fitprune:keeps=2:0.3,positions=renumber")
     keeps_all: ClassVar[tuple[str, ...]] = ("fitprune:keeps=1:0.9999/3:0.9998",)  # of fewer than 2,500 tokens all
