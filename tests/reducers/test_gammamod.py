@@ -67,8 +67,10 @@ def test_the_loss_is_the_cross_entropy_to_what_goes_through() -> None:
     p = torch.tensor([0.7, 0.1, 0.6, 0.2])
     logits = torch.stack([torch.zeros(4), p.logit()], -1)
     torch.testing.assert_close(loss, cross_entropy(logits, torch.tensor([1, 0, 1, 0]))[None], rtol=1e-4, atol=1e-6)
-    loss.sum().backward()  # type: ignore[no-untyped-call]
-    assert bool(view.weights.weight.grad.any())  # type: ignore[union-attr]
+    loss.sum().backward()
+    (weight,) = view.weights.parameters()
+    assert weight.grad is not None
+    assert bool(weight.grad.any())
     assert reducer.loss_weight(0.0) == reducer.loss_weight(0.9) == 0.01
     view.weights.eval()
     assert reducer.reduce(view, 0).loss is None

@@ -32,7 +32,8 @@ class Falling(Ranker):
     @classmethod
     def of_counts(cls, counts: Sequence[int], per_image: int, **options: Any) -> Self:
         """The one that leaves an image of `per_image` tokens counts[l] of them in decoder layer l, and any other the same shares."""
-        return cls(keeps=[(layer, _share(cls.name, count, per_image)) for layer, count in enumerate(counts)], **options)
+        keeps = [(layer, _share(cls.name, count, per_image)) for layer, count in enumerate(counts)]
+        return cls(**{**options, "keeps": keeps})
 
     @property
     def cuts(self) -> list[tuple[int, float]]:
