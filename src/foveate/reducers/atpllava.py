@@ -120,7 +120,7 @@ class ATPLLaVA(Learned):
         layout, thresholds, layer = view.layout, self.weights(view), self._layers[stage]
         attention: AttentionRows = view.signal(Attention(layer - 1))
         own = asked(self.name, view, lambda question: attention.received(question.about)).flatten()
-        cross = asked(self.name, view, lambda question: attention.received(question.text)).flatten()
+        cross = asked(self.name, view, lambda question: attention.received(question.prompt & ~layout.visual)).flatten()
         spaced, there = spread(layout).flatten(), there_BN.flatten()
         margin = torch.zeros(own.shape, device=own.device)
         for slots in groups(layout, "image"):

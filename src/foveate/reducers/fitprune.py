@@ -30,6 +30,7 @@ from foveate.contract import Attention, AttentionRows, FromLayer, Question, Site
 from foveate.errors import FoveateError
 from foveate.reducers.common import asked
 from foveate.reducers.falling import Falling
+from foveate.tokens import Layout
 
 STEP = 0.01  # to which the tolerance is found
 Received = Sequence[tuple[Tensor, Tensor] | None]
@@ -73,7 +74,7 @@ class FitPrune(Falling):
         attention: AttentionRows = view.signal(Attention(self.cuts[stage][0] - 1))
 
         def product(question: Question) -> Tensor:
-            cross, own = received(attention, question)
+            cross, own = received(attention, question, view.layout)
             return cross * own
 
         return asked(self.name, view, product)
@@ -82,9 +83,9 @@ class FitPrune(Falling):
         return sizes.rows(sizes.slots)
 
 
-def received(attention: AttentionRows, question: Question) -> tuple[Tensor, Tensor]:
-    """(B, N) twice: what each slot receives from the question's text and from the visual slots that it is about."""
-    return attention.received(question.text, most=True), attention.received(question.about, most=True)
+def received(attention: AttentionRows, question: Question, layout: Layout) -> tuple[Tensor, Tensor]:
+    """(B, N) twice: what each slot receives from the prompt's text (newlines of images too), and from the visual slots asked about."""
+    return attention.received(question.prompt & ~layout.visual, most=True), attention.received(question.about, most=True)
 
 
 def tail(received_N: Tensor, alpha: float) -> Tensor:

@@ -73,7 +73,7 @@ def fitprune(
 
     def note(prompt: int, layer: int, view: View, attention: AttentionRows) -> None:
         for question in questions("fitprune", view):
-            cross, own = received(attention, question)
+            cross, own = received(attention, question, view.layout)
             for image, (row, slots) in enumerate(images(view.layout)):
                 if bool(question.about[row, slots[0]]):
                     found.setdefault((prompt, image), [None] * layers)[layer] = cross[row, slots].cpu(), own[row, slots].cpu()
