@@ -115,6 +115,9 @@ class Anatomy:
         the names that it takes), and whether they are those of features that the call was given."""
         if self.slot_method != _SLOT_METHODS[0]:
             return {"image": self.placeholders(given.get("input_ids"), given["inputs_embeds"])}, False
+        one = families.asked.modality(self.core.config, given, MODALITIES)
+        if one is not None:
+            return {one: result[..., 0] if result.ndim == 3 else result}, True
         masks = result if isinstance(result, tuple) else (result,)
         asked = any(f"{modality}_features" in parameters for modality in MODALITIES)
         named = zip(MODALITIES, masks, strict=False)
@@ -191,7 +194,7 @@ class Anatomy:
     def patches(self, media: Media) -> Patches:
         """How the tower's patches become the tokens of a call. NotApplicable where that is not known."""
         families.plans.refuse_shapes(media)
-        return families.grids.patches(media) or Patches(boxes=media.boxes)
+        return families.pooling.patches(media) or families.grids.patches(media) or Patches(boxes=media.boxes)
 
     def contents(self, media: Media) -> list[Tensor]:
         """What each item of a call is told apart by: its pixels, or its features where these are all there is."""
@@ -278,6 +281,11 @@ def read(model: nn.Module) -> Anatomy:
             "interleaves visual tokens with text, or its family needs a reader of its own (foveate.anatomy.register_reader)"
         )
     language = next(part for part in (getattr(core, attribute, None) for attribute in _LANGUAGE) if isinstance(part, nn.Module))
+    if getattr(getattr(language, "config", None), "is_encoder_decoder", False):
+        raise FoveateError(
+            f"{name}: {type(language).__name__} reads pictures with an encoder and answers with a decoder that looks at it from outside; "
+            "no visual tokens stand in the sequence that is decoded, so that there are none to be reduced"
+        )
     decoder = next((m for m in language.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
     if decoder is None:
         raise FoveateError(

@@ -115,7 +115,10 @@ def carry(crops: list[Tensor], items: Sequence[Laid], how: Patches) -> list[Tens
         merged = flat.view(len(flat) // how.grouped, how.grouped, *flat.shape[1:]).mean(1)
         merged = merged if how.order is None else merged[torch.argsort(how.order)]
         merged = _paired(merged, items, len(merged) // total)
+    elif how.pooled is not None:
+        merged = _pooled(flat, how.pooled.to(flat.device))
     else:
+        flat = flat if how.order is None else flat[torch.argsort(how.order.to(flat.device))]
         merged = flat if len(flat) == total else torch.cat(_blocks(flat, items, patch, total))
     found = []
     for (kind, _), p in zip(items, patch, strict=True):
@@ -124,6 +127,13 @@ def carry(crops: list[Tensor], items: Sequence[Laid], how: Patches) -> list[Tens
         merged = merged[int(p.sum()) :]
         found.append(values)
     return found
+
+
+def _pooled(flat: Tensor, of: Tensor) -> Tensor:
+    """Means over the patches that each token names."""
+    there = (of >= 0).to(flat.dtype).view(*of.shape, *[1] * (flat.ndim - 1))
+    summed: Tensor = (flat[of.clamp(min=0)] * there).sum(1)
+    return summed / there.sum(1)
 
 
 def _paired(groups: Tensor, items: Sequence[Laid], frames: int) -> Tensor:
