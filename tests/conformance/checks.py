@@ -139,8 +139,8 @@ def batch(name: str, reducer: str | None, whole: str) -> None:
 
 
 def numbered(loaded: Loaded, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With positions, as `generate` hands them in; models with positions of several rows make them by themselves."""
-    if "mrope_section" in str(read(loaded.model).text_config):
+    """With positions, as `generate` hands them in; models whose positions are of several rows make them by themselves."""
+    if hasattr(read(loaded.model).core, "get_rope_index"):
         return inputs
     return {**inputs, "position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
