@@ -29,11 +29,14 @@ UNTOLD = {
     "gemma4:small": "read the keys of earlier ones",
     "ernie4_5_vl_moe": "2 sets of experts",
     "ernie4_5_vl_moe:video": "2 sets of experts",
+    "kimi_k25": "no attention heads of one width",
 }
 # Parts that the library computes in another way than is charged: every expert for every token, and a projector behind the features; logits
 # of all tokens though only the last one's are asked for.
 OTHERWISE = {
     "llama4": ("bridge", "lm_linear", "lm_attention"),
+    "minicpmv4_6": ("head",),
+    "qwen3_omni_moe_thinker": ("head",),
     "video_llama_3": ("head",),
     "video_llama_3:video": ("head",),
 }
