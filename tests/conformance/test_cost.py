@@ -35,7 +35,6 @@ UNTOLD = {
 # of all tokens though only the last one's are asked for.
 OTHERWISE = {
     "llama4": ("bridge", "lm_linear", "lm_attention"),
-    "minicpm_ocr": ("head",),
     "minicpmv4_6": ("head",),
     "qwen2_5_omni_thinker": ("head",),
     "qwen3_omni_moe_thinker": ("head",),

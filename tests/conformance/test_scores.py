@@ -26,7 +26,7 @@ SHARED = ("gemma3n", "gemma4:small")  # served by no method
 # Towers of packed patches, whose attention modules give no weights back, and those that have none to read.
 PACKED = (
     *("cohere_compass", "cosmos3_omni", "ernie4_5_vl_moe", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "hunyuan_vl"),
-    *("hyperclovax_vision_v2", "kimi_k25", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "muse_glimmer", "paddleocr_vl"),
+    *("hyperclovax_vision_v2", "kimi_k25", "minicpmv4_6", "minicpmv4_7", "muse_glimmer", "paddleocr_vl"),
     *("qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_omni_moe_thinker", "qwen3_vl"),
     *("qwen3_vl_moe", "video_llama_3"),
 )
