@@ -9,8 +9,9 @@ TRL := .venv-trl
 DEEPSPEED := .venv-deepspeed
 SERVE := .venv-serve
 RAY := .venv-ray
+TIMM := .venv-timm
 
-.PHONY: demo test real conformance interop trl deepspeed serve-test ray-test check docs clean
+.PHONY: demo test real conformance interop trl deepspeed serve-test ray-test timm check docs clean
 
 $(READY): pyproject.toml constraints.txt tests/conformance/requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,7 +44,7 @@ interop: $(INTEROP)/.ready
 $(INTEROP)/.ready: pyproject.toml constraints.txt tests/interop/requirements.txt
 	$(PYTHON) -m venv $(INTEROP)
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest hypothesis
 	$(INTEROP)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/requirements.txt
 	touch $@
 
@@ -55,7 +56,7 @@ trl:
 $(TRL)/.ready: pyproject.toml constraints.txt tests/interop/trl.txt
 	$(PYTHON) -m venv $(TRL)
 	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	$(TRL)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest hypothesis
 	$(TRL)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/trl.txt
 	touch $@
 
@@ -68,7 +69,7 @@ deepspeed:
 $(DEEPSPEED)/.ready: pyproject.toml constraints.txt tests/interop/deepspeed.txt
 	$(PYTHON) -m venv $(DEEPSPEED)
 	$(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	$(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest hypothesis
 	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/deepspeed.txt
 	touch $@
 
@@ -96,7 +97,37 @@ ray-test:
 $(RAY)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(RAY)
 	$(RAY)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(RAY)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]" pytest
+	$(RAY)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[ray]" pytest hypothesis
+	touch $@
+
+# Towers of timm (ViTamin, InceptionNeXt) in our own model, in an environment of its own: timm is not a dependency, and neither is torchvision,
+# which it imports.
+timm:
+	@if $(MAKE) --silent $(TIMM)/.ready; then $(TIMM)/bin/python -m pytest tests/interop/test_timm.py; \
+	else echo "timm's tests are skipped: $(TIMM) could not be built (is there a network?)"; fi
+
+$(TIMM)/.ready: pyproject.toml constraints.txt tests/interop/timm.txt tests/interop/torchvision_operators.py
+	$(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(TIMM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest hypothesis
+	$(TIMM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/timm.txt
+	cp tests/interop/torchvision_operators.py $$($(TIMM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+	echo "import torchvision_operators" > $$($(TIMM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision_operators.pth
+	touch $@
+
+# Towers of timm (ViTamin, InceptionNeXt) in our own model, in an environment of its own: timm is not a dependency, and neither is torchvision,
+# which it imports.
+timm:
+	@if $(MAKE) --silent $(TIMM)/.ready; then $(TIMM)/bin/python -m pytest tests/interop/test_timm.py; \
+	else echo "timm's tests are skipped: $(TIMM) could not be built (is there a network?)"; fi
+
+$(TIMM)/.ready: pyproject.toml constraints.txt tests/interop/timm.txt tests/interop/torchvision_operators.py
+	$(PYTHON) -m venv $(TIMM)
+	$(TIMM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(TIMM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
+	$(TIMM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/timm.txt
+	cp tests/interop/torchvision_operators.py $$($(TIMM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+	echo "import torchvision_operators" > $$($(TIMM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision_operators.pth
 	touch $@
 
 check: $(READY)
@@ -113,4 +144,4 @@ $(VENV)/.docs: $(READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(INTEROP) $(TRL) $(DEEPSPEED) $(SERVE) $(RAY) site demo/world demo/data demo/bench demo/runs
+	rm -rf $(VENV) $(INTEROP) $(TRL) $(DEEPSPEED) $(SERVE) $(RAY) $(TIMM) site demo/world demo/data demo/bench demo/runs

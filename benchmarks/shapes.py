@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     Qwen2_5_VLConfig,
@@ -19,6 +21,8 @@ from transformers import (
     Qwen3VLConfig,
     SiglipVisionConfig,
 )
+
+from foveate.anatomy.config import sides_of
 
 BEFORE, AFTER = 8, 32  # text tokens around the images
 IMAGE_TOKEN = 5  # of the LLaVA shapes; the Qwen ones have their own
@@ -77,7 +81,7 @@ def prompt(
         inputs["image_grid_thw"] = torch.tensor([[1, side, side]] * images)
         inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
     else:
-        pixels = torch.randn(images, 3, vision.image_size, vision.image_size, generator=generator)
+        pixels = torch.randn(images, 3, *(sides_of(vision, "image_size") or ()), generator=generator)
     return {name: value.to(device) for name, value in {**inputs, "pixel_values": pixels.to(dtype)}.items()}
 
 
@@ -121,12 +125,57 @@ def _onevision(layers: int | None) -> Any:
     )
 
 
+def _qwen2_5_vl(full: list[int], vision: dict[str, Any], text: dict[str, Any]) -> Any:
+    """`full`: blocks whose attention is not within windows."""
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": text.pop("mrope_section")}
+    return Qwen2_5_VLConfig(vision_config={**vision, "fullatt_block_indexes": full}, text_config=text)
+
+
 def _qwen2_5_vl_7b(layers: int | None) -> Any:
-    full = [7, 15, 23, 31] if layers is None else [layers - 1]  # blocks whose attention is not within windows
-    vision = {"depth": layers or 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584, "fullatt_block_indexes": full}
-    text = _sizes(3584, 18944, layers or 28, 28, num_key_value_heads=4, vocab_size=152064)
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    return Qwen2_5_VLConfig(vision_config=vision, text_config=text)
+    full = [7, 15, 23, 31] if layers is None else [layers - 1]
+    vision = {"depth": layers or 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+    text = _sizes(3584, 18944, layers or 28, 28, num_key_value_heads=4, vocab_size=152064, mrope_section=[16, 24, 24])
+    return _qwen2_5_vl(full, vision, text)
+
+
+def _qwen2_5_vl_half(layers: int | None) -> Any:
+    full = [7, 15, 23, 31] if layers is None else [max(0, layers // 2 - 1), layers - 1]
+    vision = {"depth": layers or 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 896}
+    text = _sizes(896, 4864, layers or 24, 14, num_key_value_heads=2, vocab_size=151936, mrope_section=[8, 12, 12])
+    return _qwen2_5_vl(full, vision, text)
+
+
+def _qwen2_5_vl_tiny(layers: int | None) -> Any:
+    vision = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "patch_size": 4,
+        "window_size": 32,
+    }
+    text = _sizes(64, 128, 4, 4, num_key_value_heads=2, vocab_size=152064, mrope_section=[2, 3, 3])
+    return _qwen2_5_vl([1, 3], vision, text)
+
+
+def _internvl(vision: dict[str, Any], text: dict[str, Any], size: int, patch: int) -> Any:
+    return InternVLConfig(
+        vision_config=InternVLVisionConfig(**vision, image_size=[size, size], patch_size=[patch, patch]),
+        text_config=Qwen2Config(**text),
+        image_token_id=IMAGE_TOKEN,
+    )
+
+
+def _internvl_1b(layers: int | None) -> Any:
+    vision = _sizes(1024, 4096, layers or 24, 16, attention_bias=True, norm_type="layer_norm")
+    text = _sizes(896, 4864, layers or 24, 14, num_key_value_heads=2, vocab_size=151674, max_position_embeddings=32768)
+    text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "tie_word_embeddings": True}
+    return _internvl(vision, text, 448, 14)
+
+
+def _internvl_tiny(layers: int | None) -> Any:
+    return _internvl(_sizes(32, 64, 4, 2), _sizes(64, 128, 4, 4, num_key_value_heads=2, vocab_size=99), 64, 4)
 
 
 def _qwen3_vl_8b(layers: int | None) -> Any:
@@ -153,5 +202,9 @@ SHAPES = {
     "0.5b": Shape("LLaVA-OneVision-Qwen2-0.5B's sizes: SigLIP-so400m/14 at 384 px, Qwen2-0.5B", _onevision, 729, (729, 3645)),
     "7b": Shape("LLaVA-1.5-7B's sizes: CLIP-L/14 at 336 px, Vicuna-7B", _llava_7b, 576, (576, 2880)),
     "qwen2.5-vl-7b": Shape("Qwen2.5-VL-7B's sizes, images of 896 px", _qwen2_5_vl_7b, 1024, (1024, 4096), _alone(Qwen2Config), _WINDOWS),
+    "qwen2.5-vl-0.5b": Shape("Qwen2.5-VL's tower and Qwen2.5-0.5B, images of 448 px", _qwen2_5_vl_half, 256, (256, 1024)),
+    "qwen2.5-vl-tiny": Shape("a Qwen2.5-VL of a few thousand weights, to try the benchmark itself", _qwen2_5_vl_tiny, 64, (64,)),
+    "internvl-1b": Shape("InternVL3-1B's sizes: InternViT-300M at 448 px, Qwen2.5-0.5B", _internvl_1b, 256, (1024,)),
+    "internvl-tiny": Shape("an InternVL of a few thousand weights, to try the benchmark itself", _internvl_tiny, 64, (128,)),
     "qwen3-vl-8b": Shape("Qwen3-VL-8B's sizes, images of 1024 px", _qwen3_vl_8b, 1024, (1024, 4096), _alone(Qwen3Config)),
 }

@@ -25,6 +25,7 @@ from benchmarks.serving.server.server import counted, read_metrics
 from benchmarks.serving.server.show import draw, growth, missed
 from benchmarks.serving.server.show import table as server
 from benchmarks.serving.show import table as serving
+from benchmarks.tower_cuts.show import table as tower_cuts
 from benchmarks.training_step.report import table as steps
 from benchmarks.training_step.report import unequal
 from benchmarks.training_step.run import ARMS, VARIANTS, peaks, recipe_of
@@ -38,7 +39,14 @@ from transformers import AutoProcessor
 from foveate.train.recipe import load_recipe
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
-TABLES = {"overhead": overhead, "prefill": prefill, "serving": serving, "serving/server": server, "training_step": training_step}
+TABLES = {
+    "overhead": overhead,
+    "prefill": prefill,
+    "serving": serving,
+    "serving/server": server,
+    "tower_cuts": tower_cuts,
+    "training_step": training_step,
+}
 STEPS = FOLDER / "training_step" / "results.json"
 RESULTS = [path for name in TABLES for path in sorted((FOLDER / name).glob("*.json"))]
 

@@ -368,17 +368,6 @@ def test_a_copy_of_an_attached_model_and_a_second_turn() -> None:
 
 @torch.no_grad()
 def test_tokens_that_are_not_one_for_each_patch() -> None:
-    from transformers import InternVLConfig, InternVLForConditionalGeneration, InternVLVisionConfig, Qwen2Config
-
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2}
-    vision = InternVLVisionConfig(**sizes, image_size=[32, 32], patch_size=[4, 4])
-    text = Qwen2Config(**sizes, num_key_value_heads=2, vocab_size=99)
-    model = InternVLForConditionalGeneration(InternVLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)).eval()
-    model(**Batch([ROWS[0]]).inputs)
-    with foveate.attach(model, Fewer(1)), pytest.raises(NotApplicable, match="64 patches of the tower become 16 tokens") as error:
-        model(**Batch([ROWS[0]]).inputs)
-    assert error.value.reason == Reason.NOT_BY_PATCH
     bridged = assembled()  # its 16 tokens are windows of 16 patches
     with foveate.attach(bridged, Fewer(1)), pytest.raises(NotApplicable) as error:
         bridged(**Batch([ROWS[0]]).inputs)

@@ -36,7 +36,12 @@ from foveate.world.scenes import write_world
 
 HERE = Path(__file__).parent
 RECIPE = HERE.parent.parent / "recipes" / "learned" / "tuned.yaml"
-LEARNED = {"pmod": "pmod", "visionselector": "visionselector:keep=0.25"}
+LEARNED = {
+    "pmod": "pmod",
+    "gammamod": "gammamod:layers=1-2-3,weigh=2p",
+    "atpllava": "atpllava:keep=0.5,layers=1-3",
+    "visionselector": "visionselector:keep=0.25",
+}
 FROZEN = frozenset({"visionselector"})  # methods that train nothing but their own weights
 FREE = ("divprune", "random")
 NONE = "none"

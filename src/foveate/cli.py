@@ -81,8 +81,20 @@ def scenes(
     seed: Annotated[int, typer.Option(help="The world's seed.")] = 0,
     size: Annotated[int, typer.Option(min=32, help="Side of the pictures in pixels.")] = 128,
     detail: Annotated[int, typer.Option(min=1, help="So many times smaller things, for pictures of so many times as many pixels.")] = 1,
+    video: Annotated[bool, typer.Option("--video", help="Scenes that move, as clips.")] = False,
+    frames: Annotated[int | None, typer.Option(min=12, help="Of clips: how many frames, 8 a second. Default: 16.")] = None,
+    kind: Annotated[str | None, typer.Option(help="Of clips: mp4, or frames in folders. Default: mp4 where PyAV is there.")] = None,
 ) -> None:
     """Render the embedded world: scenes with captions, questions and answers in the LLaVA format."""
+    if video and detail > 1:
+        raise FoveateError(f"--detail {detail} is of scenes that stand still; leave it out beside --video")
+    if not video and (frames or kind):
+        raise FoveateError("--frames and --kind are of clips; give --video with them")
+    if video:
+        from foveate.world.films import FRAMES, write_films
+
+        write_films(out, train=train, test=test, seed=seed, size=size, frames=frames or FRAMES, kind=kind)
+        return
     from foveate.world.scenes import write_world
 
     write_world(out, train=train, test=test, seed=seed, size=size, detail=detail)
@@ -210,13 +222,15 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     blind: Annotated[bool, typer.Option(help="Show a grey image instead: what can be guessed without looking.")] = False,
     strategy: Annotated[str | None, typer.Option(help='Search each picture for the answer, such as "zoomeye:nodes=20".')] = None,
+    frames: Annotated[str, typer.Option(help="Of clips: which frames are shown, see docs/video.md.")] = "uniform:frames=8",
     output: Annotated[Path | None, typer.Option(help="Write all answers to this JSON file.")] = None,
 ) -> None:
     """Accuracy per family of questions, beside the majority answer."""
     from foveate.evaluation.evaluate import evaluate as run
     from foveate.evaluation.evaluate import print_result
 
-    result = run(model, data, reducers=reducers, limit=limit, batch_size=batch_size, blind=blind, strategy=strategy)
+    how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "blind": blind, "strategy": strategy, "frames": frames}
+    result = run(model, data, reducers=reducers, **how)
     if output is not None:
         result.save(output)
     print_result(result)
@@ -362,6 +376,7 @@ def profile(
     reduce: Annotated[list[str] | None, typer.Option(help='For example "fastv:keep=0.25"; may be given more than once.')] = None,
     image: Annotated[list[str] | None, typer.Option(help="An image file, or scene:7; may be given more than once.")] = None,
     ask: Annotated[str, typer.Option(help="The question about the images.")] = "what is in the picture?",
+    frames: Annotated[str | None, typer.Option(help='The image is a film: which of its frames, such as "uniform:frames=8".')] = None,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each; medians are shown.")] = 5,
     device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one, else the CPU.")] = None,
@@ -370,7 +385,8 @@ def profile(
     """What a prompt costs on this machine, predicted beside measured: FLOPs, tokens, KV cache, time to the first token, memory."""
     from foveate.inspect.profile import main as run
 
-    run(model, reduce or [], image or ["scene:7"], ask, new_tokens=new_tokens, repeats=repeats, device=device, json=json)
+    how: dict[str, Any] = {"new_tokens": new_tokens, "repeats": repeats, "device": device, "json": json, "frames": frames}
+    run(model, reduce or [], image or ["scene:7"], ask, **how)
 
 
 @app.command()
@@ -383,6 +399,20 @@ def export(
     from foveate.model.export import export as run
 
     print(run(*load_model(model, "cpu", dtype="auto"), out))
+
+
+@app.command()
+def presets(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A model folder, a hub name, asset:vlm or a model type, such as llava; none lists all.", metavar="[MODEL]"),
+    ] = None,
+    json: Annotated[bool, typer.Option(help="Print JSON.")] = False,
+) -> None:
+    """Settings that measurements speak for on a model's family, with the measurements; attach(model, "preset:balanced") takes one."""
+    from foveate.inspect.presets import main as run
+
+    run(model, json=json)
 
 
 @app.command("list")

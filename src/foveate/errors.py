@@ -25,6 +25,8 @@ class Reason(StrEnum):
     BOUNDED_CACHE = "no decoder layer's cache grows with the sequence"
     NO_MASK = "the decoder layers take no mask that a rule can be laid over"
     POSITIONS = "positions are not one number a token that a rotary module turns"
+    NO_TOKENS = "images become weights of the decoder, not tokens"
+    LATENT_CACHE = "decoder layers cache what keys and values are made of, and not these"
 
 
 class NotApplicable(FoveateError):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate.anatomy import Extras, Laid, columns_of, features_of, places
 from foveate.anatomy.config import channels_of, experts_of, heads_of, placeholders_of, sides_of, vision_of
 from foveate.anatomy.families import (
+    asked,
     boxes,
     compression,
     crops,
@@ -22,6 +23,7 @@ from foveate.anatomy.families import (
     merger,
     mosaic,
     newlines,
+    pooling,
     positions,
     queries,
     shared_keys,
@@ -166,6 +168,12 @@ def test_windows_of_two_by_two() -> None:
     order = windows.order(tower, grid)
     assert order is not None
     assert order.tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    named = SimpleNamespace(spatial_merge_size=1, window_size=8, patch_size=4, config=SimpleNamespace(layer_types=["window_attention"]))
+    again = windows.order(named, grid)  # the kinds of its blocks say so
+    assert again is not None
+    assert torch.equal(again, order)
+    named.config.layer_types = ["full_attention"]
+    assert windows.order(named, grid) is None
     assert call(16).anatomy.window_order(None) is None
 
 
@@ -262,6 +270,35 @@ def test_sizes_in_patches_and_in_pixels() -> None:
     assert cells(unknown) == [[-1, -1]] * 7
 
 
+@pytest.mark.parametrize("name", ["target_sizes", "target_sizes_videos"])
+def test_sizes_of_slices_whose_patches_are_merged_twice(name: str) -> None:
+    def given(*rows: list[int]) -> dict[str, Any]:
+        return {name: torch.tensor(rows)}
+
+    wide, small = sizes.laid(call(6, 1, **given([8, 12], [4, 4]))) or []
+    assert (cells(wide), cells(small)) == (raster(2, 3), [[0, 0]])
+    (whole,) = sizes.laid(call(24, **given([4, 6]))) or []
+    assert cells(whole) == raster(4, 6)
+    (unknown,) = sizes.laid(call(7, **given([8, 12]))) or []
+    assert cells(unknown) == [[-1, -1]] * 7
+
+
+def test_pooled_tokens_of_a_picture_and_of_a_video() -> None:
+    of = torch.tensor([[0, 1], [2, -1], [-1, -1], [4, 5]])
+    assert pooling.laid(call(4, image_grids=torch.tensor([[2, 2, 0, 0]]))) is None
+    assert pooling.patches(call(4)) is None
+    two, one = pooling.laid(call(10, 1, image_token_pooling=of, image_grids=torch.tensor([[2, 2, 2, 3], [1, 1, 0, 0]]))) or []
+    assert cells(two) == [*raster(2, 2), *raster(2, 3)]
+    assert two.place[:, 0].tolist() == [0] * 4 + [1] * 6  # the whole, then the mosaic of its crops
+    assert cells(one) == [[0, 0]]
+    (film,) = pooling.laid(call(12, modality="video", video_token_pooling=of, video_grids=torch.tensor([[2, 2, 3]]))) or []
+    assert (cells(film), film.place[:, 1].tolist()) == (raster(2, 3) * 2, [0] * 6 + [1] * 6)
+    how = pooling.patches(call(3, image_token_pooling=of))
+    assert how is not None
+    assert how.pooled is not None
+    assert how.pooled.tolist() == [[0, 1], [2, -1], [4, 5]]  # a row of nothing is no token
+
+
 def test_crops_as_the_tower_saw_them() -> None:
     pixels = torch.zeros(3, 3, 8, 8)
     one, two = crops.laid(call(4, 8, crops=[(3, 16)], pixel_values=pixels))
@@ -294,6 +331,11 @@ def test_queries_have_no_place() -> None:
     assert queries.resampled(core)
     (laid,) = crops.laid(call(4, core=core, crops=[(1, 16)], extras=Extras(True, 1), pixel_values=torch.zeros(1, 3, 8, 8)))
     assert (drawn(laid), cells(laid)) == ("pppp", [[-1, -1]] * 4)
+    core = Core()
+    core.connector = nn.Sequential(nn.Linear(2, 2))  # whatever lies in it
+    assert not queries.resampled(core)
+    core.connector[0].register_parameter("latents", nn.Parameter(torch.zeros(4, 2)))
+    assert queries.resampled(core)
 
 
 # ---- mosaics and newlines
@@ -430,6 +472,19 @@ def test_slots_without_a_method_that_says_so() -> None:
     assert by_id.tolist() == by_embedding.tolist() == [[False, True, True, False]]
 
 
+def test_slots_that_are_asked_for_by_their_placeholder() -> None:
+    core = Core(image_token_id=3, video_token_id=4)
+    core.get_placeholder_mask = None  # type: ignore[assignment]
+    anatomy, ids = call(2, core=core).anatomy, torch.tensor([[1, 3, 4, 4]])
+    for token, modality in ((3, "image"), (4, "video")):
+        assert asked.modality(core.config, {"token_id": token}, ("image", "video")) == modality
+        slots, given = anatomy.slots((ids == token)[..., None].expand(1, 4, 2), {"token_id": token}, ["features", "token_id"])
+        assert given
+        assert {name: at.tolist() for name, at in slots.items()} == {modality: (ids == token).tolist()}
+    assert asked.modality(core.config, {"token_id": 9}, ("image", "video")) is None
+    assert asked.modality(core.config, {}, ("image", "video")) is None
+
+
 def test_features_that_never_enter() -> None:
     kept = torch.tensor([True, False])
     assert compression.kept({}) == {"video": None}
@@ -445,6 +500,13 @@ def test_a_tower_for_each_modality() -> None:
     assert given.tower_of("video") is given.tower is core.image_tower
     core.video_tower = nn.Linear(1, 1)
     assert given.tower_of("video") is core.video_tower
+
+
+def test_images_that_become_weights() -> None:
+    core = Core()
+    assert not call(4, core=core).anatomy.weighs
+    core.weighing = nn.Identity()
+    assert call(4, core=core).anatomy.weighs
 
 
 def test_shared_keys_are_refused() -> None:

@@ -4,7 +4,8 @@
     scores  variant -> reducers -> a word: whether the cost of their scores was compared
     bare    variant -> check -> what is wrong with the bare model
 
-A word is "ok", the name of a refusal's `Reason`, "merges" or "recurs" where masking says nothing, or "bare" where the bare model fails.
+A word is "ok", the name of a refusal's `Reason`, "merges", "recurs" or "tower" where masking says nothing, or "bare" where the bare model
+fails.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 import transformers
 
 from foveate.errors import Reason
-from tests.conformance.checks import CHECKS, MERGES, RECURS
+from tests.conformance.checks import CHECKS, MERGES, RECURS, TOWER
 
 PATH = Path(__file__).parent / "expected.json"
-WORDS = {MERGES: "merges", RECURS: "recurs"} | {str(reason): reason.name for reason in Reason}
+WORDS = {MERGES: "merges", RECURS: "recurs", TOWER: "tower"} | {str(reason): reason.name for reason in Reason}
 REASONS = {word: reason for reason, word in WORDS.items()}
 HOW = "python -m pytest -n 2 tests/conformance --whole --table docs/conformance.md"
 

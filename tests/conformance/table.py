@@ -7,10 +7,10 @@ from typing import Any
 
 from foveate.errors import Reason
 from foveate.reducers import METHODS
-from tests.conformance.checks import CHECKS, MERGES, RECURS
+from tests.conformance.checks import CHECKS, MERGES, RECURS, TOWER
 from tests.conformance.expected import REASONS, words
 
-LETTERS = {str(reason): letter for letter, reason in zip("abcdefghijklnopq", Reason, strict=False)} | {MERGES: "m", RECURS: "r"}
+LETTERS = {str(reason): letter for letter, reason in zip("abcdefghijklnopq", Reason, strict=False)} | {MERGES: "m", RECURS: "r", TOWER: "t"}
 
 TEXT = """# Conformance
 
@@ -26,6 +26,7 @@ labels, another answer changes no map, gradient checkpointing changes nothing.
 
 ✓ all six; where the tower's block attends within windows, scores are of the last one (`layer=-1`). A letter beside it: a check that does
 not apply; a digit: a check that the bare model fails already. – the method cannot act on this model, for the reason given by the letter.
+`pixelprune` acts inside the vision tower, and its line says which towers can be cut ([tower.md](tower.md)).
 `downsample` acts on the image, before the processor, and has no cells.
 
 The outcomes are committed (`tests/conformance/expected.json`) and every run is compared with them: what serves has to go on serving, and
@@ -103,5 +104,5 @@ def _cell(found: dict[str, str]) -> str:
         return "✗ " + " ".join(check for check, word in found.items() if word == "failed")
     letters = "".join(sorted({LETTERS[REASONS[word]] for word in found.values() if word in REASONS}))
     digits = "".join(str(i + 1) for i, word in enumerate(found.values()) if word == "bare")
-    cannot = set(letters) - {LETTERS[MERGES], LETTERS[RECURS]}
+    cannot = set(letters) - {LETTERS[MERGES], LETTERS[RECURS], LETTERS[TOWER]}
     return ("–" if cannot or "ok" not in found.values() else "✓") + letters + digits

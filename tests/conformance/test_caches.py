@@ -19,7 +19,7 @@ from tests.conformance.family import families
 CACHES = ("snapkv:keep=0.5,window=2,every=2", "zipvl:tau=0.6", "prefixkv:keep=0.5,first=1")
 REPRESENTATIVE = ("qwen3_vl:video", "gemma3", "lfm2_vl")  # positions of three rows, windows, convolutions
 NEW = 5
-REFUSED = {Reason.BOUNDED_CACHE, Reason.SHARED_KEYS}
+REFUSED = {Reason.BOUNDED_CACHE, Reason.LATENT_CACHE, Reason.SHARED_KEYS}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -29,11 +29,15 @@ UNTOLD = {
     "gemma4:small": "read the keys of earlier ones",
     "ernie4_5_vl_moe": "2 sets of experts",
     "ernie4_5_vl_moe:video": "2 sets of experts",
+    "kimi_k25": "no attention heads of one width",
 }
 # Parts that the library computes in another way than is charged: every expert for every token, and a projector behind the features; logits
 # of all tokens though only the last one's are asked for.
 OTHERWISE = {
     "llama4": ("bridge", "lm_linear", "lm_attention"),
+    "minicpmv4_6": ("head",),
+    "qwen2_5_omni_thinker": ("head",),
+    "qwen3_omni_moe_thinker": ("head",),
     "video_llama_3": ("head",),
     "video_llama_3:video": ("head",),
 }
@@ -106,14 +110,19 @@ def _scored(name: str, reducers: str, multiplies: bool) -> None:
         with foveate.attach(loaded.model, reducers) as run, Counter(loaded.model) as counted, torch.no_grad():
             loaded.model(**inputs, logits_to_keep=1)
         told = predict(loaded.model.config, inputs=inputs, reducers=parse(reducers), dtype_bytes=4)
-        assert told.flops["scores"] == pytest.approx(run.last.ledger(loaded.model.config).flops["scores"], rel=0.01)
+        seen = run.last.ledger(loaded.model.config)
+        assert told.flops["scores"] == pytest.approx(seen.flops["scores"], rel=0.01)
         assert (counted.flops["scores"] > 0) == multiplies
         if reducers.startswith(("sparsevlm", "mmtok")):  # how much of the text rates, or is words, is known only after looking
             assert counted.flops["scores"] <= told.flops["scores"]
         else:
             assert told.flops["scores"] == pytest.approx(counted.flops["scores"], rel=0.01)
         if "tower" not in OTHERWISE.get(name, ()):
-            assert told.flops["tower"] == pytest.approx(counted.flops["tower"], rel=0.01)
+            assert seen.flops["tower"] == pytest.approx(counted.flops["tower"], rel=0.01)
+            if any("pixels" in reducer.looks_at for reducer in parse(reducers)):  # how many stay is known only after looking
+                assert told.flops["tower"] >= 0.99 * seen.flops["tower"]
+            else:
+                assert told.flops["tower"] == pytest.approx(seen.flops["tower"], rel=0.01)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -41,6 +41,14 @@ def test_a_gif_has_its_own_times(tmp_path: Path) -> None:
     assert [number_of(image) for image in film.frames([0, 2, 3])] == [0, 2, 3]
 
 
+@pytest.mark.parametrize("name", ["a.webp", "a.png"])
+def test_other_animated_pictures_have_their_own_times(name: str, tmp_path: Path) -> None:
+    film = open_film(gif(tmp_path / name, [100, 300, 200]))
+    assert film.times == pytest.approx((0, 0.1, 0.4))
+    assert film.end == pytest.approx(0.6)
+    assert [number_of(image) for image in film.frames([0, 2])] == [0, 2]
+
+
 def test_a_folder_goes_by_the_numbers_in_its_names(tmp_path: Path) -> None:
     where = folder(tmp_path / "shots", 12)
     (where / "notes.txt").write_text("not a frame")

@@ -298,7 +298,7 @@ def test_good_images_are_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPa
         decoded.append(image.name)
         return shown_size(image)
 
-    monkeypatch.setattr("foveate.data.conversations.shown_size", counting)
+    monkeypatch.setattr("foveate.data.checked.shown_size", counting)
     assert find_bad(data.source, cache) == []
     assert sorted(decoded) == ["0.png", "1.png", "2.png"]
     assert find_bad(data.source, cache) == []

@@ -346,7 +346,7 @@ def test_a_picture_that_goes_missing_is_no_fault_of_the_method(
             raise FoveateError(f"cannot read the image {ref}")
         return load_image(ref)
 
-    monkeypatch.setattr(asking, "open_image", open_image)
+    monkeypatch.setattr("foveate.data.footage.open_image", open_image)
     with pytest.raises(FoveateError, match=r"scenes, vcc:layer=1,stride=2: cannot read the image .*\.png"):
         run(given, world, tmp_path / "out", ["vcc:layer=1"], [0.5])
     assert [cell.reducer for cell in load_bench(tmp_path / "out").cells] == ["none"]

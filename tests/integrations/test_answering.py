@@ -10,7 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tests.data.films import gif, number_of
 
+from foveate.data.clips import Uniform
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.inference import load_model
@@ -148,6 +150,18 @@ def test_images_are_decoded_and_prepared(tmp_path: Path) -> None:
         image = user["content"][0]["image"]
         assert (image.mode, image.size) == ("RGB", size)
         assert np.unique(np.asarray(image)).tolist() == [9]
+
+
+def test_a_processor_without_videos_is_shown_frames(tmp_path: Path) -> None:
+    film = str(gif(tmp_path / "a.gif", [100] * 4))
+    messages = [{"role": "user", "content": [{"type": "video", "url": film}, {"type": "text", "text": "what?"}]}]
+    for reducers, side in (([], 32), (parse("downsample:keep=0.25"), 16)):
+        [user] = answering.conversation(messages, reducers, Uniform(frames=2), videos=False)
+        assert [part["type"] for part in user["content"]] == ["image", "image", "text"]
+        assert [number_of(part["image"]) for part in user["content"][:2]] == [1, 3]
+        assert user["content"][0]["image"].size == (side, side)
+    [user] = answering.conversation(messages, [], Uniform(frames=2))
+    assert len(user["content"][0]["video"]) == 2
 
 
 @pytest.mark.parametrize(

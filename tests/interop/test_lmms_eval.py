@@ -22,6 +22,7 @@ from foveate.engine.attach import attach
 from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import Result, evaluate
 from foveate.inference import load_model
+from foveate.world.films import write_films
 from foveate.world.scenes import write_world
 
 pytestmark = pytest.mark.skipif(
@@ -62,8 +63,26 @@ generation_kwargs: {{max_new_tokens: 12, until: ["<loc"]}}
 metric_list:
   - {{metric: letters, aggregation: mean, higher_is_better: true}}
 """
+FILMS = """\
+task: foveate_films
+dataset_path: {folder}/films
+dataset_kwargs: {{load_from_disk: true}}
+test_split: test
+output_type: generate_until
+doc_to_visual: !function utils.film
+doc_to_text: question
+doc_to_target: answer
+process_results: !function utils.score
+generation_kwargs: {{max_new_tokens: 8}}
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+"""
 UTILS = """\
-from foveate.evaluation.metrics.scenes import FAMILY_RULES
+from foveate.evaluation.metrics.scenes import RULES
+
+
+def film(doc):
+    return [doc["video"]]
 
 
 def visual(doc):
@@ -75,7 +94,7 @@ def visuals(doc):
 
 
 def score(doc, results):
-    return {"acc": float(FAMILY_RULES[doc["family"]](results[0], doc["answer"]))}
+    return {"acc": float(RULES[doc["family"]](results[0], doc["answer"]))}
 
 
 def length(doc, results):
@@ -124,10 +143,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Tasks:
     return found
 
 
-def command(folder: Path, out: Path, model: str, arguments: str, *more: str) -> subprocess.CompletedProcess[str]:
-    """lmms-eval on the tasks of a folder, without network."""
+def command(
+    folder: Path, out: Path, model: str, arguments: str, *more: str, named: str = "foveate_scenes,foveate_mixed"
+) -> subprocess.CompletedProcess[str]:
+    """lmms-eval on tasks of a folder, without network."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(out / "home"), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", "foveate_scenes,foveate_mixed"]
+    words = [sys.executable, "-m", "lmms_eval", "--model", model, "--model_args", arguments, "--tasks", named]
     words += ["--include_path", str(folder), "--batch_size", "16", "--device", "cpu", "--output_path", str(out), "--log_samples", *more]
     return subprocess.run(words, env={**os.environ, **offline}, cwd=out, capture_output=True, text=True, check=False)
 
@@ -202,6 +223,35 @@ def test_its_command_agrees_with_our_evaluation(
     assert results["throughput"]["avg_visual_tokens_all_layers"] == pytest.approx(each * sum(COUNTED[reducers]) / LAYERS)
     simple = "--force_simple" in more
     assert ("FoveateSimple (simple)" if simple else "FoveateChat (chat)") in results["config"]["model_backend"]
+
+
+@pytest.mark.parametrize("more", [(), ("--force_simple",)], ids=["chat", "simple"])
+def test_its_command_asks_about_films(tmp_path: Path, more: tuple[str, ...]) -> None:
+    """A model without videos is shown the frames as pictures."""
+    pytest.importorskip("av")
+    world = tmp_path / "world"
+    write_films(world, train=0, test=6, seed=3, size=64, kind="mp4", progress=False)
+    questions = json.loads((world / "test.json").read_text())
+    columns = {name: [question[name] for question in questions] for name in ("id", "question", "answer", "family")}
+    columns["video"] = [str(world / "clips" / question["video"]) for question in questions]
+    DatasetDict({"test": Dataset.from_dict(columns)}).save_to_disk(tmp_path / "films")
+    (tmp_path / "films.yaml").write_text(FILMS.format(folder=tmp_path))
+    (tmp_path / "utils.py").write_text(UTILS)
+    arguments = "pretrained=asset:vlm,dtype=float32,frames=uniform:frames=4,reduce=evs:keep=0.5:scope=sample"
+    (tmp_path / "out").mkdir()
+    done = command(tmp_path, tmp_path / "out", "foveate", arguments, *more, named="foveate_films")
+    written = sorted((tmp_path / "out").rglob("*_samples_foveate_films.jsonl"))
+    assert len(written) == 1, done.stdout + done.stderr
+    samples = [json.loads(line) for line in written[0].read_text().splitlines()]
+    expected = evaluate(
+        "asset:vlm", world, reducers="evs:keep=0.5,scope=sample", frames="uniform:frames=4", device="cpu", batch_size=16, progress=False
+    )
+    assert [sample["filtered_resps"] for sample in samples] == [row.prediction for row in expected.rows]
+    assert len(samples) > 24
+    tokenizer = load_model("asset:vlm", "cpu")[1].tokenizer
+    for row, sample in zip(expected.rows, samples, strict=True):
+        words = len(tokenizer(f"<s><user>{4 * chr(10)}{row.question}<assistant>")["input_ids"])
+        assert sample["token_counts"][0]["input_tokens"] == words + 4 * 64 // 2
 
 
 def loaded(arguments: str, more: dict[str, Any]) -> Any:

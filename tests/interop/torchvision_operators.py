@@ -1,7 +1,7 @@
 """Declares the two operators that importing torchvision insists on, and that its package of PyPI does not load beside a CPU build of torch.
 
-`make serve-test` puts this file into its environment, where a .pth file loads it at every start: vLLM imports models in processes of its
-own. Nothing calls the operators.
+`make serve-test` and `make timm` put this file into their environments, where a .pth file loads it at every start: vLLM imports models in
+processes of its own. Nothing calls the operators.
 """
 
 import sys

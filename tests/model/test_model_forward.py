@@ -136,7 +136,7 @@ def test_blank_image_lets_every_part_take_part_and_changes_nothing(assemble: Ass
 def test_blank_image_where_several_processes_evaluate_a_model_under_training(assemble: Assemble, monkeypatch: pytest.MonkeyPatch) -> None:
     """The others may be waiting in the tower. With a cache nobody is: each process generates as much as it likes."""
     model, processor = assemble(COS)
-    monkeypatch.setattr("foveate.model.modeling.several_processes", lambda: True)
+    monkeypatch.setattr("foveate.model.merging.several_processes", lambda: True)
     batch = processor(text="only text", return_tensors="pt")
     tower_ran: list[bool] = []
     model.model.vision_tower.register_forward_hook(lambda *_: tower_ran.append(True))

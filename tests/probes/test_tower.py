@@ -36,3 +36,16 @@ def test_patches_become_tokens() -> None:
     assert carry([x], [places(4)], Patches(grouped=4, order=order))[0].tolist() == [5.5, 13.5, 1.5, 9.5]
     boxes = [(0, 0, 4, 4), (0, 2, 1, 4)]
     assert carry([x], [places(2)], Patches(boxes=(boxes, (4, 4))))[0].tolist() == [7.5, 2.5]
+
+
+def test_patches_that_stand_in_order_of_windows_or_are_named_by_their_tokens() -> None:
+    order = torch.tensor([0, 1, 4, 5, 2, 3, 6, 7])  # two windows of 2 x 2 in a raster of 2 x 4: where each patch is taken from
+    raster = torch.arange(8.0)
+    (whole,) = carry([raster[order]], [places(8, shape=(2, 4))], Patches(order=order))
+    assert whole.tolist() == raster.tolist()
+    (blocks,) = carry([raster[order]], [places(2, shape=(1, 2))], Patches(order=order))
+    assert blocks.tolist() == [2.5, 4.5]
+    of = torch.tensor([[0, 1, 4, 5], [3, -1, -1, 7], [8, -1, -1, -1]])  # of two crops: the last token is the second one's
+    crops = [torch.stack([raster, -raster], 1), torch.full((1, 2), 9.0)]
+    one, two = carry(crops, [places(2), places(1)], Patches(pooled=of))
+    assert (one.tolist(), two.tolist()) == ([[2.5, -2.5], [5.0, -5.0]], [[9.0, 9.0]])

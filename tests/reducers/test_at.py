@@ -9,7 +9,7 @@ import pytest
 
 from foveate.contract import ImageSize, Workload
 from foveate.errors import FoveateError
-from foveate.reducers import METHODS, DyCoke, FewerFrames, PruneVid, Reducer, SparseVLM, in_model, parse
+from foveate.reducers import METHODS, VTW, ATPLLaVA, DyCoke, FewerFrames, PruneVid, Reducer, SparseVLM, in_model, parse, visual_tokens
 from foveate.tokens import budget
 from tests.reducers.ragged import counted
 
@@ -51,6 +51,10 @@ def test_every_method_leaves_about_as_many(method: type[Reducer], keep: float) -
     left = counted(method().at(keep), PER_IMAGE, PER_IMAGE)
     if method is SparseVLM:  # and what it recycles
         assert budget(keep, PER_IMAGE) <= left <= budget(keep, PER_IMAGE) + 20
+    elif method is VTW:  # on the mean over the layers
+        assert sum(visual_tokens([method().at(keep)], PER_IMAGE, 100)) == pytest.approx(100 * keep * PER_IMAGE)
+    elif method is ATPLLaVA:  # at most; as many on the mean, once its thresholds are trained
+        assert left == PER_IMAGE
     elif method.amounts == ("keep",):
         assert left == pytest.approx(keep * PER_IMAGE, abs=1)
     else:  # strides and the like

@@ -83,7 +83,7 @@ def first_cut(reducer: Reducer, layout: Layout) -> tuple[list[int], list[int]]:
 SPELLED = [
     text
     for m in METHODS.values()
-    if in_model([m()]) and not issubclass(m, Seeing)
+    if in_model([m()]) and not issubclass(m, Seeing) and "pixels" not in m.looks_at  # in the tower each crop is a row by itself
     for text in (*m.examples, *m.keeps_all)
     if "+" not in text
 ]

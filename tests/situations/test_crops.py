@@ -12,7 +12,6 @@ from transformers import CLIPImageProcessorPil
 
 import foveate
 from foveate.accounting import predict
-from foveate.data import conversations
 from foveate.data.collate import Collator, Fit
 from foveate.data.conversations import Conversation, Conversations, find_bad
 from foveate.errors import FoveateError
@@ -199,7 +198,7 @@ def test_the_check_before_training_knows_the_size_of_each_picture(
         bad = find_bad(data.source, tmp_path / "checked.tsv", fits=fits)
         assert [one.id for one in bad if "would cut an image" in one.reason] == [name for name in wanted if name != "s2"]
         # by then their sizes are remembered
-        monkeypatch.setattr(conversations, "shown_size", None)
+        monkeypatch.setattr("foveate.data.checked.shown_size", None)
 
 
 @pytest.mark.parametrize("resumed", [False, True])

@@ -279,11 +279,15 @@ def test_no_rows_are_an_error(folder: Path, kind: str) -> None:
         ({"images": ["0.png"], "conversations": talk("What?", "x")}, "has 1 image but 0 <image> markers"),
         ({"image": "0.png", "images": ["0.png"], "conversations": talk("<image>", "x")}, "under both `image` and `images`"),
         (
-            {"video": "v.mp4", "conversations": talk("<video>\nWhat?", "x")},
-            "has 'video', but only pictures and text are read: take",
+            {"film": "v.mp4", "conversations": talk("<video>\nWhat?", "x")},
+            r"has 'film', but only pictures, clips \(under `video`\) and text",
         ),
-        ({"videos": ["v.mp4"], "conversations": talk("What?", "x")}, "has 'videos'"),
-        ({"video": "v", "image": "0.png", "conversations": talk("<image>", "x")}, "has 'video'"),
+        ({"videos": ["v.mp4"], "conversations": talk("What?", "x")}, "has 1 clip but 0 <video> markers"),
+        ({"video": "v", "image": "0.png", "conversations": talk("<image>", "x")}, "has 1 clip but 0 <video> markers"),
+        ({"video": "v", "videos": ["v"], "conversations": talk("<video>", "x")}, "under both `video` and `videos`"),
+        ({"video": "http://example.org/a.mp4", "conversations": talk("<video>", "x")}, "is an address, .* save the film"),
+        ({"video": 3, "conversations": talk("<video>", "x")}, "is no name of a film"),
+        ({"video": {"bytes": "AAAA"}, "conversations": talk("<video>", "x")}, "lies within the data set; save it as a file"),
         ({"audio": {"path": "a.wav", "bytes": None}, "conversations": talk("What?", "x")}, "has 'audio'"),
         ({"frames": ["0.png", "1.png"], "conversations": talk("What?", "x")}, "has 'frames'"),
         ({"img": "0.png", "conversations": talk("What?", "x")}, "has 'img', but pictures stand under `image` or `images`: rename"),
@@ -332,7 +336,7 @@ def test_questions_with_pictures_in_other_columns(folder: Path) -> None:
     with pytest.raises(FoveateError, match=r"1: has 'photo', .*; or name the column of the pictures with image="):
         task(path, folder / "images")
     path.write_text(json.dumps([{**row, "video": "v.mp4"} for row in held[:1]]))
-    with pytest.raises(FoveateError, match="0: has 'video'"):
+    with pytest.raises(FoveateError, match=r"1 of 2 images and clips cannot be used:\n  .*v\.mp4 is missing"):
         task(path, folder / "images")
     assert len(task(path, folder / "images", ",image=image").samples) == 1
 

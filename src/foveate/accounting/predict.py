@@ -16,7 +16,7 @@ from foveate.accounting.ledger import Ledger, Trained
 from foveate.accounting.pairs import unseen as unseen_by
 from foveate.accounting.prompts import Calls, Prompt, encodings_of, planned, prompt_of, read_prompts
 from foveate.accounting.scores import decided
-from foveate.accounting.stack import Stack, decoder, lora_per_layer
+from foveate.accounting.stack import Stack, decoder, lora_per_layer, low_rank
 from foveate.cache_policies import CachePolicy
 from foveate.errors import FoveateError
 from foveate.probes.encoding import Encoded
@@ -80,7 +80,7 @@ def predict(
     if mode == "decode":
         if cache is not None and left is None:
             raise FoveateError(f"how much {cache} leaves depends on more than sizes: what decoding costs after it cannot be predicted")
-        return _decode(config, visual, left or total, new_tokens, dtype_bytes)
+        return _decode(config, visual, left or total, new_tokens, dtype_bytes, bool(calls))
     if head_tokens is None and mode == "train":  # a reducer's outputs keep the caller's length, so the head sees every token
         head_tokens = sum(prompt.tokens for prompt in prompts)
     scores = decided(config, reducers, prompts, calls)
@@ -109,6 +109,7 @@ def observed(
     prompts: Sequence[Prompt] = (),
     cache: CachePolicy | None = None,
     unseen: Sequence[Sequence[int]] = (),
+    in_tower: Sequence[Mapping[int, int]] = (),
 ) -> Ledger:
     """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
@@ -117,14 +118,15 @@ def observed(
     unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
     each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
     acted on `prompts`; what their scores took follows from the sizes of these, and what the policy `cache` took from those of the layers.
-    `unseen`: by layer and row, (query, key) pairs that a rule hides; without it none.
+    `unseen`: by layer and row, (query, key) pairs that a rule hides; without it none. `in_tower`: of each crop that the tower saw, by block
+    in front of which something was cut, the tokens that were left; without it as many as the reducers say.
     """
     if len(visual) != len(total):
         raise FoveateError(f"visual tokens of {len(visual)} layers but total tokens of {len(total)}: give one entry per decoder layer")
     if mode == "decode":
-        return _decode(config, _rows(visual), _rows(total), new_tokens, dtype_bytes)
+        return _decode(config, _rows(visual), _rows(total), new_tokens, dtype_bytes, bool(images))
     calls = encoded if encoded is not None else encodings_of(config, None, grid, images)
-    scores = decided(config, reducers, prompts, calls)
+    scores = decided(config, reducers, prompts, calls, in_tower)
     if cache is not None:
         scores = scores[0] + _thinning(config, cache, _rows(total)), scores[1]
     return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)
@@ -150,10 +152,18 @@ def _ledger(
     flows = before or trained.lm or trained.lora_rank > 0 or trained.reducers
     weights, products = (3 if trained.lm else 2 if flows else 1), (3 if flows else 1)
     lora = lora_per_layer(config, trained.lora_rank, trained.lora_targets) if trained.lora_rank else [0] * len(stack.linear)
-    linear = [2 * sum(rows) * (weights * macs + 3 * extra) for rows, macs, extra in zip(total, stack.linear, lora, strict=True)]
+    made = _weights(config, calls, products)
+    first = 0 if trained.lm or trained.lora_rank else next((layer for layer, own in enumerate(made) if own), 0)
+    through = [layer >= first for layer in range(len(made))]  # in front of the first weights of images no gradient comes
+    linear = [
+        2 * sum(rows) * ((weights if back else 1) * macs + 3 * extra + own)
+        for rows, macs, extra, own, back in zip(total, stack.linear, lora, made, through, strict=True)
+    ]
     unseen = unseen or [[0] * len(rows) for rows in total]
     pairs = [sum(n * n for n in rows) - sum(less) for rows, less in zip(total, unseen, strict=True)]
-    attention = [products * 4 * seen * width for seen, width in zip(pairs, stack.attention_width, strict=True)]
+    attention = [
+        (products if back else 1) * 4 * seen * width for seen, width, back in zip(pairs, stack.attention_width, through, strict=True)
+    ]
     if head_tokens is None:
         head_tokens = sum(total[0]) if mode == "train" else len(total[0])
     head = weights * 2 * head_tokens * stack.head
@@ -174,6 +184,12 @@ def _ledger(
         flops,
         activation_bytes=tuple(sum(rows) * width * dtype_bytes for rows, width in zip(total, _kept(stack), strict=True)),
     )
+
+
+def _weights(config: Any, images: Any, times: int = 1) -> list[int]:
+    """By layer, multiply-adds per token in the weights that images become, each of whose products costs so many forwards; none without
+    images."""
+    return [times * macs if images else 0 for macs in low_rank(config)]
 
 
 def _left(config: Any, cache: CachePolicy, total: list[list[int]]) -> list[list[int]] | None:
@@ -204,10 +220,10 @@ def _kept(stack: Stack) -> list[int]:
     return kept
 
 
-def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_tokens: int, dtype_bytes: int) -> Ledger:
+def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_tokens: int, dtype_bytes: int, images: bool) -> Ledger:
     """`new_tokens` forwards of one token; the i-th (from 1) attends to the prefilled tokens of its layer and to i new ones."""
     stack = decoder(config)
-    linear = [2 * new_tokens * macs for macs in stack.linear]
+    linear = [2 * new_tokens * (macs + own) for macs, own in zip(stack.linear, _weights(config, images), strict=True)]
     seen = [sum(n * new_tokens + new_tokens * (new_tokens + 1) // 2 for n in rows) for rows in total]
     attention = [4 * n * width for n, width in zip(seen, stack.attention_width, strict=True)]
     after = [sum(rows) + new_tokens for rows in total]

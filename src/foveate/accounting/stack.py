@@ -19,7 +19,9 @@ from foveate.accounting.ledger import Trained
 from foveate.accounting.prompts import image_of
 from foveate.anatomy import attends, grows, read
 from foveate.anatomy.config import EXPERTS, experts_of, heads_of, vision_of
+from foveate.bridges.vlora import RANK
 from foveate.errors import FoveateError
+from foveate.model.configuration import FoveateConfig
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def stack_of(layers: nn.ModuleList, config: Any, output: Any = None) -> Stack:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     here = [attends(layer) for layer in layers]
     return Stack(
-        tuple(_macs(layer, config) for layer in layers),
+        tuple(macs_of(layer, config) for layer in layers),
         tuple((name, m.in_features, m.out_features) for name, m in layers.named_modules() if isinstance(m, nn.Linear)),
         tuple(heads * head_dim * attending for attending in here),
         tuple(2 * kv_heads * head_dim * attending for attending in here),
@@ -117,7 +119,7 @@ def stack_of(layers: nn.ModuleList, config: Any, output: Any = None) -> Stack:
     )
 
 
-def _macs(layer: nn.Module, config: Any) -> int:
+def macs_of(layer: nn.Module, config: Any) -> int:
     """Multiply-adds per token in the weights of a layer; of experts in those that a token meets."""
     macs, sets = 0, set()
     for name, module in layer.named_modules():
@@ -142,3 +144,13 @@ def _macs(layer: nn.Module, config: Any) -> int:
             f"cannot predict the cost of a {config.model_type!r} model: which of {len(sets)} sets of experts a token meets is not known"
         )
     return macs
+
+
+def low_rank(config: Any) -> list[int]:
+    """Multiply-adds per token of each layer in the weights that images become, A and B; zeros where they become tokens."""
+    found = [0] * len(decoder(config).linear)
+    if isinstance(config, FoveateConfig) and config.weighs:
+        bridge = config.bridge
+        for layer in bridge["layers"]:
+            found[layer] = bridge.get("rank", RANK) * sum(map(sum, bridge["targets"].values()))
+    return found

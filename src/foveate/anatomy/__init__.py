@@ -5,6 +5,7 @@ from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
 from foveate.anatomy.raster import Laid, places
 from foveate.anatomy.reading import MODALITIES, TESTED, Anatomy, features_of, forget_reader, read, register_reader
 from foveate.anatomy.tower import Extras, blocks, columns_of, extras_of
+from foveate.anatomy.units import Crops, Units
 
 __all__ = [
     "MODALITIES",
@@ -12,10 +13,12 @@ __all__ = [
     "Anatomy",
     "Arrangement",
     "Boxes",
+    "Crops",
     "Extras",
     "Laid",
     "Media",
     "Patches",
+    "Units",
     "attends",
     "blocks",
     "columns_of",

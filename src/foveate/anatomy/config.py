@@ -37,6 +37,11 @@ def experts_of(config: Any) -> int | None:
     return next((n for n in (getattr(config, option, None) for option in EXPERTS) if n), None)
 
 
+def latent(config: Any) -> bool:
+    """Whether the layers attend to keys and values that they make anew from a latent, which is what they cache."""
+    return getattr(config, "kv_lora_rank", None) is not None
+
+
 def heads_of(config: Any) -> int | None:
     """Attention heads; None where there are none, or where they share keys and values of another shape (latent attention)."""
-    return None if getattr(config, "kv_lora_rank", None) is not None else getattr(config, "num_attention_heads", None)
+    return None if latent(config) else getattr(config, "num_attention_heads", None)

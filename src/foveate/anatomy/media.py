@@ -89,11 +89,13 @@ class Patches:
 
     segments  how many images or frames a tower that packs them has seen; None: each crop is one
     grouped   how many patches that become one token stand side by side; 0: they are blocks of the raster
-    order     (groups,) int64 where the tower has put each of these groups (windows); None: in their order
+    order     (groups,) int64 where the tower has put each of these groups, or single patches (windows); None: in their order
     boxes     from which boxes of patches a bridge makes the tokens; None: by groups, blocks, or one of each
+    pooled    (tokens, n) int64 of which patches, counted through all crops, each token is made, -1 for none; None: the model does not say
     """
 
     segments: int | None = None
     grouped: int = 0
     order: Tensor | None = None
     boxes: Boxes | None = None
+    pooled: Tensor | None = None

@@ -7,7 +7,7 @@ some families have is in `families`, one such shape a file. What cannot be read 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from foveate.anatomy import families
 from foveate.anatomy.layers import attends, window_of
 from foveate.anatomy.media import Arrangement, Boxes, Media, Patches
 from foveate.anatomy.raster import places
+from foveate.anatomy.units import Crops, in_rows
 from foveate.errors import FoveateError, NotApplicable, Reason
 
 # By model type, what a model wants beside transformers. Any model that shares these shapes is served; these are tested.
@@ -24,7 +25,10 @@ TESTED = {
     "aria": "",
     "aya_vision": "",
     "cohere2_vision": "torchvision",
+    "cohere_compass": "torchvision",
+    "cosmos3_omni": "torchvision",
     "deepseek_vl": "",
+    "deepseek_vl_hybrid": "",
     "ernie4_5_vl_moe": "torchvision",
     "exaone4_5": "torchvision",
     "fast_vlm": "timm",
@@ -34,12 +38,19 @@ TESTED = {
     "gemma4": "torchvision",
     "glm46v": "torchvision",
     "glm4v": "torchvision",
+    "glm4v_moe": "torchvision",
     "glm_ocr": "torchvision",
+    "glmga": "torchvision",
     "got_ocr2": "",
     "granite4_vision": "",
+    "granite_docling": "",
     "hunyuan_vl": "",
+    "hyperclovax_vision_v2": "torchvision",
+    "idefics2": "",
     "idefics3": "",
     "internvl": "torchvision",
+    "janus": "",
+    "kimi_k25": "torchvision",
     "lfm2_vl": "torchvision",
     "lighton_ocr": "",
     "llama4": "torchvision",
@@ -47,15 +58,23 @@ TESTED = {
     "llava_next": "",
     "llava_next_video": "torchvision",
     "llava_onevision": "torchvision",
+    "minicpmv4_6": "torchvision",
+    "minicpmv4_7": "torchvision",
     "mistral3": "torchvision",
+    "molmo2": "torchvision",
+    "muse_glimmer": "torchvision",
     "ovis2": "",
     "paddleocr_vl": "",
     "paligemma": "",
     "perception_lm": "timm",
+    "pp_chart2table": "",
     "qianfan_ocr": "",
+    "qwen2_5_omni_thinker": "torchvision",
     "qwen2_5_vl": "torchvision",
     "qwen2_vl": "torchvision",
     "qwen3_5": "torchvision",
+    "qwen3_5_moe": "torchvision",
+    "qwen3_omni_moe_thinker": "torchvision",
     "qwen3_vl": "torchvision",
     "qwen3_vl_moe": "torchvision",
     "smolvlm": "num2words, torchvision",
@@ -115,6 +134,9 @@ class Anatomy:
         the names that it takes), and whether they are those of features that the call was given."""
         if self.slot_method != _SLOT_METHODS[0]:
             return {"image": self.placeholders(given.get("input_ids"), given["inputs_embeds"])}, False
+        one = families.asked.modality(self.core.config, given, MODALITIES)
+        if one is not None:
+            return {one: result[..., 0] if result.ndim == 3 else result}, True
         masks = result if isinstance(result, tuple) else (result,)
         asked = any(f"{modality}_features" in parameters for modality in MODALITIES)
         named = zip(MODALITIES, masks, strict=False)
@@ -191,7 +213,7 @@ class Anatomy:
     def patches(self, media: Media) -> Patches:
         """How the tower's patches become the tokens of a call. NotApplicable where that is not known."""
         families.plans.refuse_shapes(media)
-        return families.grids.patches(media) or Patches(boxes=media.boxes)
+        return families.pooling.patches(media) or families.grids.patches(media) or Patches(boxes=media.boxes)
 
     def contents(self, media: Media) -> list[Tensor]:
         """What each item of a call is told apart by: its pixels, or its features where these are all there is."""
@@ -227,9 +249,23 @@ class Anatomy:
         """Of a model whose bridge says so: from which box of patches each token is made, and the grid of patches."""
         return families.boxes.boxes(self.core, pixels)
 
+    def crops(self, tower: nn.Module, given: dict[str, Any], shape: Sequence[int]) -> Crops:
+        """How the crops of a call of a tower lie, from the call's arguments by name and the shape of its blocks' states without their
+        width. NotApplicable where that is not known."""
+        found = families.grids.crops(self, tower, given, shape)
+        if found is not None:
+            return found
+        pixels = next((value for name, value in given.items() if name.startswith("pixel_values") and isinstance(value, Tensor)), None)
+        return in_rows(tower, families.shuffles.side(self.core), pixels, shape)
+
     def window_order(self, grids: Tensor | None) -> Tensor | None:
         """Of a tower that puts its groups of patches in order of windows: that order."""
         return None if grids is None else families.windows.order(self.tower, grids)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether images become weights of the decoder, and no tokens of the sequence."""
+        return families.weights.made(self.core)
 
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """(B, N) bool: the slots of image features, for models that have no method to say so."""
@@ -278,6 +314,11 @@ def read(model: nn.Module) -> Anatomy:
             "interleaves visual tokens with text, or its family needs a reader of its own (foveate.anatomy.register_reader)"
         )
     language = next(part for part in (getattr(core, attribute, None) for attribute in _LANGUAGE) if isinstance(part, nn.Module))
+    if getattr(getattr(language, "config", None), "is_encoder_decoder", False):
+        raise FoveateError(
+            f"{name}: {type(language).__name__} reads pictures with an encoder and answers with a decoder that looks at it from outside; "
+            "no visual tokens stand in the sequence that is decoded, so that there are none to be reduced"
+        )
     decoder = next((m for m in language.modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)), None)
     if decoder is None:
         raise FoveateError(

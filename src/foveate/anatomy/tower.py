@@ -29,11 +29,12 @@ def blocks(tower: nn.Module) -> nn.ModuleList:
 
 
 def _longest(tower: nn.Module) -> str | None:
-    """The name of the tower's longest list of blocks that attend."""
+    """The name of the tower's longest list of blocks that attend; some of them may convolve instead, if all are of one kind."""
     lists = {
         name: len(module)
         for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and attends(module[0])
+        if isinstance(module, nn.ModuleList)
+        and (any(map(attends, module)) if len({type(block) for block in module}) == 1 else len(module) and attends(module[0]))
     }
     return max(lists, key=lists.__getitem__) if lists else None
 

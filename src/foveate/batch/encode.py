@@ -70,6 +70,8 @@ class Encoder:
         self.model, self.processor = load_model(job.model, device, dtype=job.dtype)
         self.questions, self._reducer = Questions(job.data, job.images), reducer
         anatomy = read(self.model)
+        if anatomy.weighs:
+            raise FoveateError("the images of this model become weights of its decoder, which embeddings do not hold; use foveate generate")
         self._grid = hasattr(anatomy.core, "get_rope_index")  # its positions are places in a grid, which are never renumbered
         self._found: list[tuple[Item, Tensor]] = []
         self._alone = Alone()

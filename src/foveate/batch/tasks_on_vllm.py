@@ -55,12 +55,15 @@ class OnVLLM(Engine):
         self, asked: Asked, reducers: Sequence[Reducer], tell: Callable[[int], None], *, cache: CachePolicy | None, blind: bool
     ) -> Answered:
         samples, acting = asked.task.samples, in_model(reducers)
+        if any(sample.clips for sample in samples):
+            raise Broken(f"vLLM is asked about pictures so far, and {asked.task.name} asks about clips; leave out --engine")
         if hasattr(self.processor, "resized") and len(acting) < len(reducers):
             raise FoveateError(f"{type(self.processor).__name__} makes all images one size, and vLLM has one of its own: not served")
         setting = self._started(acting)
         found, start = Answered([""] * len(samples)), time.perf_counter()
         for batch in asked.batches:
-            pictures = {ref: prepare(reducers, shown(ref, blind)) for number in batch for ref in samples[number].images}
+            refs = dict.fromkeys(ref for number in batch for ref in samples[number].images)
+            pictures = dict(zip(refs, (prepare(reducers, image) for image in shown(refs, blind)), strict=True))
             images = [[pictures[ref] for ref in samples[number].images] for number in batch]
             said = self._said([asked.prompts[number] for number in batch], images, asked.task.max_new_tokens, setting)
             for number, (one, prompt) in zip(batch, said, strict=True):

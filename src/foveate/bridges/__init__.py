@@ -1,4 +1,4 @@
-"""Bridges: trained modules from vision features to visual tokens. One file per method, one line here."""
+"""Bridges: trained modules from vision features to visual tokens, or to weights. One file per method, one line here."""
 
 import difflib
 import inspect
@@ -18,6 +18,7 @@ from foveate.bridges.mqt import MQT
 from foveate.bridges.pixel_shuffle import PixelShuffle
 from foveate.bridges.resa import ReSA
 from foveate.bridges.resampler import Resampler
+from foveate.bridges.vlora import VLoRA
 from foveate.bridges.wide_windows import WideWindows
 from foveate.errors import FoveateError
 
@@ -35,6 +36,7 @@ BRIDGES: dict[str, type[Bridge]] = {
     "wide_windows": WideWindows,
     "comm": COMM,
     "mg_gate": MGGate,
+    "vlora": VLoRA,
 }
 
 __all__ = [
@@ -53,6 +55,7 @@ __all__ = [
     "PixelShuffle",
     "ReSA",
     "Resampler",
+    "VLoRA",
     "WideWindows",
     "build_bridge",
     "complete_config",

@@ -44,7 +44,8 @@ class Bridge(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, features: list[Tensor], grid: Grid) -> Tensor:
-        """(B, tokens(grid), text_width) from `levels` tensors (B, rows * columns, vision_width), no CLS, raster order, shallow to deep."""
+        """(B, tokens(grid), text_width) from `levels` tensors (B, rows * columns, vision_width), no CLS, raster order, shallow to deep. One
+        that makes no tokens says itself what it makes."""
 
     def budgets(self, grid: Grid) -> Sequence[int]:
         """Numbers of tokens that one image may become, ascending; the last is `tokens(grid)`, which alone is left in most methods."""

@@ -25,7 +25,7 @@ class AttentionRows:
 
     Rows and columns are those of the layer, or, with `slots`, those of the slots that are left of them (`of_slots`): the softmax was over
     all keys, and stays so. Under tensor parallelism the heads here are this rank's own, and `group` are the ranks that share the others
-    out: what is said of all heads (`mean`, `row`, `received`, `keys`) is asked of all of them, so every rank must ask.
+    out: what is said of all heads (`mean`, `most`, `row`, `received`, `keys`) is asked of all of them, so every rank must ask.
     """
 
     query: Tensor
@@ -108,6 +108,14 @@ class AttentionRows:
         torch.distributed.all_reduce(own, group=self.group)
         return own / self.group.size()
 
+    def most(self, heads_BH: Tensor) -> Tensor:
+        """(B, ...) largest of (B, H, ...), what was found for each head that is here, over all heads."""
+        own = heads_BH.amax(1)
+        if self.group is not None:
+            own = own.contiguous()
+            torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX, group=self.group)
+        return own
+
     def keys(self) -> Tensor:
         """(B, K, G * h) float32 keys, all heads side by side."""
         own = self.key.to(torch.float32).transpose(1, 2).flatten(2).contiguous()
@@ -121,12 +129,13 @@ class AttentionRows:
         """(B, K) attention of one row a sample, mean over heads."""
         return self.mean(self.rows(index_B[:, None])[:, :, 0])
 
-    def received(self, rows_BN: Tensor) -> Tensor:
-        """(B, K) attention received from the rows where `rows_BN` (bool) is True, mean over heads and over those rows; 0 without any."""
-        B = rows_BN.shape[0]
+    def received(self, rows_BN: Tensor, most: bool = False) -> Tensor:
+        """(B, K) attention received from the rows where `rows_BN` (bool) is True, mean over heads (`most`: the largest of them, row by row)
+        and over those rows; 0 without any."""
+        B, of_heads = rows_BN.shape[0], self.most if most else self.mean
         total: Tensor | None = None
         for index in _blocks(rows_BN):
-            part = self.mean(self.rows(index.clamp(min=0))) * (index >= 0)[..., None]
+            part = of_heads(self.rows(index.clamp(min=0))) * (index >= 0)[..., None]
             total = part.sum(1) if total is None else total + part.sum(1)
         if total is None:
             keys = self.slots if self.slots is not None else self.key[0, 0] if self.weights is None else self.weights[0, 0].T

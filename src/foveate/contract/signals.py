@@ -74,6 +74,14 @@ class TowerKeys(Signal):
 
 
 @dataclass(frozen=True)
+class Pixels(Signal):
+    """(B, N, v) the pixels of each token's patches, one after the other, as the processor has made them. In front of the vision tower's
+    blocks only."""
+
+    words: ClassVar[str] = "the pixels"
+
+
+@dataclass(frozen=True)
 class Attention(Signal):
     """The `AttentionRows` of decoder layer index `layer`: any of its rows, none of them computed before it is asked for."""
 

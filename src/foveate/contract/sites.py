@@ -127,9 +127,9 @@ class BeforeProcessor(_Acts):
 
 @dataclass(frozen=True)
 class InEncoder(_Acts):
-    """In front of block index `block` of the vision tower; it may look at the block before. The view's rows are crops, its slots those of
-    the tower, [CLS] and registers among them. Where a reducer says `proportional = True`, the blocks behind attend to merged tokens by
-    their size."""
+    """In front of block index `block` of the vision tower; it may look at the block before. The view's rows are crops, its slots the
+    tower's tokens: [CLS] and registers, and the patches, those together that become one token of the language model. Where a reducer says
+    `proportional = True`, the blocks after that attend to merged tokens by their size."""
 
     block: int
     needs: tuple[Signal, ...] = ()

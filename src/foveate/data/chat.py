@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from foveate.data.conversations import MARKER
+from foveate.data.footage import CLIP, MARKER, VIDEO
 from foveate.errors import FoveateError
 
 Turns = Sequence[tuple[str, str]]
@@ -26,13 +26,19 @@ class Tokenised:
     supervised: np.ndarray
 
 
+def takes_videos(processor: Any) -> bool:
+    """Whether a processor takes clips; to others their frames are pictures."""
+    return getattr(processor, "video_processor", None) is not None
+
+
 class Renderer:
     """What the chat template of a processor makes of conversations.
 
     The span of an answer begins where the prompt of a question ends and goes up to and with the token that ends the turn. What the
     template writes of itself between the two, such as the empty thought of Qwen3, belongs to the prompt, in training and in questions.
     `end_id` is the token that ends a turn. A template that writes none (such as LLaVA-1.5's in transformers) gets the tokenizer's end of
-    sequence, `end`, put after each answer, because a model that never sees an end never learns to stop.
+    sequence, `end`, put after each answer, because a model that never sees an end never learns to stop. `videos`: whether the processor
+    takes clips as they are; CLIPs stand for them.
 
     FoveateError for a processor without a chat template, a slow tokenizer, and a tokenizer without image token.
     """
@@ -46,6 +52,8 @@ class Renderer:
         if not self.tokenizer.is_fast:
             raise FoveateError(f"{type(self.tokenizer).__name__} is a slow tokenizer, which cannot tell where in the text its tokens are")
         self.image_token: str = getattr(processor, "image_token", None) or MARKER
+        self.videos = takes_videos(processor)
+        self.video_token: str = getattr(processor, "video_token", None) or VIDEO
         self.image_token_id = int(self.tokenizer.convert_tokens_to_ids(self.image_token))
         if self.image_token_id == self.tokenizer.unk_token_id or self.image_token not in self.tokenizer.get_vocab():
             raise FoveateError(f"the tokenizer has no token {self.image_token!r}")
@@ -104,17 +112,21 @@ class Renderer:
             if role == "assistant" and (self._appended_to == "every" or number == len(turns) - 1):
                 text = text + self.end
             if not self.parts:
-                messages.append({"role": role, "content": text.replace(MARKER, self.image_token)})
+                messages.append({"role": role, "content": self._written(text)})
                 continue
             content: list[dict[str, str]] = []
-            for place, piece in enumerate(text.split(MARKER)):
-                if place:
-                    content.append({"type": "image"})
-                    piece = piece.removeprefix("\n")  # such templates write the line break after an image themselves
+            for place, piece in enumerate(re.split(f"({MARKER}|{CLIP})", text)):
+                if place % 2:
+                    content.append({"type": "image" if piece == MARKER else "video"})
+                    continue
+                piece = piece.removeprefix("\n") if place else piece  # such templates write the line break after an image themselves
                 if piece.strip():
                     content.append({"type": "text", "text": piece})
             messages.append({"role": role, "content": content})
         return messages
+
+    def _written(self, text: str) -> str:
+        return text.replace(MARKER, self.image_token).replace(CLIP, self.video_token)
 
     def ask(self, turns: Turns) -> str:
         """The prompt of a question that ends `turns`: as training writes what stands in front of an answer."""
@@ -162,7 +174,7 @@ class Renderer:
         if known is None:
             return None
         whole, before = known
-        given = [content.replace(MARKER, self.image_token) for _, content in turns]
+        given = [self._written(content) for _, content in turns]
         for contents in (given, [content.strip() for content in given]):
             if _fill(whole, contents) == text:
                 places = _places(whole, contents)

@@ -132,7 +132,7 @@ def told(cut: Sequence[Cut], name: str, samples: int, max_length: int) -> str:
 
 class Collator:
     """Samples of a Foveate model -> `input_ids`, `attention_mask`, `labels` (batch, length), padded on the right, and `pixel_values` of
-    the crops of all images, flat, with `image_crops` as the processor makes it. It fills in the samples' `plans`.
+    the crops of all images, flat, with `image_crops` or `prompt_images` as the processor makes it. It fills in the samples' `plans`.
 
     Supervised (every label that is not -100) are the answers and their end tokens. A sample longer than `max_length` tokens loses its
     end; FoveateError if an image or all of its answers would be lost with it. `remember`: keep the tokens of every sample in memory, for
@@ -198,6 +198,8 @@ class Collator:
             batch |= {"image_sizes": torch.tensor([plan.given for plan in plans])} if plans else {}
         else:
             batch |= {name: torch.tensor(counts) for name, counts in crop_counts(plans).items()}
+        if images and getattr(self.processor, "weighs", False):
+            batch["prompt_images"] = torch.tensor([len(sample.images) for sample in samples])
         return batch | {name: torch.tensor(counts) for name, counts in token_counts(plans).items()}
 
 

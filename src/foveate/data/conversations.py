@@ -2,7 +2,7 @@
 
 A row is {"id": ..., "image" or "images": a name, a list of names, or missing, "conversations": [{"from": "human", "value":
 "<image>\\n..."}, {"from": "gpt", "value": ...}, ...]}, with one image marker for each image. Pictures may be names of files, encoded bytes,
-or what the datasets library keeps of them.
+or what the datasets library keeps of them. Clips stand under "video" or "videos", see `foveate.data.footage`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foveate.data.pixels import Held, Outline, Picture, PictureError, open_image, shown_size
+from foveate.data.checked import Checked as Checked
+from foveate.data.clips import Clip, ClipError
+from foveate.data.footage import CLIPS, FRAMES, Footage, clips_of, framed, placed, standing
+from foveate.data.footage import MARKER as MARKER
+from foveate.data.pixels import Held, Outline, Picture, PictureError, open_image
 from foveate.data.rows import Rows, open_rows
+from foveate.data.rows import Unusable as Unusable
 from foveate.errors import FoveateError, readable
 from foveate.tokens import ImagePlan
 
 log = logging.getLogger(__name__)
 
-MARKER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGES = ("image", "images")
 SAMPLE = '{"id": "1", "image": "a.png", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": "..."}]}'
@@ -47,8 +52,8 @@ load_image = open_image  # its name before there was one for all who open pictur
 @dataclass(frozen=True)
 class Conversation:
     """One training sample: turns are (role, text) with roles user and assistant in turn, images are decoded to RGB (or outlines, where
-    features of them are read), `plans` are what each of them becomes, filled in by whoever makes model inputs of it. `source`: the number
-    of its source, where samples of several are mixed."""
+    features of them are read), `plans` are what each of them and of the clips becomes, filled in by whoever makes model inputs of it.
+    `source`: the number of its source, where samples of several are mixed. `clips`: for a model with videos, in the order of the CLIPs."""
 
     index: int
     id: str
@@ -56,6 +61,7 @@ class Conversation:
     images: Sequence[Any]
     plans: list[ImagePlan] = field(default_factory=list)
     source: int = 0
+    clips: Sequence[Clip] = ()
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,6 @@ class Bad:
 
     def __str__(self) -> str:
         return f"{self.id}{f' ({self.image})' if self.image else ''}: {self.reason}"
-
-
-class Unusable(FoveateError):
-    """What is wrong with one row, the others being as they are."""
 
 
 # ---- what a row holds ----------------------------------------------------------------------------------------------------------------
@@ -115,14 +117,15 @@ def _picture(item: Any, folder: Path | None) -> Picture:
 
 def other_media(row: Mapping[str, Any], images: int, known: Collection[str] = ()) -> str:
     """What a row holds that would be lost without a word, "" if nothing: films and sound, and pictures in other fields than `image` and
-    `images`, or than those that are `known`."""
+    `images`, or than those that are `known`, which are clips' where those are read."""
     for name, value in row.items():
         if name in (*IMAGES, "id", "conversations", *known) or not isinstance(value, str | bytes | list | dict) or not value:
             continue
         if _FILM.fullmatch(name):
+            read = "pictures, clips (under `video`)" if CLIPS[0] in known else "pictures"
             return (
-                f"has {readable(name)!r}, but only pictures and text are read: take pictures out of it and list them under `images`, "
-                f"with a {MARKER} marker for each, or leave the field out"
+                f"has {readable(name)!r}, but only {read} and text are read: "
+                f"take pictures out of it and list them under `images`, with a {MARKER} marker for each, or leave the field out"
             )
         if _NUMBERED.fullmatch(name) or (not images and (_PICTURE.fullmatch(name) or _is_file(value))):
             return f"has {readable(name)!r}, but pictures stand under `image` or `images`: rename the field, or leave it out"
@@ -148,14 +151,19 @@ def check_text(text: str) -> str:
 
 
 class Source:
-    """Rows, and the folder that names of images start from."""
+    """Rows, and the folder that names of images and clips start from.
 
-    def __init__(self, rows: Rows, folder: Path | None = None) -> None:
+    frames  the sampling of the clips
+    films   whether who reads takes clips as they are; else their frames are shown as pictures
+    """
+
+    def __init__(self, rows: Rows, folder: Path | None = None, frames: str = FRAMES, films: bool = False) -> None:
         if folder is not None and not folder.is_dir():
             raise FoveateError(f"image folder {folder.absolute()} does not exist")
         if rows.columns is not None and "conversations" not in rows.columns:
             raise FoveateError(f"dataset {rows.name} has no column `conversations`; it has {', '.join(map(readable, rows.columns))}")
         self.rows, self.name, self.folder = rows, rows.name, folder
+        self.frames, self.films = frames, films
 
     @property
     def fingerprint(self) -> str:
@@ -175,8 +183,17 @@ class Source:
         return listed(row)
 
     def images(self, row: dict[str, Any]) -> list[Picture]:
-        try:
+        with self._named():
             return pictures_of(row, self.folder)
+
+    def clips(self, row: dict[str, Any]) -> list[Footage]:
+        with self._named():
+            return clips_of(row, self.folder, self.frames)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
         except Unusable:
             raise
         except FoveateError as error:
@@ -218,16 +235,18 @@ class Conversations:
         split: str = "train",
         limit: int | None = None,
         config: str | None = None,
+        frames: str = FRAMES,
+        films: bool = False,
     ) -> Conversations:
-        """From a file or folder, such as LLaVA's JSON, or from a data set that may be on the hub as well. FoveateError if it cannot be
-        read."""
+        """From a file or folder, such as LLaVA's JSON, or from a data set that may be on the hub as well. `frames`, `films`: see
+        `Source`. FoveateError if it cannot be read."""
         where = conversations if conversations is not None else dataset
         assert where is not None
         try:
             rows = open_rows(where, split, config, limit, hub=conversations is None)
         except FoveateError as error:
             raise FoveateError(f"{'dataset' if conversations is None else 'conversations'} {error}") from None
-        return cls(Source(rows, images))
+        return cls(Source(rows, images, frames, films))
 
     @property
     def name(self) -> str:
@@ -241,9 +260,15 @@ class Conversations:
         row = self.source.row(index)
         try:
             images = [self.show(image) for image in self.source.images(row)]
-        except PictureError as error:  # it was good when it was checked
-            raise FoveateError(f"{self.source.name}: an image of sample {row_id(row, index)} cannot be read any more: {error}") from None
-        return Conversation(index, row_id(row, index), turns_of(row), images)
+            clips = [clip.open() for clip in self.source.clips(row)]
+        except (PictureError, ClipError) as error:  # it was good when it was checked
+            what = "an image" if isinstance(error, PictureError) else "a clip"
+            raise FoveateError(f"{self.source.name}: {what} of sample {row_id(row, index)} cannot be read any more: {error}") from None
+        turns = turns_of(row, len(images), len(clips))
+        if clips and not self.source.films:
+            turns, images = framed(turns, images, [clip.frames for clip in clips])
+            clips = []
+        return Conversation(index, row_id(row, index), turns, images, clips=clips)
 
     def name_of(self, item: int) -> str:
         """What messages call a sample."""
@@ -251,7 +276,11 @@ class Conversations:
         return row_id(self.source.row(index), index)
 
     def pictures(self, item: int) -> list[Picture]:
-        return self.source.images(self.source.row(int(self.index[item])))
+        """FoveateError for a sample with clips."""
+        row = self.source.row(int(self.index[item]))
+        if self.source.clips(row):
+            raise FoveateError(f"sample {self.name_of(item)} shows a clip, and only of pictures features are kept: leave `features` out")
+        return self.source.images(row)
 
     def after(self, item: int, number: int) -> int:
         """The sample `number` places further on, from the beginning again after the last one."""
@@ -264,16 +293,18 @@ class Conversations:
             raise FoveateError(f"{self.source.name}: no sample is left, all {len(self.source)} are bad")
 
 
-def turns_of(row: dict[str, Any]) -> list[tuple[str, str]]:
-    """(role, text) of a row that `check_row` has found good."""
-    return [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
+def turns_of(row: dict[str, Any], images: int = 0, clips: int = 0) -> list[tuple[str, str]]:
+    """(role, text) of a row of so many images and clips that `check_row` has found good; CLIP stands for each clip."""
+    turns = [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
+    stands = standing([text for role, text in turns if role == "user"], images, clips)
+    return [(role, placed(text, stands) if role == "user" else text) for role, text in turns]
 
 
 # ---- the check before training -------------------------------------------------------------------------------------------------------
 
 
-def check_row(row: dict[str, Any], images: int) -> str:
-    """What is wrong with the text of a row, "" if nothing is."""
+def check_row(row: dict[str, Any], images: int, clips: int | None = None) -> str:
+    """What is wrong with the text of a row of so many images and clips (None: of whoever reads no clips), "" if nothing is."""
     turns = row.get("conversations")
     if not isinstance(turns, list) or not turns:
         others = ", ".join(readable(str(name)) for name in row if name != "conversations")
@@ -286,69 +317,18 @@ def check_row(row: dict[str, Any], images: int) -> str:
         roles = roles[1:]
     if len(roles) < 2 or len(roles) % 2 or any(role != ("user", "assistant")[i % 2] for i, role in enumerate(roles)):
         return f"human and gpt must take turns, beginning with human and ending with gpt; found {', '.join(t['from'] for t in turns)}"
-    markers = sum(turn["value"].count(MARKER) for turn in turns if ROLES[turn["from"]] == "user")
-    if any(MARKER in turn["value"] for turn in turns if ROLES[turn["from"]] != "user"):
-        return f"{MARKER} stands outside of the human turns"
-    if markers != images:
-        return f"has {images} image{'s' if images != 1 else ''} but {markers} {MARKER} marker{'s' if markers != 1 else ''}"
+    asked = [turn["value"] for turn in turns if ROLES[turn["from"]] == "user"]
+    stands = standing(asked, images, clips or 0)
+    for marker in dict.fromkeys(filter(None, (MARKER, stands))):
+        if any(marker in turn["value"] for turn in turns if ROLES[turn["from"]] != "user"):
+            return f"{marker} stands outside of the human turns"
+        markers = sum(text.count(marker) for text in asked)
+        many, what = (clips or 0, "clip") if marker == stands else (images, "image")
+        if markers != many:
+            return f"has {many} {what}{'s' if many != 1 else ''} but {markers} {marker} marker{'s' if markers != 1 else ''}"
     if any(not turn["value"].strip() for turn in turns if ROLES[turn["from"]] == "assistant"):
         return "has an empty answer"
-    return next(filter(None, (check_text(turn["value"]) for turn in turns)), "") or other_media(row, images)
-
-
-class Checked:
-    """Images that were found good before, files by path, size and time of change, others by their bytes: a resumed or repeated run does
-    not decode them all again."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._known: dict[str, tuple[int, int] | str] = {}  # (height, width), or why it cannot be shown
-        self._new: list[str] = []
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path is not None and path.is_file() else ():
-            key, _, size = line.rpartition("\t")
-            height, _, width = size.partition("x")
-            if height.isdecimal() and width.isdecimal():  # a line may be torn
-                self._known[key] = int(height), int(width)
-
-    @staticmethod
-    def key(picture: Picture) -> str:
-        """On one line; "" for a file that is not there."""
-        if isinstance(picture, Held):
-            return hashlib.sha256(picture.content).hexdigest()
-        try:
-            stat = os.stat(picture)
-        except (OSError, ValueError):
-            return ""
-        return f"{readable(os.path.abspath(picture))}\t{stat.st_size}\t{stat.st_mtime_ns}"
-
-    def size(self, picture: Picture) -> tuple[int, int]:
-        """(height, width) of a picture as it is shown, which is decoded unless it is known. PictureError if it cannot be shown."""
-        key = self.key(picture)
-        found = self._known.get(key)
-        if found is None:
-            try:
-                found = shown_size(picture)
-            except PictureError as error:
-                found = error.reason
-            if key:
-                self._known[key] = found
-                if not isinstance(found, str):
-                    self._new.append(f"{key}\t{found[0]}x{found[1]}")
-        if isinstance(found, str):
-            raise PictureError(picture.name, found)
-        return found
-
-    def save(self) -> None:
-        """Appended, because several runs may share the file; a folder that cannot be written to only costs the next run its time."""
-        if self.path is None or not self._new:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("".join(line + "\n" for line in self._new))
-        except OSError as error:
-            log.info("the list of checked images was not kept: %s", error)
-        self._new = []
+    return next(filter(None, (check_text(turn["value"]) for turn in turns)), "") or other_media(row, images, () if clips is None else CLIPS)
 
 
 def cache_file(source: Source) -> Path:
@@ -365,8 +345,8 @@ def find_bad(
     fits: Callable[[list[tuple[str, str]], list[tuple[int, int]]], str] = lambda turns, sizes: "",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Bad]:
-    """Every sample (of `rows`) that cannot be trained on: text, markers, each image decoded once, and what `fits` says of its turns and
-    of the (height, width) of its images.
+    """Every sample (of `rows`) that cannot be trained on: text, markers, each image and clip decoded once, and what `fits` says of its
+    turns and of the (height, width) of its images, and of frames that are shown as such.
 
     `progress(done, total)` is called after each sample."""
     rows = range(len(source)) if rows is None else rows
@@ -376,19 +356,28 @@ def find_bad(
         row: Any = None
         try:
             row = source.row(index)
-            images = source.images(row)
-            reason = check_row(row, len(images))
+            images, clips = source.images(row), source.clips(row)
+            reason = check_row(row, len(images), len(clips))
         except Unusable as error:
             reason = str(error)
         if reason:
             return Bad(index, row_id(row, index), "", reason)
-        sizes = []
+        sizes, frames = [], []
         for image in images:
             try:
                 sizes.append(checked.size(image))
             except PictureError as error:
                 return Bad(index, row_id(row, index), readable(image.name), f"image {error.reason}")
-        reason = fits(turns_of(row), sizes)
+        for clip in clips:
+            try:
+                count, *size = checked.shape(clip)
+            except ClipError as error:
+                return Bad(index, row_id(row, index), readable(clip.path.name), f"clip {error.reason}")
+            frames.append([(size[0], size[1])] * count)
+        turns = turns_of(row, len(images), len(clips))
+        if clips and not source.films:
+            turns, sizes = framed(turns, sizes, frames)
+        reason = fits(turns, sizes)
         return Bad(index, row_id(row, index), "", reason) if reason else None
 
     last = time.monotonic()

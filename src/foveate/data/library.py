@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from foveate.data.chat import Renderer, Spans, Tokenised
+from foveate.data.clips import Clip
 from foveate.data.collate import IGNORED, Cut, cuts
 from foveate.data.conversations import MARKER, Conversation
 from foveate.errors import FoveateError
@@ -31,13 +32,15 @@ class Row:
 
 
 class LibraryCollator:
-    """Samples -> what the processor makes of them, and `labels`: (batch, length), padded on the right; images as the processor stacks them.
-    It fills in the samples' `plans`: of each image how many visual tokens the processor has made of it, in one crop of an unknown grid.
+    """Samples -> what the processor makes of them, and `labels`: (batch, length), padded on the right; images and clips as the processor
+    stacks them. It fills in the samples' `plans`: of each image and clip how many visual tokens the processor has made of it, in one crop
+    of an unknown grid.
 
-    What stands for an image, and how many tokens that is, the processor says. Supervised are the answers and their end tokens, found in
-    the text as the processor has expanded it. A sample longer than `max_length` tokens loses its end, noted in `cut`; FoveateError if an
-    image or all of its answers would be lost with it, or if the tokens are not those of the expanded text. `image_token_id`: the model's
-    placeholder of a visual token, where that is another than the token of an image in a text.
+    What stands for an image or clip, and how many tokens that is, the processor says. Supervised are the answers and their end tokens,
+    found in the text as the processor has expanded it. A sample longer than `max_length` tokens loses its end, noted in `cut`. FoveateError
+    if an image or all of its answers would be lost with it, if the tokens are not those of the expanded text, and if the processor takes
+    clips of one length alone and these have several. `image_token_id`: the model's placeholder of a visual token, where that is another
+    than the token of an image in a text.
     """
 
     def __init__(self, processor: Any, max_length: int, image_token_id: int | None = None) -> None:
@@ -49,28 +52,37 @@ class LibraryCollator:
         self.visual: str = self.renderer.tokenizer.convert_ids_to_tokens(
             self.renderer.image_token_id if image_token_id is None else image_token_id
         )
+        self.videos: set[str] = {self.visual, self.renderer.video_token}  # what may stand for a visual token of a clip
         self.cut: list[Cut] = []
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
         rows: list[Row | None] = [None] * len(samples)
-        batch: dict[str, Tensor] = {}
-        shown = [number for number, sample in enumerate(samples) if sample.images]
-        if shown:
-            found, batch = self._with_images([samples[number] for number in shown])
-            for number, row in zip(shown, found, strict=True):
+        shown = [number for number, sample in enumerate(samples) if sample.images or sample.clips]
+        kinds = {(bool(samples[number].images), bool(samples[number].clips)) for number in shown}
+        # Processors want images in every row or in none; what several calls make of images is joined in the order of the rows.
+        calls = [[number] for number in shown] if len(kinds) > 1 else [shown] if shown else []
+        made: dict[str, list[Tensor]] = {}
+        for numbers in calls:
+            found, own = self._with_images([samples[number] for number in numbers])
+            for number, row in zip(numbers, found, strict=True):
                 rows[number] = row
-        for number, sample in enumerate(samples):  # processors want images in every row or in none
-            if not sample.images:
+            for name, value in own.items():
+                made.setdefault(name, []).append(value)
+        batch = {name: _joined(name, values) for name, values in made.items()}
+        for number, sample in enumerate(samples):
+            if not sample.images and not sample.clips:
                 tokens = self.renderer.tokenise(sample.turns)
                 rows[number] = self._cut(sample, Row(tokens.ids, tokens.supervised), 0)
         return self._padded([row for row in rows if row is not None]) | batch
 
     def _with_images(self, samples: Sequence[Conversation]) -> tuple[list[Row], dict[str, Tensor]]:
         written = [self.renderer.render(sample.turns) for sample in samples]
+        shown: dict[str, Any] = {"images": [list(sample.images) for sample in samples]} if samples[0].images else {}
+        shown |= videos([clip for sample in samples for clip in sample.clips])
         try:
             made = self.processor(
                 text=[text for text, _ in written],
-                images=[list(sample.images) for sample in samples],
+                **shown,
                 add_special_tokens=not self.renderer.begins(written[0][0]),
                 padding=True,
                 padding_side="right",
@@ -80,6 +92,12 @@ class LibraryCollator:
             )
         except (ValueError, TypeError) as error:
             names = ", ".join(sample.id for sample in samples)
+            lengths = sorted({len(clip) for sample in samples for clip in sample.clips})
+            if len(lengths) > 1:
+                raise FoveateError(
+                    f"sample {names}: {type(self.processor).__name__} does not take clips of {', '.join(map(str, lengths))} frames in one "
+                    "batch; set micro_batch: 1, or choose frames of which every clip has as many"
+                ) from None
             raise FoveateError(f"sample {names}: {type(self.processor).__name__} does not take it: {error}") from None
         shape = made["input_ids"].shape
         extra = {name for name, value in made.items() if isinstance(value, Tensor) and value.shape == shape} - OWN
@@ -89,15 +107,20 @@ class LibraryCollator:
             ids = made["input_ids"][number, :length].numpy()
             places = made.get("text_replacement_offsets") or [[]] * len(samples)
             whole = self._expanded(text, spans, places[number])
-            if len(places[number]) != len(sample.images) or not np.array_equal(whole.ids, ids):
+            if len(places[number]) != len(sample.images) + len(sample.clips) or not np.array_equal(whole.ids, ids):
                 raise FoveateError(
                     f"sample {sample.id}: {type(self.processor).__name__} makes other tokens of the conversation than its text has with "
                     "the images put in, so its answers are not found"
                 )
-            sample.plans[:] = [ImagePlan.whole(one["replacement"].count(self.visual)) for one in places[number]]
+            sample.plans[:] = [ImagePlan.whole(self._visual(one)) for one in places[number]]
             row = Row(ids, whole.supervised, {name: made[name][number, :length].numpy() for name in extra})
             rows.append(self._cut(sample, row, self._behind(text, places[number])))
         return rows, {name: value for name, value in made.items() if isinstance(value, Tensor) and name not in OWN | extra}
+
+    def _visual(self, place: dict[str, Any]) -> int:
+        """The visual tokens of an image or clip."""
+        kinds = self.videos if place["type"] == "video" else {self.visual}
+        return sum(int(place["replacement"].count(token)) for token in kinds)
 
     def _expanded(self, text: str, spans: Spans, places: Sequence[dict[str, Any]]) -> Tokenised:
         """The text with every image's token as the processor has replaced it, tokenised; the spans move along."""
@@ -136,6 +159,20 @@ class LibraryCollator:
             for name, values in row.extra.items():
                 batch[name][number, :n] = torch.from_numpy(values)
         return batch
+
+
+def videos(clips: Sequence[Clip]) -> dict[str, Any]:
+    """Clips as a processor is given them, with the frames that they have; nothing for none."""
+    if not clips:
+        return {}
+    how = {"video_metadata": [clip.metadata for clip in clips], "do_sample_frames": False}
+    return {"videos": [list(clip.pixels) for clip in clips], "videos_kwargs": how}
+
+
+def _joined(name: str, values: Sequence[Tensor]) -> Tensor:
+    if len(values) > 1 and len({value.shape[1:] for value in values}) > 1:
+        raise FoveateError(f"images and clips of these samples make {name} of several shapes, which no batch has; set micro_batch: 1")
+    return torch.cat(list(values)) if len(values) > 1 else values[0]
 
 
 def image_plan(processor: Any) -> ImagePlan | None:

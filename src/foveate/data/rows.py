@@ -28,6 +28,10 @@ from foveate.errors import FoveateError, readable
 LINES = 100  # rows of a table that are read together
 
 
+class Unusable(FoveateError):
+    """What is wrong with one row, the others being as they are."""
+
+
 class Rows(Protocol):
     """`columns`: where every row has the same ones; `fingerprint`: changes with what the rows say, and with nothing else."""
 

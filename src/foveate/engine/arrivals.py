@@ -108,7 +108,7 @@ class Arrivals:
         items, device = self.items, position.device
         which = torch.full(shape, -1, dtype=torch.int64, device=device)
         valid, position = torch.ones_like(which, dtype=torch.bool) if valid is None else valid, position.expand(shape)
-        if not items:  # as at every decoded token
+        if not any(len(item) for item in items):  # as at every decoded token, or where images become weights
             kind, size = torch.full_like(which, int(Kind.TEXT)), torch.zeros_like(which, dtype=torch.float32)
             return Layout(kind, valid, position, which[..., None].expand(*shape, len(PLACE)), size), which
         start = 0

@@ -31,6 +31,7 @@ from foveate.cache_policies import CachePolicy
 from foveate.cache_policies import parse as parse_policy
 from foveate.engine.run import RUN, Run
 from foveate.errors import FoveateError
+from foveate.presets import resolved
 from foveate.reducers import Preparing, Reducer, before_processor, load_reducers, parse, saved_reducers, spell
 
 _RECORD = ("none", "last", "all")
@@ -51,7 +52,8 @@ def attach(
 
     model: a transformers VLM, also wrapped by PEFT or DDP, or the base model in it.
     reducers: a reducer, a list (applied in order of their layers), a spelling such as "vcc:layer=2,stride=8", None or "none" for
-        none at all; left out, what `foveate.json` beside the model's weights says (with a `cache` there may be none).
+        none at all, or "preset:balanced" for what is known to suit its family (`foveate.presets`); left out, what `foveate.json` beside
+        the model's weights says (with a `cache` there may be none).
     maps: `run.maps` of another attachment, in place of reducers: what was done there is done again, on the same batch or a longer one.
     processor: the model's processor, where a reducer acts on the images themselves (downsample): while attached it prepares them.
     cache: a policy that thins the key-value cache, or its spelling, such as "snapkv:keep=0.5"; beside the reducers or with None.
@@ -79,7 +81,7 @@ def attach(
     if reducers is None:
         reducers = []
     elif isinstance(reducers, str):
-        reducers = parse(reducers)
+        reducers = parse(resolved(reducers, str(getattr(getattr(anatomy.core, "config", None), "model_type", ""))))
     elif isinstance(reducers, Reducer):
         reducers = [reducers]
     preparing = before_processor(reducers)

@@ -99,7 +99,7 @@ class Driver:
             for modality in MODALITIES:
                 tower = anatomy.tower_of(modality)
                 if tower not in self._encoders:
-                    self._encoders[tower] = Encoder(tower, wiring.tower, list(wiring.tower_needs), self._shortcuts, self._idle)
+                    self._encoders[tower] = Encoder(anatomy, tower, wiring.tower, list(wiring.tower_needs), self._shortcuts, self._idle)
         of = {modality: self._encoders[anatomy.tower_of(modality)] for modality in MODALITIES if self._encoders}
         self._encodings = Encodings(anatomy, wiring.needs, self._encoded, of, self._idle)
         if anatomy.slot_method is not None:

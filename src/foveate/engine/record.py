@@ -83,10 +83,19 @@ class Record:
             options = {"encoded": list(calls.values()), **options}
         if self.rulings:
             options = {"unseen": self.unseen, **options}
-        how = {"images": self.images, "reducers": self.reducers, "prompts": self.prompts, **options}
+        how = {"images": self.images, "reducers": self.reducers, "prompts": self.prompts, "in_tower": self.left_in_tower, **options}
         if self.cache is None or not self.stays or options.get("mode", "prefill") != "prefill":
             return observed(config, visual, total, **how)
         return observed(config, visual, total, cache=self.cache, **how).thinned(self.stays, self.ran, self.cache.together)
+
+    @property
+    def left_in_tower(self) -> list[dict[int, int]]:
+        """Of each crop that the tower saw, by block in front of which something was cut, the tokens that were left of its patches'."""
+        found = []
+        for call in self.tower:
+            left = {block: token_map.target.visual.sum(1).tolist() for block, token_map in call.maps.items()}
+            found += [{block: counts[crop] for block, counts in left.items()} for crop in range(call.first.shape[0])]
+        return found
 
     @property
     def unseen(self) -> list[list[int]]:

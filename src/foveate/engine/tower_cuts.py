@@ -1,27 +1,34 @@
-"""Cuts inside a vision tower: in front of some of its blocks patches are merged or dropped, and the blocks behind run on fewer of them.
+"""Cuts inside a vision tower: in front of some of its blocks tokens are merged or dropped, and the blocks after them run on fewer of them.
 
-The model must not notice. Behind the last block the states are brought to full length again, as is every level that the tower returns:
-each patch gets its group's state, a dropped one that of its neighbour. The tokens that the bridge makes of a group's members are equal
-then, and in front of the language model's first layer all of them but one are dropped (`Carried`), which loses nothing. So the tower must
-give one token for each patch, and its bridge must look at each of them alone: what does not fit is told by `NotApplicable`.
+A token of the tower is a unit (`foveate.anatomy.Units`): the patches that become one token of the language model, which stay and go
+together. A merged unit has the mean of its members' first patches, of their second ones, and so on.
 
-States that a cut has not seen yet (levels in front of it, which some models take their features from) are merged as the cut says, so
-that groups are equal at every level.
+The model must not notice. After the last block the states are brought to full length again, as is every level that the tower returns, or
+hands after a cut to a part beside its blocks: each unit gets its group's states, a dropped one those of its neighbour. The tokens that
+the bridge makes of a group's members are equal then, and in front of the language model's first layer all of them but one are dropped
+(`Carried`), which loses nothing. So the tower must give one token for each unit, and its bridge must look at each of them alone: what does
+not fit is told by `NotApplicable`.
+
+Levels in front of a cut that the tower returns are merged as the cut says, so that groups are equal at every level. What the tower has
+handed to a part beside its blocks by then (DeepStack) is as it was: of a group's the one counts that enters the language model.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from foveate.anatomy import Extras, blocks, columns_of, extras_of
-from foveate.contract import GROUPS, BeforeLM, Cut, Noise, Signal, Site, View, Workload, content_keys
+from foveate.anatomy import Anatomy, Extras, Units, blocks, extras_of
+from foveate.contract import GROUPS, BeforeLM, Cut, Noise, Pixels, Signal, Site, TowerKeys, View, Workload, content_keys
 from foveate.engine.replay import ReplayInTower, decide
+from foveate.engine.standing import check_beside, laid
+from foveate.engine.tower_call import TowerCall
 from foveate.errors import FoveateError, NotApplicable, Reason
 from foveate.probes.hooks import Hook
 from foveate.probes.layer import LayerProbe
@@ -29,9 +36,10 @@ from foveate.probes.live import Live
 from foveate.probes.marker import scoring
 from foveate.probes.tower import TOWER_SIGNALS, probe_of, values_of
 from foveate.probes.tower_pass import TowerPass
+from foveate.probes.within import Within
 from foveate.reducers.base import Reducer
 from foveate.reducers.common import into
-from foveate.tokens import PLACE, Kind, Layout, TokenMap
+from foveate.tokens import Kind
 
 NOT_ASKED = "the vision tower does not see the question; act in the language model or in front of it"
 Acting = dict[int, list[tuple[Reducer, int]]]
@@ -49,8 +57,11 @@ class _Calls(Live):
 class Encoder:
     """The cuts in one tower. `idle` says of the calling thread whether nothing is to be done in it."""
 
-    def __init__(self, tower: nn.Module, acting: Acting, needs: Sequence[Signal], shortcuts: bool, idle: Callable[[], bool]) -> None:
-        self.tower, self.acting, self.needs, self._shortcuts, self._idle = tower, acting, list(needs), shortcuts, idle
+    def __init__(
+        self, anatomy: Anatomy, tower: nn.Module, acting: Acting, needs: Sequence[Signal], shortcuts: bool, idle: Callable[[], bool]
+    ) -> None:
+        self.anatomy, self.tower, self.acting, self.needs = anatomy, tower, acting, list(needs)
+        self._shortcuts, self._idle = shortcuts, idle
         self.layers = blocks(tower)
         extras = extras_of(tower)
         self.cls, self.prefix = extras.cls, extras.number
@@ -67,19 +78,32 @@ class Encoder:
                 if block + 1 not in acting:
                     raise FoveateError(f"{signal}: in the tower a reducer may look at the block before its own only")
                 self._probes.setdefault(block, probe_of(self.layers[block]))
-        self._live = _Calls()
+        self._live, self._within = _Calls(), Within()
+        self._masked: dict[int, LayerProbe] = {}  # blocks that are given no mask: their attention is
+        self._hooks: list[Any] = []
+        self._install()
+
+    def _install(self) -> None:
+        tower, layers = self.tower, self.layers
         self._hooks = [
             tower.register_forward_pre_hook(Hook(self._begin), with_kwargs=True),
             tower.register_forward_hook(Hook(self._end), always_call=True),
+            *(part.register_forward_pre_hook(Hook(self._before_part)) for part in _beside(tower, layers)),
+            layers[-1].register_forward_hook(Hook(self._after_blocks), prepend=True),
         ]
-        self._hooks.append(self.layers[-1].register_forward_hook(Hook(self._after_blocks), prepend=True))
-        for index, layer in enumerate(self.layers):
+        weighs = any(getattr(reducer, "proportional", False) for at in self.acting.values() for reducer, _ in at)
+        for index, layer in enumerate(layers):
             self._hooks.append(layer.register_forward_pre_hook(Hook(self._before_block, index), with_kwargs=True))
+            packed = any("cu_seqlens" in _names(part) for part in layer.modules())  # each crop attends to itself, whatever its length
+            if index >= min(self.acting) and (weighs if packed else "attention_mask" not in _names(layer)):
+                with contextlib.suppress(NotApplicable):  # there may never be need of it
+                    self._masked[index] = LayerProbe(layer, self._mask)
+                    self._hooks.append(layer.register_forward_hook(Hook(self._within.end), always_call=True))
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for probe in self._probes.values():
+        for probe in (*self._masked.values(), *self._probes.values()):
             probe.remove()
         self._hooks, self._live = [], _Calls()
 
@@ -103,83 +127,80 @@ class Encoder:
             self._live.now = None
             return
         pixels = args[0] if args else kwargs.get("pixel_values")
-        self._live.now = TowerCall(pixels if isinstance(pixels, Tensor) else None)
+        given = {**dict(zip(_names(module), args, strict=False)), **kwargs}
+        self._live.now = TowerCall(given, pixels if isinstance(pixels, Tensor) else None)
 
     def _before_block(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         call = self._live.now
         if call is None:
             return None
         states: Any = args[0] if args else kwargs.get("hidden_states")
-        if not call.layouts:
-            self._check(states, args, kwargs)
-            call.layouts.append(self._layout(states, call.pixels))
-            call.seen = TowerPass(call.layouts[0])
+        if call.seen is None:
+            self._open(call, states, args, kwargs)
+        call.enter(index)
         cut = states
         for reducer, stage in self.acting.get(index, ()):
-            cut = self._cut(call, index, reducer, stage, cut)
+            cut = self._cut(call, reducer, stage, cut)
         if index in self._probes:
             self._probes[index].arm()
-        mask = call.mask(cut.dtype)
-        if cut is states and mask is None:
+        if not call.stands:
             return None
-        given = (cut, *args[1:]) if args else args
-        kwargs = kwargs if args else {**kwargs, "hidden_states": cut}
-        if mask is None:
-            return given, kwargs
-        names = list(inspect.signature(module.forward).parameters)
-        implementation = str(getattr(self.tower.config, "_attn_implementation", ""))
-        if "attention_mask" not in names:
-            raise NotApplicable(
-                Reason.NO_TOWER_MASK, f"{type(module).__name__} takes no mask, so attention cannot follow the tokens' sizes"
-            )
+        call.shape = cut.shape[:-1]
+        given = (cut, *map(call.beside, args[1:])) if args else ()
+        named = {name: cut if name == "hidden_states" else call.beside(value) for name, value in kwargs.items()}
+        if named.get("max_seqlen") is not None:  # of flash attention
+            named["max_seqlen"] = int(named["cu_seqlens"].diff().max())
+        added = call.added(cut.dtype)
+        return (given, named) if added is None else self._weighed(index, added, given, named)
+
+    def _weighed(
+        self, index: int, added_Rn: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a block whose attention some numbers are added to: as its mask, where it takes one."""
+        layer, implementation = self.layers[index], str(getattr(self.tower.config, "_attn_implementation", ""))
         if "flash" in implementation:
             raise FoveateError(
                 f"{implementation} takes no mask that follows the tokens' sizes: load the model with sdpa or eager attention"
             )
-        at = names.index("attention_mask")
-        if at < len(given):
-            return (*given[:at], mask, *given[at + 1 :]), kwargs
-        return given, {**kwargs, "attention_mask": mask}
+        if index in self._masked:
+            self._within.begin(layer, added_Rn)
+            return args, kwargs
+        names = _names(layer)
+        if "attention_mask" not in names:
+            raise NotApplicable(Reason.NO_TOWER_MASK, f"{type(layer).__name__} takes no mask, so attention cannot follow the tokens' sizes")
+        mask, at = added_Rn[:, None, None].expand(-1, 1, added_Rn.shape[1], -1), names.index("attention_mask")
+        if at < len(args):
+            return (*args[:at], laid(args[at], mask), *args[at + 1 :]), kwargs
+        return args, {**kwargs, "attention_mask": laid(kwargs.get("attention_mask"), mask)}
 
-    def _cut(self, call: TowerCall, index: int, reducer: Reducer, stage: int, states: Tensor) -> Tensor:
-        assert call.seen is not None
-        with scoring(), torch.autocast(states.device.type, enabled=False):
-            view = self._view(call, index, states)
-        token_map = decide(reducer, self._live.count if isinstance(reducer, ReplayInTower) else stage, view, Cut).map
-        if self._shortcuts and token_map.is_identity:
-            return states
-        stays = torch.zeros_like(view.layout.valid).scatter(1, token_map.representative.clamp(min=0), True)
-        if not bool((stays | (view.layout.kind == Kind.PATCH)).all()):
-            raise FoveateError(f"{reducer.name} drops the tower's [CLS] or register tokens; it may drop patches only")
-        whole = call.seen.maps.get(index)
-        call.here = token_map if call.here is None else call.here.then(token_map)
-        call.seen.maps[index] = token_map if whole is None else whole.then(token_map)
-        call.layouts.append(token_map.target)
-        call.merged |= token_map.member.shape[-1] > 1 and bool(getattr(reducer, "proportional", False))
-        call.ragged |= not bool(token_map.target.valid.all())
-        return token_map.apply(states)
+    def _mask(self, own: Any, query: Tensor, key: Tensor) -> Any:
+        """The mask that a block's attention is given in place of its own: crop by crop, where they are packed."""
+        if self._within.values is None:
+            return own
+        (added_Rn,) = self._within.values
+        part = added_Rn[:, self._within.take(key.shape[2])].clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        return laid(own, part[:, None, None].expand(-1, 1, query.shape[2], -1))
 
-    def _view(self, call: TowerCall, index: int, states: Tensor) -> View:
-        layout, first = call.layouts[-1], call.layouts[0]
-        if call.index != index:
-            call.index, call.here = index, None
-        signals: dict[Signal, Any] = {}
-        for signal in self.needs:
-            if isinstance(signal, TOWER_SIGNALS) and signal.layer % len(self.layers) == index - 1:
-                values = torch.stack(values_of(signal, self._probes[index - 1].attention(), Extras(self.cls)))
-                signals[signal] = values if call.here is None else call.here.apply(values)
-        keys = None
-        if call.pixels is not None and any(isinstance(signal, Noise) for signal in self.needs):
-            keys = content_keys(call.pixels)
-        before = None if layout is first else View(first, image_keys=keys, unknown=NOT_ASKED)
-        return View(layout, states, keys, signals, first=before, layers=len(self.layers), unknown=NOT_ASKED)
+    def _before_part(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """A part beside the blocks is given what one of them has made."""
+        call = self._live.now
+        if call is None or not call.stands or not args or not isinstance(args[0], Tensor):
+            return None
+        levels = [one for given in args if isinstance(given, list | tuple) for one in given if isinstance(one, Tensor)]
+        if any(one.shape[:-1] == call.shape for one in levels):
+            raise NotApplicable(Reason.NOT_BY_PATCH, f"{type(module).__name__} is given what several blocks of the tower have made at once")
+        if call.over:
+            return None
+        return (call.full(args[0], call.block), *args[1:]) if args[0].shape[:-1] == call.shape else None
 
     def _after_blocks(self, module: nn.Module, args: Any, output: Any) -> Any:
         call = self._live.now
-        if call is None or call.seen is None or not call.seen.maps:
+        if call is None or not call.stands:
             return None
+        call.over = True
         states = output[0] if isinstance(output, tuple) else output
-        return (call.full(states, len(self.layers)), *output[1:]) if isinstance(output, tuple) else call.full(states, len(self.layers))
+        states = call.full(states, len(self.layers))
+        return (states, *output[1:]) if isinstance(output, tuple) else states
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> Any:
         live = self._live
@@ -188,81 +209,88 @@ class Encoder:
             return None  # an exception ended the call
         live.done.append(call.seen)
         live.count += 1
-        if not call.seen.maps:
-            return None
         levels = getattr(output, "hidden_states", None)
-        if not levels:
+        if not call.stands or not levels:
             return None
         depth = len(self.layers)
         if len(levels) != depth + 1:
             raise NotApplicable(Reason.NOT_BY_PATCH, f"{len(levels)} hidden states of {depth} blocks: it is not known which is which")
-        # Level i is what block i - 1 gave, the last at full length; level 0 is what came to block 0, behind a cut that may be there.
+        # Level i is what block i - 1 gave, the last at full length; level 0 is what came to block 0, after a cut that may be there.
         full = [x if x is None or i == depth else call.full(x, max(i - 1, 0)) for i, x in enumerate(levels)]
         return type(output)(**{**output, "hidden_states": tuple(full)})
 
-    # ---- what a block is given
+    # ---- a cut
 
-    def _check(self, states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = type(self.tower).__name__
-        if not isinstance(states, Tensor) or states.ndim != 3:
-            raise NotApplicable(Reason.NOT_BY_PATCH, f"{name} does not hold its patches as (crops, patches, width)")
-        if any(_tensors(value) for value in args[1:]) or any(_tensors(v) for name, v in kwargs.items() if name != "hidden_states"):
+    def _open(self, call: TowerCall, states: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What came to the first block. NotApplicable where it cannot be cut."""
+        if not isinstance(states, Tensor) or states.ndim < 2:
+            raise NotApplicable(Reason.NOT_BY_PATCH, f"{type(self.tower).__name__} does not hold its patches as (crops, patches, width)")
+        crops = self.anatomy.crops(self.tower, call.given, states.shape[:-1])
+        for name, value in {**dict(zip(_names(self.layers[0])[1:], args[1:], strict=False)), **kwargs}.items():
+            if name != "hidden_states":
+                check_beside(name, value, len(crops.grids), states.shape[-2], crops.packed)
+        call.open(crops, Units.of(crops, states.device), states.shape[-2])
+
+    def _cut(self, call: TowerCall, reducer: Reducer, stage: int, states: Tensor) -> Tensor:
+        assert call.seen is not None
+        tokens = call.standing.tokens(call.standing.rows(states))
+        with scoring(), torch.autocast(states.device.type, enabled=False):
+            view = self._view(call, tokens)
+        token_map = decide(reducer, self._live.count if isinstance(reducer, ReplayInTower) else stage, view, Cut).map
+        if self._shortcuts and token_map.is_identity:
+            return states
+        layout = view.layout
+        stays = torch.zeros_like(layout.valid).scatter(1, token_map.representative.clamp(min=0), True)
+        if not bool((stays | (layout.kind == Kind.PATCH) | ~layout.valid).all()):
+            raise FoveateError(f"{reducer.name} drops the tower's [CLS] or register tokens; it may drop patches only")
+        call.cut(token_map, bool(getattr(reducer, "proportional", False)))
+        return call.standing.states(token_map.apply(tokens), states)
+
+    def _view(self, call: TowerCall, tokens_CUgD: Tensor) -> View:
+        layout, first = call.layouts[-1], call.layouts[0]
+        signals: dict[Signal, Any] = {}
+        for signal in self.needs:
+            if isinstance(signal, TOWER_SIGNALS) and signal.layer % len(self.layers) == call.block - 1:
+                values = self._said(signal, call)
+                signals[signal] = values if call.here is None else call.here.apply(values)
+            elif isinstance(signal, Pixels):
+                signals[signal] = call.whole.apply(call.pixels_of_units())
+        keys = None
+        if any(isinstance(signal, Noise) for signal in self.needs) and (pixels := call.crop_pixels) is not None:
+            keys = content_keys(pixels)
+        before = None if layout is first else View(first, image_keys=keys, unknown=NOT_ASKED)
+        states = call.standing.mean(tokens_CUgD)
+        return View(layout, states, keys, signals, first=before, layers=len(self.layers), unknown=NOT_ASKED)
+
+    def _said(self, signal: Signal, call: TowerCall) -> Tensor:
+        """(C, U) or (C, U, h) what the block before says of each token; of one of several patches, their mean."""
+        probe, crops, stood = self._probes[call.block - 1], len(call.crops.grids), call.entry
+        if call.crops.packed:
+            parts = [values for rows in probe.calls for values in values_of(signal, rows, Extras(self.cls))]
+        else:
+            parts = values_of(signal, probe.attention(), Extras(self.cls), stood.slot >= 0)
+        if not isinstance(signal, TowerKeys) and len(parts) != crops:
             raise NotApplicable(
-                Reason.TOWER_INPUTS,
-                f"{name} gives its blocks masks or positions beside the states; these cannot be cut, so act before the LM",
+                Reason.WINDOWED,
+                f"{signal}: this block of the vision tower attends within windows ({len(parts)} of them in {crops} images or frames); "
+                "choose a block with full attention",
             )
-
-    def _layout(self, states: Tensor, pixels: Tensor | None) -> Layout:
-        C, n = states.shape[:2]
-        device, patches = states.device, n - self.prefix
-        kind = torch.full((C, n), int(Kind.PATCH), device=device)
-        kind[:, : self.prefix] = int(Kind.REGISTER)
-        kind[:, : int(self.cls)] = int(Kind.CLS)
-        visual = kind == Kind.PATCH
-        place = torch.full((C, n, len(PLACE)), -1, dtype=torch.int64, device=device)
-        place[..., 0] = torch.where(visual, torch.arange(C, device=device)[:, None], -1)
-        columns = columns_of(self.tower, patches, pixels)
-        if columns:
-            rank = torch.arange(patches, device=device)
-            place[:, self.prefix :, 3], place[:, self.prefix :, 4] = rank // columns, rank % columns
-        position = torch.arange(n, device=device).expand(C, n)
-        return Layout(kind, torch.ones_like(visual), position, place, visual.to(torch.float32))
+        said = stood.mean(stood.tokens(torch.cat(parts).reshape(*stood.slot.shape, -1)))
+        return said if parts[0].ndim > 1 else said[..., 0]
 
 
-@dataclass
-class TowerCall:
-    """A call of the tower under way."""
-
-    pixels: Tensor | None
-    layouts: list[Layout] = field(default_factory=list)
-    seen: TowerPass | None = None
-    merged: bool = False  # whether attention is to be proportional to what the tokens stand for
-    ragged: bool = False  # whether some crops have fewer tokens than others
-    index: int = -1
-    here: TokenMap | None = None  # what the reducers in front of the block under way have made of its slots
-
-    def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """(C, 1, n, n) what is added to attention; None: nothing."""
-        if not self.merged and not self.ragged:
-            return None
-        layout = self.layouts[-1]
-        added = layout.size.clamp(min=1).log() if self.merged else torch.zeros_like(layout.size)
-        added = added.to(dtype).masked_fill(~layout.valid, torch.finfo(dtype).min)
-        return added[:, None, None].expand(-1, 1, layout.shape[1], -1)
-
-    def full(self, states: Tensor, block: int) -> Tensor:
-        """States that have gone through the cuts in front of blocks 0 to `block`, at full length, merged as the other cuts say."""
-        assert self.seen is not None
-        for at, token_map in self.seen.maps.items():
-            if at > block:
-                states = token_map.apply(states)
-        for token_map in reversed(self.seen.maps.values()):
-            states = token_map.expand(states)
-        return states
+def _names(module: nn.Module) -> list[str]:
+    """Of the arguments of a module's forward."""
+    return list(inspect.signature(module.forward).parameters)
 
 
-def _tensors(value: Any) -> bool:
-    return isinstance(value, Tensor) or (isinstance(value, (tuple, list)) and any(map(_tensors, value)))
+def _beside(tower: nn.Module, layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """The parts of a tower that it calls beside its blocks."""
+    around = [module for module in tower.modules() if module is not layers and any(part is layers for part in module.modules())]
+    for module in around:
+        for child in module.children():
+            if child is not layers and not any(child is outer for outer in around):
+                yield from child if isinstance(child, nn.ModuleList) else [child]
 
 
 # ---- in front of the language model

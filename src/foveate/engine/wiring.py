@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from foveate.anatomy import Anatomy, grows
+from foveate.anatomy.config import latent
 from foveate.cache_policies import CachePolicy
 from foveate.contract import GROUPS, Attention, Keys, Signal, States, Visibility
 from foveate.engine.replay import ReplayInTower
@@ -53,6 +54,11 @@ class Wiring:
                 step = reducer, number
                 if site.effect.decides is None:  # `foveate.reducers.Preparing` sees to it
                     continue
+                if anatomy.weighs:
+                    raise NotApplicable(
+                        Reason.NO_TOKENS,
+                        f"{reducer} has nothing to reduce: images become weights of this model's decoder, and no tokens that enter it",
+                    )
                 if site.effect.place == "tower":
                     found.tower.setdefault(site.index, []).append(step)
                     found.tower_needs.update(site.needs)
@@ -105,6 +111,12 @@ class Wiring:
         return {signal.layer for signal in self.needs if isinstance(signal, States)}
 
     def _thin(self, policy: CachePolicy, anatomy: Anatomy) -> None:
+        if latent(anatomy.text_config):
+            raise NotApplicable(
+                Reason.LATENT_CACHE,
+                f"{policy}: this model caches latents, of which keys and values are made anew at every step, so that there are none to be "
+                "looked at and let go: take a reducer in place of a policy",
+            )
         layers = [site.layer for site in policy.sites(len(anatomy.layers))]
         self.cache = policy
         self.thinned = tuple(layer for layer in layers if grows(anatomy.layers[layer], anatomy.text_config, layer))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -15,33 +15,59 @@ from PIL import Image
 from foveate.accounting import Ledger
 from foveate.accounting.predict import observed
 from foveate.cache_policies import CachePolicy
-from foveate.data.pixels import open_image
+from foveate.data.chat import takes_videos
+from foveate.data.clips import Clip
+from foveate.data.footage import Footage, Still, framed, opened, placed, standing
+from foveate.data.pixels import Picture
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import Answer, Cell
 from foveate.evaluation.samples import Sample, Task, in_turn, picture
-from foveate.inference import Broken, answering, ask, loaded, model_hash, prompts, shrunk, warn_of_cut_thoughts
-from foveate.inference.strategies import Strategy, opened
+from foveate.inference import Broken, answering, ask, loaded, marked, model_hash, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference.strategies import Strategy
+from foveate.inference.strategies import opened as searching
 from foveate.reducers import Reducer, in_model, prepare
 
 GREY = (127, 127, 127)
 
 
 @dataclass(frozen=True)
+class Put:
+    """A sample as it is put to a model: its question with markers, and what stands for them, in order. A model without videos has the
+    frames of clips among its images."""
+
+    question: str
+    images: tuple[Picture | Still, ...]
+    clips: tuple[Footage, ...]
+
+    @classmethod
+    def of(cls, processor: Any, sample: Sample) -> Self:
+        images, clips = sample.images, sample.clips
+        text = marked(placed(sample.question, standing([sample.question], len(images), len(clips))), len(images), len(clips))
+        if not clips or takes_videos(processor):
+            return cls(text, images, clips)
+        frames = [[Still(clip, number) for number in range(len(clip))] for clip in clips]
+        [(_, text)], shown = framed([("user", text)], list[Picture | Still](images), frames)
+        return cls(text, tuple(shown), ())
+
+
+@dataclass(frozen=True)
 class Asked:
-    """A task with its prompts, what tells the samples' pictures apart, and which samples are asked together."""
+    """A task with its prompts, what they are about, what tells the samples' pictures apart, and which samples are asked together."""
 
     task: Task
     prompts: list[str]
+    puts: list[Put]
     pictures: list[str]
     batches: list[list[int]]
 
     @classmethod
     def of(cls, processor: Any, task: Task, batch_size: int) -> Self:
-        texts = prompts(processor, [sample.question for sample in task.samples], [len(sample.images) for sample in task.samples])
+        puts = [Put.of(processor, sample) for sample in task.samples]
+        texts = prompts(processor, [one.question for one in puts], [len(one.images) for one in puts])
         names = [picture(sample) for sample in task.samples]
-        return cls(task, texts, names, batches(task.samples, names, batch_size))
+        return cls(task, texts, puts, names, batches(task.samples, names, batch_size))
 
 
 @dataclass
@@ -166,13 +192,16 @@ def limited(task: Task, limit: int | None) -> Task:
 
 def batches(samples: Sequence[Sample], pictures: Sequence[str], size: int) -> list[list[int]]:
     """Numbers of samples that are asked together: neighbours share their pictures and, within a picture, are of similar length. Questions
-    without any are asked by themselves, since not every processor takes both at once."""
+    without any, and those about clips, are asked by themselves, since not every processor takes all at once."""
 
-    def place(number: int) -> tuple[bool, str, int]:
-        return bool(samples[number].images), pictures[number], len(samples[number].question)
+    def kind(number: int) -> tuple[bool, tuple[int, ...]]:
+        return bool(samples[number].images), tuple(map(len, samples[number].clips))
+
+    def place(number: int) -> tuple[tuple[bool, tuple[int, ...]], str, int]:
+        return kind(number), pictures[number], len(samples[number].question)
 
     found = []
-    for _, numbers in groupby(sorted(range(len(samples)), key=place), key=lambda number: bool(samples[number].images)):
+    for _, numbers in groupby(sorted(range(len(samples)), key=place), key=kind):
         own = list(numbers)
         found += [own[at : at + size] for at in range(0, len(own), size)]
     return found
@@ -201,12 +230,15 @@ def answered(
     processor, before = shrunk(processor, reducers)
     with attach(model, in_model(reducers), cache=cache) if observe else nullcontext() as run:
         for batch in asked.batches:
-            place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for number in batch for ref in samples[number].images))}
-            pictures = [prepare(before, shown(ref, blind)) for ref in place]
-            owners = [[place[ref] for ref in samples[number].images] for number in batch]
+            puts = [asked.puts[number] for number in batch]
+            place = {ref: k for k, ref in enumerate(dict.fromkeys(ref for one in puts for ref in one.images))}
+            pictures = [prepare(before, image) for image in shown(place, blind)]
+            films = {clip: prepared(before, footage(clip, blind)) for clip in dict.fromkeys(clip for one in puts for clip in one.clips)}
+            owners, clips = [[place[ref] for ref in one.images] for one in puts], [[films[clip] for clip in one.clips] for one in puts]
             if run is not None:
                 run.passes.clear()
-            answers = ask(model, processor, pictures, owners, [asked.prompts[number] for number in batch], asked.task.max_new_tokens)
+            texts = [asked.prompts[number] for number in batch]
+            answers = ask(model, processor, pictures, owners, texts, asked.task.max_new_tokens, clips)
             for number, text in zip(batch, answers.texts, strict=True):
                 found.texts[number] = text
             found.entered += answers.placeholders
@@ -232,11 +264,13 @@ def searched(
     """As `answered`, each answer found by a strategy under the reducers. Tokens and costs are those of all its passes, one sample a batch,
     in the order of the samples. FoveateError for a sample that has not one image."""
     samples = asked.task.samples
+    if any(sample.clips for sample in samples):
+        raise FoveateError(f"{strategy} searches pictures, and {asked.task.name} asks about clips")
     found = Answered([""] * len(samples))
     start = time.perf_counter()
-    with opened(model, processor, reducers) as eyes:
+    with searching(model, processor, reducers) as eyes:
         for number, sample in enumerate(samples):
-            pictures = [shown(ref, blind) for ref in sample.images]
+            pictures = list(shown(sample.images, blind))
             one = strategy.run(eyes, pictures, sample.question, new_tokens=asked.task.max_new_tokens)
             found.texts[number] = one.answer
             found.entered.append(one.visual_tokens)
@@ -249,13 +283,27 @@ def searched(
     return found
 
 
-def shown(ref: Any, blind: bool) -> Image.Image:
-    """A sample's picture; `blind`: a plain grey one of its size. Broken where it cannot be read."""
+def shown(refs: Iterable[Picture | Still], blind: bool) -> Iterator[Image.Image]:
+    """Pictures of samples; `blind`: plain grey ones of their sizes. Broken where one cannot be read."""
     try:
-        image = open_image(ref)
+        for image in opened(refs):
+            yield Image.new("RGB", image.size, GREY) if blind else image
     except FoveateError as error:
         raise Broken(str(error)) from error
-    return Image.new("RGB", image.size, GREY) if blind else image
+
+
+def footage(clip: Footage, blind: bool) -> Clip:
+    """A clip of a sample; `blind`: of grey frames. Broken where it cannot be read."""
+    try:
+        found = clip.open()
+    except FoveateError as error:
+        raise Broken(str(error)) from error
+    return replace(found, frames=tuple(Image.new("RGB", frame.size, GREY) for frame in found.frames)) if blind else found
+
+
+def prepared(reducers: Sequence[Reducer], clip: Clip) -> Clip:
+    """What the reducers make of a clip before the processor sees it, frame by frame."""
+    return replace(clip, frames=tuple(prepare(reducers, frame) for frame in clip.frames))
 
 
 def _observe(run: Run, lengths: list[int], dtype_bytes: int, found: Answered) -> None:

@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from foveate.data.clips import parse as sampling
+from foveate.data.footage import FRAMES
 from foveate.errors import FoveateError
 from foveate.evaluation.asking import Asked, answered, searched
 from foveate.evaluation.bench import BLIND, Arm
-from foveate.evaluation.metrics.scenes import FAMILY_RULES, FamilyScore, Scenes, score_family
+from foveate.evaluation.metrics.scenes import FAMILY_RULES, RULES, FamilyScore, Scenes, score_family
 from foveate.evaluation.samples import Task
 from foveate.evaluation.sources import world_samples
 from foveate.files import write_json
@@ -46,7 +48,7 @@ class Verdict:
 class Result:
     """What a model answered.
 
-    `visual_tokens`: per image, as they enter the language model; `layer_tokens`: per image in each of its layers, as observed, where
+    `visual_tokens`: per question, as they enter the language model; `layer_tokens`: per question in each of its layers, as observed, where
     reducers were attached; both are means over all questions, and the ranges hold the fewest and the most. `seconds`: wall clock of
     answering. `strategy`: what searched the images, whose tokens are those of all its passes; "" where each question was asked once.
     """
@@ -101,6 +103,7 @@ def evaluate(
     device: str | None = None,
     progress: bool = True,
     strategy: str | Strategy | None = None,
+    frames: str = FRAMES,
 ) -> Result:
     """The answers to `data_dir`/test.json, greedy, scored per family.
 
@@ -109,11 +112,12 @@ def evaluate(
     `blind`: every image is replaced by a plain grey one of its size, which shows what the questions give away by themselves.
     `limit`: at most that many questions, all families in turn.
     `strategy`: how each image is searched for the answer, a spelling or a Strategy; unless given, each question is asked once.
+    `frames`: which frames of clips are shown, a sampling of `foveate.data.clips`.
     FoveateError for a missing or empty folder, a broken test.json, an unknown family, an unreadable image, and logits that are not finite.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise FoveateError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
-    task = Task(str(data_dir), tuple(world_samples(data_dir, limit)), Scenes(), max_new_tokens, hash="")
+    task = Task(str(data_dir), tuple(world_samples(data_dir, limit, str(sampling(frames)))), Scenes(), max_new_tokens, hash="")
     model, processor, name = loaded(model_or_dir, processor, "evaluate(model, data_dir, processor=...)", device)
     if reducers is None:
         reducers = saved_reducers(model.config.name_or_path)
@@ -131,13 +135,13 @@ def evaluate(
             found = searched(model, processor, asked, arm.reducers, search, tell, blind=blind)
 
     cell = found.cell(asked, arm.cell(task.name))
-    folder = f"{Path(data_dir) / 'images'}/"
+    images, clips = (f"{Path(data_dir) / name}/" for name in ("images", "clips"))
     rows = []
     for sample, said in zip(task.samples, cell.answers, strict=True):
-        image, (answer,) = said.image.removeprefix(folder), sample.answers
+        image, (answer,) = said.image.removeprefix(images).removeprefix(clips), sample.answers
         rows.append(Verdict(sample.id, image, sample.group, sample.question, answer, said.prediction, said.score == 1))
     families = {}
-    for family in FAMILY_RULES:
+    for family in RULES:
         own = [row for row in rows if row.family == family]
         if own:
             families[family] = score_family(family, [row.prediction for row in own], [row.answer for row in own])
@@ -165,7 +169,8 @@ def spread(mean: float, ends: Range | None) -> str:
 
 def print_result(result: Result, console: Console | None = None) -> None:
     """Print the accuracy of each family beside its majority answer."""
-    what = f"reducers {result.reducers}, {spread(result.visual_tokens, result.visual_range)} visual tokens per image"
+    kind = "clip" if result.families.keys() - FAMILY_RULES.keys() else "image"
+    what = f"reducers {result.reducers}, {spread(result.visual_tokens, result.visual_range)} visual tokens per {kind}"
     what += ", grey images" if result.blind else ""
     what += f"\nin all passes of {result.strategy}" if result.strategy else ""
     if result.layer_tokens is not None:

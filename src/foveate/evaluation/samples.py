@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import fsum
 from typing import Any, ClassVar
 
+from foveate.data.footage import Footage
 from foveate.data.pixels import Picture
 from foveate.errors import FoveateError
 
@@ -18,10 +19,11 @@ class Sample:
 
     id        unique within its task
     images    what `foveate.data.pixels.open_image` opens; may be empty
-    question  the prompt's text, suffix included; it holds no image marker, or as many as there are images
+    question  the prompt's text, suffix included; it holds no marker, or one for each image and clip
     answers   the references, at least one
     group     family, category or subtask, for tables
     extra     what the metric needs beside: options, the question that a rotation belongs to, the image's size
+    clips     films of which frames are shown
     """
 
     id: str
@@ -30,6 +32,7 @@ class Sample:
     answers: tuple[str, ...]
     group: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    clips: tuple[Footage, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Metric(ABC):
 
 @dataclass(frozen=True)
 class Task:
-    """Samples with a metric. `hash`: SHA-256 over the samples and their images' bytes, so that two runs are known to have asked the same;
-    "" where nobody has looked at them."""
+    """Samples with a metric. `hash`: SHA-256 over the samples and the bytes of their images and clips, so that two runs are known to have
+    asked the same; "" where nobody has looked at them."""
 
     name: str
     samples: tuple[Sample, ...]
@@ -87,8 +90,9 @@ class Task:
 
 
 def picture(sample: Sample) -> str:
-    """The names of a sample's pictures, which are the same where the pictures are; its id where it has none."""
-    return " ".join(ref[1] if isinstance(ref, tuple) else str(ref) for ref in sample.images) or sample.id
+    """The names of a sample's pictures and clips, which are the same where these are; its id where it has none."""
+    names = [ref[1] if isinstance(ref, tuple) else str(ref) for ref in sample.images] + [str(clip.path) for clip in sample.clips]
+    return " ".join(names) or sample.id
 
 
 def in_turn(groups: Sequence[str]) -> list[int]:

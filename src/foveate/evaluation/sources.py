@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from foveate.data.conversations import MARKER, check_row, check_text, listed, other_media, pictures_of, turns_of
+from foveate.data.conversations import check_row, check_text, listed, other_media, pictures_of, turns_of
+from foveate.data.footage import FRAMES, Footage, clips_of, markers
 from foveate.data.pixels import Held, Picture
 from foveate.data.rows import Rows, open_rows, read_json
 from foveate.errors import FoveateError, nearest, readable
 from foveate.evaluation.metrics.choice import LETTERS
-from foveate.evaluation.metrics.scenes import FAMILY_RULES, check_truth
+from foveate.evaluation.metrics.scenes import RULES, check_truth
 from foveate.evaluation.samples import Metric, Sample, in_turn
-from foveate.evaluation.spec import COLUMNS, limit_of, whole
+from foveate.evaluation.spec import COLUMNS, frames_of, limit_of, whole
 from foveate.inference import progress_bar
 from foveate.world.pictures import render
 from foveate.world.scenes import conversation, world_scene
@@ -26,8 +28,9 @@ COUNT, SEED, SIZE = 600, 100, 128  # the scenes that the shipped model was teste
 LISTED = 20  # of the samples that cannot be asked, so many are named
 _OPTIONS = ("options", "choices")
 WORLD = (
-    'A world is a folder with `images` and with test.json, a list of {"id": "1", "image": a file in images, "family": one of '
-    f'{", ".join(FAMILY_RULES)}, "question": "...", "answer": "..."}}; `foveate data scenes FOLDER` makes one. Questions of any other '
+    'A world is a folder with `images` or `clips` and with test.json, a list of {"id": "1", "image": a file in images, or "video": one in '
+    f'clips, "family": one of {", ".join(RULES)}, "question": "...", "answer": "..."}}; '
+    "`foveate data scenes FOLDER` makes one. Questions of any other "
     'kind about pictures of your own, a list of {"image": "a.jpg", "question": "...", "answer": "..."}, are asked by '
     "`foveate bench MODEL --tasks FILE.json:metric=exact,images=FOLDER --out RUN`"
 )
@@ -56,10 +59,10 @@ def embedded(given: Mapping[str, str], progress: bool) -> list[Sample]:
 # ---- worlds on disk -------------------------------------------------------------------------------------------------------------------
 
 
-def world_samples(data_dir: str | Path, limit: int | None = None) -> list[Sample]:
+def world_samples(data_dir: str | Path, limit: int | None = None, frames: str = FRAMES) -> list[Sample]:
     """The checked rows of `data_dir`/test.json, in file order.
 
-    With a limit: the first rows of every family, taken in turn, so that each family has its share.
+    With a limit: the first rows of every family, taken in turn, so that each family has its share. `frames`: the sampling of clips.
     """
     folder = Path(data_dir)
     if not folder.is_dir():
@@ -74,13 +77,26 @@ def world_samples(data_dir: str | Path, limit: int | None = None) -> list[Sample
         raise FoveateError(f"limit must be at least 1 question, got {limit}")
     for number, item in enumerate(raw):
         _check_question(item, f"{path}, row {number}")
-    missing = [name for name in sorted({item["image"] for item in raw}) if not (folder / "images" / name).is_file()]
-    if missing:
-        where = readable(str((folder / "images").absolute() / missing[0]))
-        raise FoveateError(
-            f"{path}: {len(missing)} image(s) are missing in {folder / 'images'}, the first is {missing[0]}: no file {where}"
+    for kind, place in (("image", "images"), ("video", "clips")):
+        names = sorted({item[kind] for item in raw if _kind(item) == kind})
+        there = os.path.isfile if kind == "image" else os.path.exists  # a clip may be a folder of frames
+        missing = [name for name in names if not there(folder / place / name)]
+        if missing:
+            where = readable(str((folder / place).absolute() / missing[0]))
+            raise FoveateError(
+                f"{path}: {len(missing)} {kind}(s) are missing in {folder / place}, the first is {missing[0]}: no file {where}"
+            )
+    samples = [
+        Sample(
+            row["id"],
+            (folder / "images" / row["image"],) if _kind(row) == "image" else (),
+            row["question"],
+            (row["answer"],),
+            row["family"],
+            clips=(Footage(folder / "clips" / row["video"], frames),) if _kind(row) == "video" else (),
         )
-    samples = [Sample(row["id"], (folder / "images" / row["image"],), row["question"], (row["answer"],), row["family"]) for row in raw]
+        for row in raw
+    ]
     if limit is None:
         return samples
     return [samples[number] for number in sorted(in_turn([sample.group for sample in samples])[:limit])]
@@ -89,7 +105,9 @@ def world_samples(data_dir: str | Path, limit: int | None = None) -> list[Sample
 def _check_question(item: Any, where: str) -> None:
     if not isinstance(item, dict):
         raise FoveateError(f"{where}: expected an object, got {item!r}. {WORLD}")
-    names = ("id", "image", "family", "question", "answer")
+    if isinstance(item.get("image"), str) and isinstance(item.get("video"), str):
+        raise FoveateError(f"{where}: a question is about an image or a video, not about both. {WORLD}")
+    names = ("id", _kind(item), "family", "question", "answer")
     for name in names:
         if not isinstance(item.get(name), str):
             raise FoveateError(f"{where}: the field {name!r} must be a text, got {item.get(name)!r}. {WORLD}")
@@ -98,11 +116,16 @@ def _check_question(item: Any, where: str) -> None:
     check_truth(item["family"], item["answer"], where)
 
 
+def _kind(row: Mapping[str, Any]) -> str:
+    """What a question of a world is about."""
+    return "video" if isinstance(row.get("video"), str) and row.get("image") is None else "image"
+
+
 def of_families(samples: list[Sample], given: Mapping[str, str]) -> list[Sample]:
-    wanted = given["families"].split("/") if "families" in given else list(FAMILY_RULES)
+    wanted = given["families"].split("/") if "families" in given else list(RULES)
     for family in wanted:
-        if family not in FAMILY_RULES:
-            raise FoveateError(f"families=: unknown family {family!r}{nearest(family, FAMILY_RULES)}; there are {', '.join(FAMILY_RULES)}")
+        if family not in RULES:
+            raise FoveateError(f"families=: unknown family {family!r}{nearest(family, RULES)}; there are {', '.join(RULES)}")
     kept = [sample for sample in samples if sample.group in wanted]
     if not kept:
         raise FoveateError(f"families={'/'.join(wanted)}: none of the {len(samples)} questions is of these families")
@@ -119,8 +142,8 @@ def of_rows(path: Path, given: Mapping[str, str], metric: Metric) -> list[Sample
     rows = open_rows(path, given.get("split"), given.get("config"), limit_of(given))
     reader = _Reader(given, metric, folder)
     samples = each(str(path), range(len(rows)), lambda number: reader.sample(number, rows[number]), lambda number: f"row {number}")
-    if not any(sample.images for sample in samples):
-        raise FoveateError(f"{path}: no row has a picture; name their column with image= (there are {', '.join(rows[0])})")
+    if not any(sample.images or sample.clips for sample in samples):
+        raise FoveateError(f"{path}: no row has a picture; name their column with image= (there are {', '.join(rows[0])}), or with video=")
     reader.check_media(str(path), samples, rows)
     return samples
 
@@ -137,9 +160,9 @@ class _Reader:
     def sample(self, number: int, row: Any) -> Sample:
         if not isinstance(row, dict):
             raise FoveateError(f"is no object: {str(row)[:80]!r}; the data must hold a list of objects, one for each question")
-        images = self._pictures(row)
+        images, clips = self._pictures(row), self._clips(row)
         if "conversations" in row and "question" not in self.given:
-            question, answer = _talk(row, len(images))
+            question, answer = _talk(row, len(images), len(clips))
             answer = self._needed(row, "answer") if "answer" in self.given else answer
         else:
             question, answer = self._needed(row, "question"), self._needed(row, "answer")
@@ -148,9 +171,7 @@ class _Reader:
         hint = self._held(row, "hint")
         question = f"{hint}\n{question.strip()}" if hint else question.strip()
         options = self._options(row)
-        markers = "".join((question, *options)).count(MARKER)
-        if markers not in (0, len(images)):
-            raise FoveateError(f"has {len(images)} images but {markers} {MARKER} markers")
+        _check_markers("".join((question, *options)), len(images), len(clips))
         answers = tuple(text.strip() for text in self.metric.references(answer))
         if not any(answers):
             raise FoveateError("has no answer")
@@ -166,6 +187,7 @@ class _Reader:
             answers=answers,
             group="" if group is None else str(group),
             extra={"options": options} if options else {},
+            clips=clips,
         )
 
     def _held(self, row: Mapping[str, Any], option: str) -> Any:
@@ -187,6 +209,12 @@ class _Reader:
         found = pictures_of(row, self.folder, self.given.get("image"))
         return tuple(self.seen.setdefault(item.name, item) if isinstance(item, Held) else item for item in found)
 
+    def _clips(self, row: Mapping[str, Any]) -> tuple[Footage, ...]:
+        self._held(row, "video")
+        if "image" in self.given and "video" not in self.given:  # it is said what is shown
+            return ()
+        return tuple(clips_of(row, self.folder, frames_of(self.given), self.given.get("video")))
+
     def check_media(self, where: str, samples: Sequence[Sample], rows: Rows) -> None:
         """That nothing but pictures is left out in silence, where nobody has said which column holds them."""
         if "image" in self.given:
@@ -194,7 +222,7 @@ class _Reader:
         known = {*self.given.values(), *LETTERS, *(name for names in COLUMNS.values() for name in names)}
         problems = []
         for number, sample in enumerate(samples):
-            lost = other_media(rows[number], len(sample.images), known)
+            lost = other_media(rows[number], len(sample.images) + len(sample.clips), known)
             if lost:
                 problems.append(f"{sample.id}: {lost}; or name the column of the pictures with image=")
         refuse(where, "samples", problems, len(samples))
@@ -216,19 +244,34 @@ class _Reader:
         return tuple(str(value) for value in values)
 
 
+def _check_markers(text: str, images: int, clips: int) -> None:
+    """FoveateError where some of the images and clips have markers, and not all of them."""
+    wanted = markers([text], images, clips)
+    found = {marker: text.count(marker) for marker in wanted}
+    if any(found.values()) and found != wanted:
+        what = f"{images} images" if images or not clips else f"{clips} clips"
+        what += f" and {clips} clips" if images and clips else ""
+        raise FoveateError(f"has {what} but {' and '.join(f'{many} {marker} markers' for marker, many in found.items())}")
+
+
 def _nothing(value: Any) -> bool:
     """Nothing, nothing but space, or the NaN that tables have in empty cells."""
     return value is None or value != value or not str(value).strip()
 
 
-def _talk(row: Mapping[str, Any], images: int) -> tuple[str, str]:
-    """The last question and its answer. Earlier turns are left out, and where the image stood there it stands in front."""
+def _talk(row: Mapping[str, Any], images: int, clips: int) -> tuple[str, str]:
+    """The last question and its answer. Earlier turns are left out, and where an image or clip stood there they stand in front."""
     row = listed(dict(row))
-    wrong = check_row(row, images)
+    wrong = check_row(row, images, clips)
     if wrong:
         raise FoveateError(wrong)
-    (_, question), (_, answer) = turns_of(row)[-2:]
-    return (question if question.count(MARKER) == images else question.replace(MARKER, "")), answer
+    turns = turns_of(row)
+    (_, question), (_, answer) = turns[-2:]
+    wanted = markers([text for role, text in turns if role == "user"], images, clips)
+    if any(question.count(marker) != many for marker, many in wanted.items()):
+        for marker in wanted:
+            question = question.replace(marker, "")
+    return question, answer
 
 
 def each(where: str, items: Sequence[Item], act: Callable[[Item], Sample], label: Callable[[Item], str]) -> list[Sample]:

@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import fields
 
+from foveate.data.clips import parse
 from foveate.data.conversations import IMAGES
+from foveate.data.footage import CLIPS, FRAMES
 from foveate.errors import FoveateError, nearest
 from foveate.evaluation.metrics import METRICS, find, make
 from foveate.evaluation.samples import Metric
@@ -17,6 +19,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "hint": (),
     "answer": ("answers", "answer"),
     "image": IMAGES,
+    "video": CLIPS,
     "id": ("id", "question_id", "index"),
     "group": ("category",),
 }
@@ -54,11 +57,17 @@ def limit_of(given: Mapping[str, str]) -> int | None:
     return whole(given, "limit", 1, 0) or None
 
 
+def frames_of(given: Mapping[str, str]) -> str:
+    """The sampling of clips, whose options may stand between colons, since commas end an option: frames=rate:fps=2:most=16."""
+    name, colon, options = given.get("frames", FRAMES).partition(":")
+    return str(parse(name + colon + re.sub(r":(?=\w+=)", ",", options)))
+
+
 def metric_of(spec: str, given: Mapping[str, str]) -> Metric:
     if "metric" not in given:
         raise FoveateError(f"task {spec!r}: say how answers are scored, with metric= one of {', '.join(METRICS)}")
     kind = find(given["metric"])
     own = {option.name for option in fields(kind)}
-    known = ALL | set(COLUMNS) | {"metric", "images", "split", "config"} | own
+    known = ALL | set(COLUMNS) | {"metric", "images", "frames", "split", "config"} | own
     check_options(spec, given, known | {"options"} if kind.multiple_choice else known)
     return make(kind.name, {name: value for name, value in given.items() if name in own})

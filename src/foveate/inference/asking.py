@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -14,6 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from foveate.data import conversations
 from foveate.data.chat import Renderer
 from foveate.data.clips import Clip
+from foveate.data.footage import CLIP
+from foveate.data.library import videos
 from foveate.errors import FoveateError
 from foveate.inference.answering import answer
 from foveate.reducers import Reducer, prepare
@@ -25,15 +28,17 @@ def prompts(processor: Any, questions: Sequence[str], images: Sequence[int] | No
     """The prompts of questions about so many `images` each (one, unless told), as training writes them: image, line break, question.
     A thought that the template opens is closed, empty, where training writes it so.
 
-    A question that says itself where its images stand, by markers, is left as it is."""
+    A question that says itself where its images and clips stand, by markers, is left as it is."""
     renderer = Renderer(processor)
     counts = [1] * len(questions) if images is None else images
     return [renderer.ask([("user", marked(text, count))]) for text, count in zip(questions, counts, strict=True)]
 
 
-def marked(question: str, images: int) -> str:
-    """A question with its images in front of it, unless it says itself where they stand."""
-    return question if conversations.MARKER in question else f"{conversations.MARKER}\n" * images + question
+def marked(question: str, images: int, clips: int = 0) -> str:
+    """A question with its images and clips in front of it, unless it says itself where they stand."""
+    if conversations.MARKER in question or CLIP in question:
+        return question
+    return f"{conversations.MARKER}\n" * images + f"{CLIP}\n" * clips + question
 
 
 def model_inputs(
@@ -42,10 +47,7 @@ def model_inputs(
     """What the processor makes of prompts that `prompts` wrote, each about its own images and clips, padded on the left. The frames of
     clips are those that it is given."""
     given: dict[str, Any] = {"images": [list(own) for own in images]} if any(images) else {}
-    if any(clips):
-        flat = [clip for own in clips for clip in own]
-        given["videos"] = [list(clip.pixels) for clip in flat]
-        given["videos_kwargs"] = {"video_metadata": [clip.metadata for clip in flat], "do_sample_frames": False}
+    given |= videos([clip for own in clips for clip in own])
     if begun(processor.tokenizer, texts[0]):
         given["add_special_tokens"] = False
     try:
@@ -71,8 +73,8 @@ def shrunk(processor: Any, reducers: Sequence[Reducer]) -> tuple[Any, Sequence[R
 
 @dataclass(frozen=True)
 class Answers:
-    """To a batch of prompts: the `texts`, how many image tokens stand in each prompt, the `lengths` of the prompts in tokens, visual ones
-    included, and which answers are `thinking` yet, since their thoughts were cut off."""
+    """To a batch of prompts: the `texts`, how many tokens of images and clips stand in each prompt, the `lengths` of the prompts in tokens,
+    visual ones included, and which answers are `thinking` yet, since their thoughts were cut off."""
 
     texts: list[str]
     placeholders: list[int]
@@ -81,18 +83,27 @@ class Answers:
 
 
 def ask(
-    model: Any, processor: Any, images: Sequence[Image.Image], owners: Sequence[Sequence[int]], texts: Sequence[str], new: int
+    model: Any,
+    processor: Any,
+    images: Sequence[Image.Image],
+    owners: Sequence[Sequence[int]],
+    texts: Sequence[str],
+    new: int,
+    clips: Sequence[Sequence[Clip]] = (),
 ) -> Answers:
-    """Greedy answers of at most `new` tokens to prompts that `prompts` wrote; prompt i is about images[k] for each k in owners[i].
+    """Greedy answers of at most `new` tokens to prompts that `prompts` wrote; prompt i is about images[k] for each k in owners[i], and
+    about clips[i], where the processor takes clips.
 
     What several prompts share goes through tower and bridge once, where the model takes encoded images, one entry an image.
     FoveateError where the processor does not take them, and for logits that are not finite.
     """
     tokenizer = processor.tokenizer
     shown = [k for owner in owners for k in owner]
-    inputs = model_inputs(processor, [[images[k] for k in owner] for owner in owners], texts).to(model.device, model.dtype)
+    inputs = model_inputs(processor, [[images[k] for k in owner] for owner in owners], texts, clips).to(model.device, model.dtype)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    token = tokenizer.convert_tokens_to_ids(getattr(processor, "image_token", conversations.MARKER))
+    written = [getattr(processor, "image_token", conversations.MARKER)]
+    written += [processor.video_token] if any(clips) and getattr(processor, "video_token", None) in tokenizer.get_vocab() else []
+    standing = torch.tensor(tokenizer.convert_tokens_to_ids(written), device=ids.device)
     plain = set(inputs) == {"input_ids", "attention_mask", "pixel_values"} and len(inputs["pixel_values"]) == len(shown)
     if plain and len(images) < len(shown) and hasattr(model, "get_image_features"):
         encoded = model.get_image_features(pixel_values=inputs["pixel_values"][[shown.index(k) for k in range(len(images))]])
@@ -103,7 +114,7 @@ def ask(
             del inputs["pixel_values"]
     said = answer(model, tokenizer, inputs, end=Renderer(processor).end_id, max_new_tokens=new)
     thinking = [one.thinking for one in said]
-    return Answers([one.text for one in said], (ids == token).sum(1).tolist(), mask.sum(1).tolist(), thinking)
+    return Answers([one.text for one in said], torch.isin(ids, standing).sum(1).tolist(), mask.sum(1).tolist(), thinking)
 
 
 def warn_of_cut_thoughts(count: int, total: int, new: int) -> None:

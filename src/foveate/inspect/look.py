@@ -28,7 +28,7 @@ from torch import Tensor
 from foveate import inference
 from foveate.anatomy import read
 from foveate.data import conversations, pixels
-from foveate.data.chat import Renderer
+from foveate.data.chat import Renderer, takes_videos
 from foveate.data.clips import Clip, open_clip
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
@@ -161,7 +161,7 @@ def look(
         if not 0 <= layer < depth:
             raise FoveateError(f"there is no layer {layer}: the model has {depth} decoder layers, 0 to {depth - 1}")
 
-    prompt = _prompt(processor, question, len(pictures), clip)
+    prompt = prompt_of(processor, question, len(pictures), clip)
     bare = _ask(model, processor, pictures, prompt, [], max_new_tokens, clip)
     total = bare.run.last.visual_tokens[0]
     asked = question.replace(conversations.MARKER, "").strip()
@@ -245,13 +245,9 @@ def at_budget(reducers: Sequence[Reducer], keep: float) -> tuple[str, list[Reduc
     return "+".join(part.spelled(always=part.amounts) for part in found), found
 
 
-def _takes_videos(processor: Any) -> bool:
-    return getattr(processor, "video_processor", None) is not None
-
-
-def _prompt(processor: Any, question: str, pictures: int, clip: Clip | None) -> str:
+def prompt_of(processor: Any, question: str, pictures: int, clip: Clip | None) -> str:
     """About so many pictures, or about a clip."""
-    if clip is not None and _takes_videos(processor):
+    if clip is not None and takes_videos(processor):
         return Renderer(processor).prompt([{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}])
     markers = (conversations.MARKER + "\n") * pictures
     return prompts(processor, [question if conversations.MARKER in question else markers + question])[0]
@@ -262,7 +258,7 @@ def _ask(
 ) -> _Asked:
     """Greedy, with the reducers attached. The pictures may be the frames of a clip."""
     pictures = [prepare(reducers, picture) for picture in pictures]
-    if clip is not None and _takes_videos(processor):
+    if clip is not None and takes_videos(processor):
         inputs = model_inputs(processor, [[]], [prompt], [[replace(clip, frames=tuple(pictures))]])
     else:
         inputs = model_inputs(processor, [pictures], [prompt])

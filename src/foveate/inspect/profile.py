@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from json import dumps
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import nn
 
 from foveate.accounting import CONVENTION, Ledger, predict
 from foveate.accounting.counter import Counter, parameters_of, parts_of
+from foveate.data.chat import takes_videos
+from foveate.data.clips import Clip, open_clip
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.inference import load_model, model_inputs, prompts
-from foveate.inspect.look import open_image
+from foveate.inference import load_model, model_inputs, shrunk
+from foveate.inspect.look import open_image, prompt_of
 from foveate.machine import environment, peak, reset_peak, synchronize
 from foveate.reducers import in_model, parse, prepare, spell
 
@@ -58,19 +60,31 @@ class Profile:
 
 
 def profile(
-    model: Any, processor: Any, reducers: Sequence[str], images: Sequence[str], question: str, *, new_tokens: int, repeats: int
+    model: Any,
+    processor: Any,
+    reducers: Sequence[str],
+    images: Sequence[str],
+    question: str,
+    *,
+    new_tokens: int,
+    repeats: int,
+    frames: str | None = None,
 ) -> list[Profile]:
-    """Profiles of the bare model and of every one of `reducers`, each measured `repeats` times in turn after one warm-up.
+    """Profiles of the bare model and of every one of `reducers`, each measured `repeats` times in turn after one warm-up. With `frames`, a
+    sampling, the only one of `images` is a film.
 
-    FoveateError for images that cannot be read, unknown reducers, and those that do not work on the model.
+    FoveateError for images and films that cannot be read, unknown reducers, and those that do not work on the model.
     """
     if repeats < 1 or new_tokens < 2:
         raise FoveateError(f"repeats={repeats}, new_tokens={new_tokens}: measure at least once, and at least 2 tokens")
     if not images:
         raise FoveateError("a profile needs at least one image")
-    pictures = [open_image(image) for image in images]
+    if frames is not None and len(images) != 1:
+        raise FoveateError(f"--frames is for one film, and {len(images)} are named")
+    clip = None if frames is None else open_clip(images[0], frames)
+    pictures = [open_image(image) for image in images] if clip is None else list(clip.frames)
     texts = ["none", *(spell(parse(text)) for text in reducers)]
-    benches = [_Bench(model, processor, text, pictures, question, new_tokens) for text in dict.fromkeys(texts)]
+    benches = [_Bench(model, processor, text, pictures, question, new_tokens, clip) for text in dict.fromkeys(texts)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("measuring", total=len(benches) * (repeats + 2))
@@ -85,15 +99,22 @@ def profile(
 
 
 class _Bench:
-    def __init__(self, model: Any, processor: Any, reducers: str, pictures: list[Any], question: str, new_tokens: int) -> None:
-        self.model, self.processor, self.text, self.new_tokens = model, processor, reducers, new_tokens
+    """`clip`: whose frames the pictures are."""
+
+    def __init__(
+        self, model: Any, processor: Any, reducers: str, pictures: list[Any], question: str, new_tokens: int, clip: Clip | None
+    ) -> None:
+        self.model, self.text, self.new_tokens = model, reducers, new_tokens
         self.reducers = parse(reducers)
-        self.pictures = [prepare(self.reducers, picture) for picture in pictures]
-        self.prompt = prompts(processor, [question], [len(pictures)])[0]
+        self.processor, before = shrunk(processor, self.reducers)
+        self.pictures = [prepare(before, picture) for picture in pictures]
+        self.clip = None if clip is None or not takes_videos(processor) else replace(clip, frames=tuple(self.pictures))
+        self.prompt = prompt_of(processor, question, len(pictures), clip)
         self.runs: list[dict[str, float]] = []
 
     def inputs(self) -> Any:
-        return model_inputs(self.processor, [self.pictures], [self.prompt]).to(self.model.device, self.model.dtype)
+        shown: tuple[Any, Any] = ([self.pictures], ()) if self.clip is None else ([[]], [[self.clip]])
+        return model_inputs(self.processor, shown[0], [self.prompt], shown[1]).to(self.model.device, self.model.dtype)
 
     def survey(self) -> None:
         """What one pass tells that no clock is needed for."""
@@ -282,12 +303,13 @@ def main(
     repeats: int,
     device: str | None,
     json: bool,
+    frames: str | None = None,
 ) -> None:
     """What the command does."""
     for text in reducers:
         parse(text)  # unknown ones are named before a model is loaded
     model, processor = load_model(name, device)
-    found = profile(model, processor, reducers, images, question, new_tokens=new_tokens, repeats=repeats)
+    found = profile(model, processor, reducers, images, question, new_tokens=new_tokens, repeats=repeats, frames=frames)
     parameters = parameters_of(model)
     if json:
         print(as_json(name, str(model.dtype), parameters, found))

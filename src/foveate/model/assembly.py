@@ -7,14 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from foveate.bridges import Bridge, build_bridge
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig
 from foveate.model.modeling import FoveateForConditionalGeneration
 from foveate.model.processing import FoveateProcessor, require_token
-from foveate.model.towers import Normal, Towers, TowersConfig
+from foveate.model.towers import Normal, Towers, TowersConfig, told
 from foveate.model.weights import load_weights, reading
 from foveate.world import resolve
 
@@ -108,13 +118,25 @@ def open_vision(
         raise FoveateError(f"{len(processors)} image processors were given for {len(given)} vision towers: one for each, or one for all")
     towers = [converted(one, dtype) if isinstance(one, PreTrainedModel) else load_tower(one, dtype=dtype, **options) for one in given]
     processors = [
-        load(AutoImageProcessor, source(one, "image_processor"), "image processor", backend="pil") if of is None else copy.deepcopy(of)
-        for one, of in zip(given, processors, strict=True)
+        image_processor_of(one, tower) if of is None else copy.deepcopy(of)
+        for one, tower, of in zip(given, towers, processors, strict=True)
     ]
     if not several:
+        told(towers[0].config, [-2] if layers is None else [layers] if isinstance(layers, int) else layers)
         return towers[0], processors[0], layers
     config = TowersConfig.of([tower.config for tower in towers], layers, normals(processors))
     return Towers(config, towers), processors[0], -1
+
+
+def image_processor_of(vision: Any, tower: PreTrainedModel) -> Any:
+    """The image processor that lies beside a tower; of one of timm, whose own crops and takes no other size, CLIP's with its numbers."""
+    timm: Any = getattr(tower, "timm_model", None)
+    if timm is None:
+        return load(AutoImageProcessor, source(vision, "image_processor"), "image processor", backend="pil")
+    said = timm.pretrained_cfg | (getattr(tower.config, "pretrained_cfg", None) or {})
+    return CLIPImageProcessorPil(
+        image_mean=list(said["mean"]), image_std=list(said["std"]), resample=Image.Resampling[said["interpolation"].upper()]
+    )
 
 
 def normals(processors: Sequence[Any]) -> list[Normal] | None:

@@ -7,11 +7,12 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from foveate.bridges import complete_config
+from foveate.bridges import VLoRA, complete_config
 from foveate.errors import FoveateError
 from foveate.model.entering import refuse_layers
-from foveate.model.towers import number
+from foveate.model.towers import number, told
 from foveate.model.views import BridgeSight
+from foveate.model.weighing import completed
 from foveate.tilings import Tiling, parse
 from foveate.tokens import ImagePlan, Wiring, wire
 
@@ -28,12 +29,18 @@ class Planning:
     """What images become, for whoever has a `sight` and perhaps a tiling. `view_tokens`: as how many visual tokens each view is asked for;
     None: as many as the bridge makes."""
 
+    bridge: Any
     tiling: Any
     view_tokens: Any
 
     def sight(self, side: int | None = None) -> BridgeSight:
         """What the tower sees at once in a view of `side` pixels, those of `image_size` unless given."""
         raise NotImplementedError
+
+    @property
+    def weighs(self) -> bool:
+        """Whether images become weights of the language model, and no tokens (the bridge vlora)."""
+        return bool(self.bridge["kind"] == VLoRA.kind)
 
     @property
     def tiled(self) -> Tiling | None:
@@ -147,6 +154,7 @@ class FoveateConfig(Planning, PreTrainedConfig):
             self.vision_feature_layer = [-2]
         elif isinstance(self.vision_feature_layer, int):
             self.vision_feature_layer = [self.vision_feature_layer]
+        told(self.vision_config, self.vision_feature_layer)
         if self.image_size is None:
             self.image_size = self.native_size
         tiling = read_tiling(self.tiling)
@@ -154,7 +162,7 @@ class FoveateConfig(Planning, PreTrainedConfig):
         width = number(self.vision_config, "hidden_size")
         attends = getattr(self.vision_config, "num_attention_heads", None) is not None  # towers of convolutions leave it to the bridge
         self.bridge = complete_config(
-            self.bridge or {"kind": "mlp"},
+            completed(self.bridge or {"kind": "mlp"}, self.text_config),
             vision_width=width,
             width=width,
             **({"head_dim": width // number(self.vision_config, "num_attention_heads")} if attends else {}),
@@ -164,7 +172,7 @@ class FoveateConfig(Planning, PreTrainedConfig):
             grid=self.grid[0],
         )
         self.view_tokens = read_view_tokens(self.view_tokens)
-        self.check_layers(tiling)
+        self.check_tiling(tiling)
         if tiling is not None and tiling.shapes:
             sight = self.sight()
             sight.made((sight.merge, 2 * sight.merge))  # a bridge that is bound to one grid is told now
@@ -172,8 +180,12 @@ class FoveateConfig(Planning, PreTrainedConfig):
         # The tying itself is the language model's own affair (it is nested whole); this is what libraries around it read.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
-    def check_layers(self, tiling: Tiling | None) -> None:
-        """FoveateError where a tiling lets tokens enter in front of decoder layers that are not there."""
+    def check_tiling(self, tiling: Tiling | None) -> None:
+        """FoveateError where a tiling lets tokens enter in front of decoder layers that are not there, or has no tokens to lay out."""
+        if tiling is not None and self.weighs:
+            raise FoveateError(
+                f"the images of a {VLoRA.kind} bridge become weights, and no tokens that the tiling {tiling} could lay out: leave it out"
+            )
         depth = getattr(self.text_config.get_text_config(), "num_hidden_layers", None)
         if tiling is not None and depth is not None:
             refuse_layers(tiling.layers, depth)

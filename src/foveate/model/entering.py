@@ -49,13 +49,19 @@ def watch(entering: Entering, language_model: nn.Module, numbers: Sequence[int])
     named `layers`, or without one of these."""
     if not numbers:
         return []
-    lists = (getattr(module, "layers", None) for module in language_model.modules())
-    found = next((layers for layers in lists if isinstance(layers, nn.ModuleList)), None)
-    if found is None:
-        raise FoveateError(f"{type(language_model).__name__} has no decoder layers named `layers`, in front of which tokens could be added")
+    found = decoder_layers(language_model)
     refuse_layers(numbers, len(found))
     before = [found[number].register_forward_pre_hook for number in numbers]
     return [of(Hook(entering.add, number), with_kwargs=True, prepend=True) for of, number in zip(before, numbers, strict=True)]
+
+
+def decoder_layers(language_model: nn.Module) -> nn.ModuleList:
+    """The layers of a decoder. FoveateError for one that has none by the name `layers`."""
+    lists = (getattr(module, "layers", None) for module in language_model.modules())
+    found = next((layers for layers in lists if isinstance(layers, nn.ModuleList)), None)
+    if found is None:
+        raise FoveateError(f"{type(language_model).__name__} has no decoder layers named `layers`, which images could enter by")
+    return found
 
 
 def refuse_layers(numbers: Sequence[int], depth: int) -> None:

@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Collection, Sequence
 from typing import Any, Literal, Self
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
@@ -27,10 +26,11 @@ from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig, read_tiling, read_view_tokens
 from foveate.model.entering import Entering, watch
 from foveate.model.grown import annealed, check_attention, check_language_model, lineage, place, refuse_few, refuse_growth, refuse_tiling
+from foveate.model.merging import Merging
 from foveate.model.outputs import FoveateCausalLMOutputWithPast, FoveateModelOutputWithPast, common_outputs
-from foveate.model.seeing import Seeing
 from foveate.model.towers import interpolates
 from foveate.model.views import ImageMarks
+from foveate.model.weighing import Weighing
 
 
 class FoveatePreTrainedModel(PreTrainedModel):
@@ -46,7 +46,7 @@ class FoveatePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
 
 
-class FoveateModel(Seeing, FoveatePreTrainedModel):
+class FoveateModel(Merging, FoveatePreTrainedModel):
     """Tower, bridge and language model; `forward` ends at the decoder's last hidden state. Parts that are not given are made, untrained."""
 
     def __init__(
@@ -62,6 +62,7 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         self.causal_lm = causal_lm if causal_lm is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.image_marks: ImageMarks | None = None
         self.entering, self._doors = Entering(), list[Any]()
+        self.weighing = Weighing(self.bridge) if config.weighs else None
         self._check_parts()
         for part in (self.vision_tower, self.bridge, self.causal_lm):
             keep_initialisation(part)
@@ -104,11 +105,19 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
             keep_initialisation(self.image_marks)
 
     def open_doors(self) -> None:
-        """Set the hooks by which tokens enter inside the language model, those of the tiling."""
+        """Set the hooks by which tokens enter inside the language model, those of the tiling, or the weights that images become."""
         doors = watch(self.entering, self.causal_lm, () if self.config.tiled is None else self.config.tiled.layers)
+        if self.weighing is not None:
+            doors += self.weighing.open(self.causal_lm, self.bridge.text_width)
         for hook in self._doors:
             hook.remove()
         self._doors = doors
+
+    def close_doors(self) -> None:
+        """Nothing of a pass is left, after an exception too."""
+        self.entering.end()
+        if self.weighing is not None:
+            self.weighing.end()
 
     @property
     def marks(self) -> dict[str, nn.Parameter]:
@@ -134,89 +143,6 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.causal_lm.set_input_embeddings(value)
 
-    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, image_features: Tensor) -> Tensor:
-        """Where visual tokens go: (batch, positions, 1), True at image tokens. FoveateError if their number is not that of the features."""
-        mask = self._placeholders(input_ids, inputs_embeds)
-        if not torch.compiler.is_compiling():
-            placeholders, tokens = int(mask.sum()), image_features.numel() // image_features.shape[-1]
-            if placeholders != tokens:
-                raise FoveateError(
-                    f"the prompts hold {placeholders} image placeholders but the images give {tokens} visual tokens; "
-                    "processor and model must agree on image size and bridge; the model needs all that the processor says, view_tokens too"
-                )
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
-
-    def _placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """(batch, positions) bool."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-
-    def merge(
-        self,
-        input_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        image_crops: Tensor | None = None,
-        tower_features: Tensor | None = None,
-        image_sizes: Tensor | None = None,
-        view_tokens: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Text and images -> embeddings (batch, positions, width) with the visual tokens in place, and the visual tokens themselves. What
-        of the images enters inside the language model is left in `entering`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise FoveateError("give exactly one of input_ids and inputs_embeds")
-        encoded = mm_encoder_outputs.get("image") if mm_encoder_outputs else None
-        if sum(given is not None for given in (pixel_values, tower_features, encoded)) > 1:
-            raise FoveateError("give images once: as pixel_values, as tower_features, or encoded in mm_encoder_outputs")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-
-        if tower_features is not None:  # pixels that have the shape, and take no memory
-            pixel_values = tower_features.new_ones(()).expand(len(tower_features), *self._image_shape)
-        if pixel_values is not None:
-            if view_tokens is not None:
-                refuse_growth(self.config, "another number of view_tokens")
-            encoded = self.get_image_features(pixel_values, image_crops, tower_features, image_sizes, view_tokens, return_dict=True)
-        if encoded is not None:
-            visual = torch.cat(list(encoded.pooler_output)).to(inputs_embeds.device, inputs_embeds.dtype)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual)
-            self._let_in(mask[..., 0], encoded)
-            return inputs_embeds.masked_scatter(mask, visual), visual
-
-        # While decoding, an image token can only be one that the model itself has made.
-        if input_ids is not None and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds.new_zeros(0, inputs_embeds.shape[-1]))
-        always, together = self.config.always_run_vision, several_processes()
-        if (always or together) if self.training else (always and together and past_key_values is None):
-            inputs_embeds = inputs_embeds + self._blank_image().to(inputs_embeds.device, inputs_embeds.dtype)
-        return inputs_embeds, None
-
-    def _let_in(self, slots: Tensor, encoded: BaseModelOutputWithPooling) -> None:
-        """Leave to the decoder layers what enters in front of them."""
-        layers = () if self.config.tiled is None else self.config.tiled.layers
-        stacks = getattr(encoded, "deepstack_features", None) or ()
-        if len(stacks) != len(layers):
-            raise FoveateError(
-                f"the encoded images have {len(stacks)} deepstack_features, and with {self.config.tiling} {len(layers)} enter the language "
-                "model: hand in image_sizes with the pixels, or all that get_image_features gives"
-            )
-        self.entering.begin(slots, {layer: torch.cat(list(of)) for layer, of in zip(layers, stacks, strict=True)})
-
-    def _blank_image(self) -> Tensor:
-        """Zero, but by way of tower and bridge: sharded training hangs when one process skips a module that the others wait in."""
-        given: dict[str, Tensor] = {}
-        views, shape = 1, self._image_shape
-        if self.config.tiling is not None:
-            plan = self.config.plan_image(*shape[1:])
-            given, views = {"image_sizes": torch.tensor([plan.given])}, len(plan.crops)
-        pixels = torch.zeros(views, *shape, device=self.vision_tower.device)
-        tokens = self.get_image_features(pixels, **given, return_dict=True).pooler_output[0]
-        return (tokens * 0.0).sum()  # times zero first, lest the sum overflow
-
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -231,13 +157,15 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         tower_features: Tensor | None = None,
         image_sizes: Tensor | None = None,
         view_tokens: Tensor | None = None,
+        prompt_images: Tensor | None = None,
         run: Literal["images", "decoder", "logits"] = "decoder",
         **kwargs: Any,
     ) -> FoveateModelOutputWithPast | FoveateCausalLMOutputWithPast:
         """Prompts `input_ids` (batch, positions) with placeholders, `pixel_values` (crops of the images of all prompts, channels, height,
         width), `image_crops` (images,): how many crops each image has, one unless given; with a tiling `image_sizes` (images, 3) in its
-        stead, see `get_image_features`; `view_tokens` (images,): as how many tokens each image's crops are asked for. `tower_features`
-        (crops, levels, patches, width) may stand for pixels: what `encode_crops` makes.
+        stead, see `get_image_features`; `view_tokens` (images,): as how many tokens each image's crops are asked for; where
+        images become weights `prompt_images` (batch,): how many of them each prompt has, one unless given. `tower_features` (crops, levels,
+        patches, width) may stand for pixels: what `encode_crops` makes.
 
         `run` says how far: to "logits" of the causal language model (and loss, for `labels`), through the "decoder" alone, or to "images",
         which runs no language model: `hidden_states` then has one level, what would have gone in.
@@ -245,10 +173,10 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         text = inputs_embeds
         inputs_embeds, visual = self.merge(
             *(input_ids, pixel_values, inputs_embeds, past_key_values, mm_encoder_outputs),
-            *(image_crops, tower_features, image_sizes, view_tokens),
+            *(image_crops, tower_features, image_sizes, view_tokens, prompt_images),
         )
         if run == "images":
-            self.entering.end()
+            self.close_doors()
             return FoveateCausalLMOutputWithPast(hidden_states=(inputs_embeds,), image_hidden_states=visual)
         kept, given = None, {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
         if self.config.grown is not None:
@@ -258,8 +186,10 @@ class FoveateModel(Seeing, FoveatePreTrainedModel):
         called = self.causal_lm if run == "logits" else self.language_model
         try:
             output = called(inputs_embeds=inputs_embeds, **kwargs)
+            if self.weighing is not None:
+                self.weighing.keep(output.past_key_values)
         finally:
-            self.entering.end()
+            self.close_doors()
         if kept is not None:
             kept.remember(output.past_key_values)
         if run == "logits":
@@ -344,6 +274,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         image_crops: Tensor | None = None,
         image_sizes: Tensor | None = None,
         view_tokens: Tensor | None = None,
+        prompt_images: Tensor | None = None,
         **kwargs: Any,
     ) -> FoveateCausalLMOutputWithPast:
         """See `FoveateModel.forward`, whose `tower_features` and `run` are taken too; `labels` and `logits_to_keep` are the language
@@ -359,6 +290,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             image_crops=image_crops,
             image_sizes=image_sizes,
             view_tokens=view_tokens,
+            prompt_images=prompt_images,
             labels=labels,
             logits_to_keep=logits_to_keep,
             return_dict=True,
@@ -405,7 +337,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             raise FoveateError(f"the bridge reads {levels} maps, and {tiling} would change their number: make a model with it instead")
         if wanted is not None:
             refuse_growth(self.config, "a tiling")
-            self.config.check_layers(wanted)
+            self.config.check_tiling(wanted)
         self.config.tiling = None if wanted is None else str(wanted)
         self.model.learn_marks()
         self.model.open_doors()
@@ -430,8 +362,3 @@ def keep_initialisation(module: nn.Module) -> None:
         return
     for part in module.modules():
         part._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def several_processes() -> bool:
-    """Whether this process trains together with others."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1

@@ -18,6 +18,13 @@ class StackedImageOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
+class WeightsImageOutput(BaseModelOutputWithPooling):
+    """Encoded images that are no tokens: `image_weights` (images, layers, inputs of all targets, rank), see `foveate.bridges.vlora`."""
+
+    image_weights: Tensor | None = None
+
+
+@dataclass
 class FoveateModelOutputWithPast(BaseModelOutputWithPast):
     """The decoder's output, and `image_hidden_states`: the visual tokens (their number in the batch, width) that went in."""
 

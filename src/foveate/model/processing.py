@@ -87,6 +87,8 @@ class FoveateProcessor(Planning, ProcessorMixin):
 
     `pixel_values` (crops of all images, channels, height, width); with a tiling `image_sizes` (images, 3) says the height and width of each
     and how many views it may have had (0: any number). Views of several shapes lie in the upper left of their pixels.
+    Where images become weights (the bridge vlora) nothing stands for one in the prompt, and `prompt_images` (prompts,) says how many images
+    each prompt has.
 
     A subclass whose `plan_image` cuts images itself needs no tiling: `image_crops` (images,) then says how many crops each image has, and
     is left out where that is one. Its plans keep `each`.
@@ -176,7 +178,7 @@ class FoveateProcessor(Planning, ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> Any:
         """As any processor's; `budget`: how many views the images of one prompt may become together, the tiling's own unless given;
         `view_tokens`: as how many visual tokens each view is asked for, one number or one for each image in turn."""
-        if self.tiling is not None and text is not None:
+        if (self.tiling is not None or self.weighs) and text is not None:
             texts = [text] if isinstance(text, str) else text
             kwargs["prompts"] = [one.count(self.image_token) for one in texts]
         return super().__call__(images=images, text=text, **kwargs)
@@ -199,7 +201,10 @@ class FoveateProcessor(Planning, ProcessorMixin):
             for size, most in zip(own, self.share(own, budget), strict=True):
                 of = asked[each[len(plans)]]
                 plans.append(of.plan_image(*size) if most is None else of.plan_image(*size, most))
-        return self.pixels(images, plans, **kwargs), [self.written(plan) for plan in plans]
+        made = self.pixels(images, plans, **kwargs)
+        if self.weighs and prompts is not None:
+            made["prompt_images"] = list(prompts)
+        return made, [self.written(plan) for plan in plans]
 
     def pixels(self, images: Sequence[Any], plans: Sequence[ImagePlan], **options: Any) -> dict[str, Any]:
         """What the model takes of images that become `plans`: `pixel_values`, and what says which crops belong together."""

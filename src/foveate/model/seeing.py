@@ -10,7 +10,7 @@ from transformers.utils.generic import can_return_tuple
 
 from foveate.bridges import ElasticBridge
 from foveate.errors import FoveateError
-from foveate.model.outputs import StackedImageOutput
+from foveate.model.outputs import StackedImageOutput, WeightsImageOutput
 from foveate.model.towers import patch_states, run
 from foveate.model.views import ImageMarks, arrange, check_views, each_shape, joined, stacked
 
@@ -49,7 +49,7 @@ class Seeing:
         state per patch.
 
         Where tokens enter inside the language model (the tiling deepstack), `deepstack_features` holds them beside, see
-        `StackedImageOutput`.
+        `StackedImageOutput`. Where images become weights (the bridge vlora), `image_weights` holds these, and there are no tokens.
         """
         output: Any = BaseModelOutput()
         said = next((given for given in (image_sizes, image_crops, pixel_values) if given is not None), pixel_values)
@@ -73,7 +73,10 @@ class Seeing:
         inside: dict[str, Any] = {}
         if image_sizes is None:
             tokens = tokens_of(pixel_values)
-            if image_crops is None:
+            if self.config.weighs:
+                inside = {"image_weights": one_crop(tokens, image_crops)}
+                images = [tokens.new_zeros(0, self.bridge.text_width)] * len(tokens)
+            elif image_crops is None:
                 images = [own[:count] for own, count in zip(tokens, each, strict=True)]
             else:
                 found = zip(by_image(tokens, image_crops), each, strict=True)
@@ -90,7 +93,8 @@ class Seeing:
             images = arrange(own, plans, self.image_marks)
             if layers := self.config.tiled.layers:
                 inside = {"deepstack_features": stacked(own, plans, len(layers))}
-        return (StackedImageOutput if inside else BaseModelOutputWithPooling)(
+        kind = WeightsImageOutput if self.config.weighs else StackedImageOutput if inside else BaseModelOutputWithPooling
+        return kind(
             last_hidden_state=output.last_hidden_state,
             pooler_output=images,
             hidden_states=output.hidden_states,
@@ -143,6 +147,13 @@ def bridged(bridge: Any, features: list[Tensor], grid: tuple[int, int], each: Se
     most = max(bridge.within(grid, count) for count in set(each))
     made: Tensor = bridge(features, grid, most) if isinstance(bridge, ElasticBridge) else bridge(features, grid)
     return made
+
+
+def one_crop(weights: Tensor, image_crops: Tensor | None) -> Tensor:
+    """What images have become. FoveateError where one has another number of crops than one."""
+    if image_crops is not None and image_crops.ne(1).any():
+        raise FoveateError(f"image_crops {image_crops.tolist()}: an image that becomes weights is seen whole, in one crop")
+    return weights
 
 
 def by_image(tokens: Tensor, image_crops: Tensor) -> list[Tensor]:

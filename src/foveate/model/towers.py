@@ -69,7 +69,10 @@ class TowersConfig(PreTrainedConfig):
                 "each, a number or several, as in [[-3, -2], -1]"
             )
         read = [[of] if isinstance(of, int) else list(of) for of in layers]
-        given = [getattr(config, "vision_config", config).to_dict() for config in configs]
+        seeing = [getattr(config, "vision_config", config) for config in configs]
+        for config, own in zip(seeing, read, strict=True):
+            told(config, own)
+        given = [config.to_dict() for config in seeing]
         for tower in given:
             tower.pop("_name_or_path", None)  # where it was read from
         return cls(towers=given, layers=read, normal=None if normal is None else [list(map(list, one)) for one in normal])
@@ -147,6 +150,23 @@ def built(config: Any, attention: str | None) -> PreTrainedModel:
     return tower
 
 
+def told(config: Any, layers: Sequence[int]) -> None:
+    """Writes into the configuration of a tower of timm the sizes that it does not say: `image_size`, and `patch_size` and `hidden_size` of
+    what it gives at these layers. FoveateError where timm is not there, or the tower gives no states by layer."""
+    if getattr(config, "image_size", None) is not None or not isinstance(getattr(config, "architecture", None), str):
+        return
+    try:
+        with torch.device("meta"):
+            pretrained = AutoModel.from_config(deepcopy(config)).timm_model.pretrained_cfg
+        said = pretrained | (getattr(config, "pretrained_cfg", None) or {})
+        config.image_size = (config.model_args or {}).get("img_size") or said["input_size"][-1]
+        config.patch_size, config.hidden_size = measured(config, layers)
+    except (ImportError, ValueError, RuntimeError, AssertionError, TypeError) as error:
+        config.image_size = None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FoveateError(f"the tower {config.architecture!r} of timm cannot be the vision tower: {reason}") from error
+
+
 def measured(config: Any, layers: Sequence[int]) -> tuple[int, int]:
     """(side of a patch in pixels, width) of what a tower gives at some layers, by a run without weights. FoveateError where that is of
     several widths or grids."""
@@ -177,7 +197,8 @@ def interpolates(tower: nn.Module) -> bool:
 def run(tower: Any, pixel_values: Tensor, layers: Sequence[int], told: bool, **kwargs: Any) -> Any:
     """A tower's output on pictures of any size, with its hidden states at `layers`. `told`: see `interpolates`. FoveateError where it does
     not take that size."""
-    kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or list(layers)
+    # Asked for some layers, a tower of timm gives these alone, by other numbers.
+    kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or hasattr(tower, "timm_model") or list(layers)
     (height, width), native = pixel_values.shape[-2:], number(tower.config, "image_size")
     if height == width == native:
         return tower(pixel_values, **kwargs)
@@ -186,7 +207,7 @@ def run(tower: Any, pixel_values: Tensor, layers: Sequence[int], told: bool, **k
         return tower(pixel_values, interpolate_pos_encoding=True, **kwargs)
     try:  # towers with rotary or always interpolated positions take any size
         return tower(pixel_values, **kwargs)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         raise FoveateError(
             f"{type(tower).__name__} was made for images of {native} x {native} pixels and does not take {height} x {width}: {error}. Set "
             f"image_size to {native}"

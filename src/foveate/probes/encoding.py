@@ -187,19 +187,19 @@ class Encodings:
 
 
 def carry_groups(media: Media, parts: Sequence[Laid], merged: Sequence[Tensor]) -> list[Tensor]:
-    """What was merged in the tower, `Groups` of each crop, to the tokens of each part. NotApplicable where there is not one token for each
-    patch."""
-    media.anatomy.patches(media)  # which refuses what is not told apart
-    patches, tokens = sum(map(len, merged)), sum(int((laid.kind == Kind.PATCH).sum()) for laid in parts)
+    """What was merged in the tower, `Groups` of the units of each crop, to the tokens of each part. NotApplicable where there is not one
+    token for each unit."""
+    order = media.anatomy.patches(media).order  # which refuses what is not told apart
+    units, tokens = sum(map(len, merged)), sum(int((laid.kind == Kind.PATCH).sum()) for laid in parts)
     boxes = media.boxes
     ordered = boxes is None or [(r, c, r + 1, c + 1) for r in range(boxes[1][0]) for c in range(boxes[1][1])] == list(boxes[0])
-    if patches != tokens or not ordered or media.anatomy.resampled:
+    if units != tokens or not ordered or media.anatomy.resampled:
         raise NotApplicable(
             Reason.NOT_BY_PATCH,
-            f"{patches} patches of the tower become {tokens} tokens, not one of each: what is merged in the tower cannot be carried "
-            "to the language model; act before it instead",
+            f"{units} patches of the tower, or blocks of them, become {tokens} tokens, not one of each: what is merged in the tower cannot "
+            "be carried to the language model; act before it instead",
         )
-    return carry(list(merged), parts, Patches())
+    return carry(list(merged), parts, Patches(grouped=int(order is not None), order=order))
 
 
 def unseen(features: Tensor, keyed: bool) -> Item:

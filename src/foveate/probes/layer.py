@@ -36,10 +36,12 @@ class _Calls(Live):
 
 
 class LayerProbe:
-    """Watches the attention of one layer while it is armed. Every call is noted: a tower that packs its images makes one for each."""
+    """Watches the attention of one layer while it is armed. Every call is noted: a tower that packs its images makes one for each.
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+    mask: of a call's mask, queries and keys, what its attention is given in place of the mask, armed or not; None: its own."""
+
+    def __init__(self, layer: nn.Module, mask: Callable[[Any, Tensor, Tensor], Any] | None = None) -> None:
+        self.layer, self._mask = layer, mask
         self._live = _Calls()
         self._modules = [m for m in layer.modules() if hasattr(getattr(m, "config", None), "_attn_implementation")]
         if not self._modules:
@@ -90,6 +92,8 @@ class LayerProbe:
     def attend(self, name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
         """What is called in place of the backend `name`."""
         live = self._live
+        if self._mask is not None:
+            attention_mask = self._mask(attention_mask, query, key)
         if live.armed:
             rows = _rows(name, query, key, attention_mask, kwargs)
             live.seen.append(replace(rows, group=tensor_parallel_group(module)))

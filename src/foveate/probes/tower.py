@@ -85,15 +85,16 @@ def _arm(probe: LayerProbe, idle: Callable[[], bool], *_: Any) -> None:
         probe.arm()
 
 
-def values_of(signal: Signal, call: AttentionRows, extras: Extras) -> list[Tensor]:
-    """One tensor a crop: a value for each patch."""
+def values_of(signal: Signal, call: AttentionRows, extras: Extras, valid_Cn: Tensor | None = None) -> list[Tensor]:
+    """One tensor a crop: a value for each patch. valid: the tokens that are no padding; None: all."""
     b, n = call.query.shape[0], call.query.shape[2]
     if isinstance(signal, TowerKeys):
         values = call.mean(call.key.to(torch.float32))
     elif isinstance(signal, ClsAttention) and extras.cls:
         values = replace(call, causal=False).row(torch.full((b,), n - 1 if extras.behind else 0, device=call.query.device))
     else:
-        values = replace(call, causal=False).received(torch.ones((b, n), dtype=torch.bool, device=call.query.device))
+        rows = torch.ones((b, n), dtype=torch.bool, device=call.query.device) if valid_Cn is None else valid_Cn
+        values = replace(call, causal=False).received(rows)
     return list(extras.patches(values))
 
 
@@ -115,7 +116,10 @@ def carry(crops: list[Tensor], items: Sequence[Laid], how: Patches) -> list[Tens
         merged = flat.view(len(flat) // how.grouped, how.grouped, *flat.shape[1:]).mean(1)
         merged = merged if how.order is None else merged[torch.argsort(how.order)]
         merged = _paired(merged, items, len(merged) // total)
+    elif how.pooled is not None:
+        merged = _pooled(flat, how.pooled.to(flat.device))
     else:
+        flat = flat if how.order is None else flat[torch.argsort(how.order.to(flat.device))]
         merged = flat if len(flat) == total else torch.cat(_blocks(flat, items, patch, total))
     found = []
     for (kind, _), p in zip(items, patch, strict=True):
@@ -124,6 +128,13 @@ def carry(crops: list[Tensor], items: Sequence[Laid], how: Patches) -> list[Tens
         merged = merged[int(p.sum()) :]
         found.append(values)
     return found
+
+
+def _pooled(flat: Tensor, of: Tensor) -> Tensor:
+    """Means over the patches that each token names."""
+    there = (of >= 0).to(flat.dtype).view(*of.shape, *[1] * (flat.ndim - 1))
+    summed: Tensor = (flat[of.clamp(min=0)] * there).sum(1)
+    return summed / there.sum(1)
 
 
 def _paired(groups: Tensor, items: Sequence[Laid], frames: int) -> Tensor:

@@ -36,14 +36,18 @@ from foveate.reducers.fewerframes import FewerFrames as FewerFrames
 from foveate.reducers.downsample import Downsample as Downsample
 from foveate.reducers.tome import ToMe as ToMe
 from foveate.reducers.fastv import FastV as FastV
+from foveate.reducers.vtw import VTW as VTW
 from foveate.reducers.vcc import VCC as VCC
 from foveate.reducers.hired import HiRED as HiRED
 from foveate.reducers.eemllm import EEMLLM as EEMLLM
+from foveate.reducers.fitprune import FitPrune as FitPrune
 from foveate.reducers.sparsevlm import SparseVLM as SparseVLM
 from foveate.reducers.yopo import YOPO as YOPO
+from foveate.reducers.gammamod import GammaMoD as GammaMoD
 from foveate.reducers.pyramiddrop import PyramidDrop as PyramidDrop
 from foveate.reducers.fopru import FoPru as FoPru
 from foveate.reducers.dycoke import DyCoke as DyCoke
+from foveate.reducers.atpllava import ATPLLaVA as ATPLLaVA
 from foveate.reducers.schedule import Schedule as Schedule
 from foveate.reducers.fastervlm import FasterVLM as FasterVLM
 from foveate.reducers.vispruner import VisPruner as VisPruner
@@ -67,6 +71,7 @@ from foveate.reducers.evs import EVS as EVS
 from foveate.reducers.visionselector import VisionSelector as VisionSelector
 from foveate.reducers.ppe import PPE as PPE
 from foveate.reducers.flashvid import FlashVID as FlashVID
+from foveate.reducers.pixelprune import PixelPrune as PixelPrune
 from foveate.reducers.restore import RESTORE as RESTORE
 from foveate.reducers.priortr import PriorTR as PriorTR
 # isort: on

@@ -32,7 +32,7 @@ class Reducer(Spelled, ABC):
     amounts       the options that say how many tokens stay, which `at` sets
     between       whether it places tokens where no other engine does: between integers, or in several places
     video         whether it compares the frames of a clip, so that it is of little use on pictures
-    looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", what its choice follows
+    looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", "pixels", what its choice follows
 
     What the common tests run, on images of 16 tokens in a model of four decoder layers and more:
 
@@ -132,6 +132,11 @@ def parse_with(text: str, methods: dict[str, type[Reducer]]) -> list[Reducer]:
     found: list[Reducer] = []
     for part in text.split("+"):
         name = part.strip().partition(":")[0]
+        if name == "preset":
+            raise FoveateError(
+                f"{part.strip()!r} is a setting that depends on the model: attach(model, {part.strip()!r}) takes it alone; elsewhere "
+                "write out what `foveate presets MODEL` shows"
+            )
         if name not in methods:
             raise FoveateError(f"unknown reducer {name!r}{nearest(name, methods)}; known are {', '.join(sorted(methods))} and none")
         _, options = read_options(part, "reducer")

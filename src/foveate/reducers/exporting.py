@@ -29,6 +29,7 @@ from foveate.reducers.plain import reduce
 from foveate.tokens import Layout
 
 _DEEP = 1024  # decoder layers: more than any model has, so that no site of a method falls away
+_IMAGE = ImageSize((576,), (576,), ((24, 24),))
 _INSTEAD = {"attention": "tower", "keys": "states"}  # what a server has in the place of what only the language model's layers know
 
 
@@ -50,6 +51,8 @@ def unexportable(reducer: Reducer) -> str:
         return "decides by weights of its own"
     if "text" in reducer.looks_at:
         return "looks at the question"
+    if reducer.count(Workload((_IMAGE,), (_IMAGE.tokens,))) == [0]:
+        return "leaves no token of an image"
     return "counts over all images of a prompt" if getattr(reducer, "scope", "image") == "sample" else ""
 
 

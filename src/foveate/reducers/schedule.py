@@ -16,27 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
 from torch import Tensor
 
 from foveate.contract import Attention, ClsAttention, Cut, Noise, Signal, Site, View, Workload
-from foveate.errors import FoveateError
 from foveate.reducers.common import asked, choose, in_front_of, integers
-from foveate.reducers.ranker import Ranker
+from foveate.reducers.falling import Falling
 from foveate.reducers.uniform import Uniform
-from foveate.tokens import budget
 
 SIGNALS = ("attention", "cls", "random", "uniform")
 
 
 @dataclass(frozen=True)
-class Schedule(Ranker):
+class Schedule(Falling):
     """Keeps a share of each image's tokens in front of each of some decoder layers, by layer:share pairs.
 
-    keeps   "2:0.5/4:0.25" or [(2, 0.5), (4, 0.25)]: layer indices (0-based), ascending, and shares in (0, 1], which do not rise; pairs
-            that change nothing are left out of the spelling, and "0:1" keeps everything
+    keeps   see `foveate.reducers.falling`
     signal  "attention": the last prompt token's row in the layer before; "cls": the tower's [CLS] attention; "random": a hash of `seed`
             and the image; "uniform": evenly spaced
     """
@@ -62,25 +58,8 @@ class Schedule(Ranker):
         super().check()
         choose(self, signal=SIGNALS)
         integers(self, seed=0)
-        cuts = _read(self.keeps)
-        if self.signal == "attention" and cuts and cuts[0][0] == 0:
-            raise FoveateError(
-                f"schedule: keeps={self.keeps!r} is not possible, no layer's attention can be read in front of layer 0; begin at layer 1, "
-                "or choose signal=cls, random or uniform"
-            )
-
-    def canonical(self) -> dict[str, Any]:
-        return {"keeps": "/".join(f"{layer}:{Decimal(str(share)).normalize():f}" for layer, share in self.cuts) or "0:1"}
-
-    @classmethod
-    def of_counts(cls, counts: Sequence[int], per_image: int, **options: Any) -> Self:
-        """The schedule that leaves an image of `per_image` tokens counts[l] of them in decoder layer l, and any other the same shares."""
-        return cls(keeps=[(layer, _share(count, per_image)) for layer, count in enumerate(counts)], **options)
-
-    @property
-    def cuts(self) -> list[tuple[int, float]]:
-        """(layer, share) wherever tokens are dropped."""
-        return _read(self.keeps)
+        if self.signal == "attention":
+            self.after_a_layer(", or choose signal=cls, random or uniform")
 
     def sites(self, layers: int) -> list[Site]:
         return [in_front_of(layer, *self._needs(layer)) for layer, _ in self.cuts]
@@ -95,9 +74,6 @@ class Schedule(Ranker):
         scores = view.signal(signal)
         return asked(self.name, view, lambda question: scores.row(question.asking)) if self.signal == "attention" else scores
 
-    def left(self, arriving: int, original: int, stage: int = 0) -> int:
-        return min(arriving, budget(self.cuts[stage][1], original))
-
     def reduce(self, view: View, stage: int = 0) -> Cut:
         if self.signal == "uniform":  # is no score
             return Uniform(self.cuts[stage][1], of="original").reduce(view)
@@ -105,41 +81,3 @@ class Schedule(Ranker):
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
         return sizes.rows(1) if self.signal == "attention" else 0
-
-
-def _read(keeps: Any) -> list[tuple[int, float]]:
-    """The (layer, share) pairs at which the share falls. FoveateError for anything that is no schedule."""
-
-    def refuse(why: str) -> FoveateError:
-        return FoveateError(f"schedule: keeps={keeps!r} is not possible, {why}; write layer:share pairs, as in keeps=2:0.5/4:0.25")
-
-    pairs: list[tuple[int, float]] = []
-    last, before = -1, 1.0
-    for given in keeps.split("/") if isinstance(keeps, str) else keeps if isinstance(keeps, (list, tuple)) else [keeps]:
-        try:
-            parts = given.split(":") if isinstance(given, str) else [str(part) for part in given]
-            layer, share = int(parts[0]), float(parts[1])
-            if len(parts) != 2:
-                raise ValueError
-        except (TypeError, ValueError, IndexError):
-            raise refuse(f"{given!r} is no layer and share" if given != "" else "a pair is empty") from None
-        if not 0 < share <= 1:
-            raise refuse(f"the share {parts[1]} is not in (0, 1]")
-        if layer <= last:
-            raise refuse(f"layer {layer} does not come after layer {last}" if layer >= 0 else f"there is no layer {layer}")
-        if share > before:
-            raise refuse(f"the share rises from {before:g} to {share:g} at layer {layer}, and what is dropped does not come back")
-        if share < before:
-            pairs.append((layer, share))
-        last, before = layer, share
-    if last < 0:
-        raise refuse("it is empty")
-    return pairs
-
-
-def _share(count: int, tokens: int) -> float:
-    """The shortest decimal that means `count` of `tokens`."""
-    if not 1 <= count <= tokens:
-        raise FoveateError(f"schedule: {count} of {tokens} tokens cannot be kept; give counts from 1 to {tokens}")
-    shares = (round(count / tokens, digits) for digits in range(1, 18))
-    return next(share for share in shares if 0 < share <= 1 and budget(share, tokens) == count)

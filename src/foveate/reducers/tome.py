@@ -117,18 +117,20 @@ class ToMe(Reducer):
         return min(self.r or -(-over // (self.blocks - stage)), over, arriving // 2)
 
     def _pass(self, view: View, stage: int) -> TokenMap:
-        layout = view.layout
-        patches = layout.visual.sum(1)
-        if not bool((patches == patches[:1]).all()):
-            raise FoveateError(f"{self.name}: crops of {sorted(set(patches.tolist()))} patches cannot be matched at once; let it act alone")
-        B, N = layout.shape
-        arriving, original = int(patches[0]), int((view.first or view).layout.visual[0].sum())
-        matching = bipartite(view.signal(TowerKeys(stage)), self._merged(arriving, original, stage), protect_first=N - arriving)
-        home = matching.keeper.gather(1, matching.group)
-        size = torch.where(layout.visual, layout.size, 1.0).to(torch.float64)
-        total = torch.zeros((B, matching.keeper.shape[1]), dtype=size.dtype, device=size.device).scatter_add_(1, matching.group, size)
-        target = torch.arange(matching.keeper.shape[1], device=size.device).expand_as(matching.keeper)
-        return into(layout, home, size / total.gather(1, matching.group), torch.zeros_like(home).scatter(1, matching.keeper, target))
+        layout, keys = view.layout, view.signal(TowerKeys(stage))
+        sizes = torch.stack([layout.visual.sum(1), (view.first or view).layout.visual.sum(1), layout.valid.sum(1)], 1)
+        home = torch.arange(layout.shape[1], device=sizes.device).repeat(layout.shape[0], 1)
+        place, weight = home.clone(), torch.ones_like(home, dtype=torch.float64)
+        for arriving, original, slots in torch.unique(sizes, dim=0).tolist():  # crops of equal sizes are matched at once
+            rows = (sizes == sizes.new_tensor([arriving, original, slots])).all(1).nonzero()
+            at = torch.arange(slots, device=rows.device)[None]
+            matching = bipartite(keys[rows, at], self._merged(arriving, original, stage), protect_first=slots - arriving)
+            size = torch.where(layout.visual, layout.size, 1.0)[rows, at].to(torch.float64)
+            total = torch.zeros_like(matching.keeper, dtype=size.dtype).scatter_add_(1, matching.group, size)
+            home[rows, at] = matching.keeper.gather(1, matching.group)
+            weight[rows, at] = size / total.gather(1, matching.group)
+            place[rows, matching.keeper] = torch.arange(matching.keeper.shape[1], device=rows.device)[None]
+        return into(layout, home, weight, place)
 
 
 def bipartite(metric_ND: Tensor, r: int, *, protect_first: int = 0) -> Matching:

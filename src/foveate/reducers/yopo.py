@@ -6,9 +6,11 @@ A visual token sees the visual tokens that are near, those that come later too (
 sees everything in front of it. Of the 576² = 331,776 pairs of a raster of 24 × 24 that leaves 114² = 12,996, 3.9 %: of a token in a corner
 9, on an edge 15, elsewhere 25.
 
-This is one of the paper's four cuts, the one that says who sees whom. The others (heads that do not look at the picture, a part of the
-feed-forward network for visual tokens, no picture at all in deep layers) follow from statistics of a model and are not here. The authors
-simulate all four by masks and save nothing; this is a mask too. LLaVA needs fine-tuning under it, InternVL2 and Qwen2-VL did without.
+This is one of the paper's four cuts, the one that says who sees whom. Of the others (heads that do not look at the picture, a part of the
+feed-forward network for visual tokens, no picture at all in deep layers) the last is `vtw:layer=0.5`: text that sees no visual token from a
+layer on says what it says without any from there on (in a softmax over what is left, which theirs leaves as it was). The first two cut
+inside of layers and are not here. The authors simulate all four by masks and save nothing; this is a mask too. LLaVA needs fine-tuning
+under it, InternVL2 and Qwen2-VL did without.
 
 Where this differs from the authors' code: any raster, images, crops and prompts in place of 576 tokens behind 35 of text. Tokens of other
 images and crops are not near, newlines between patches are text.

@@ -115,8 +115,9 @@ def _task(part: Part, source: Source, number: int, methods: dict[str, Any], prog
     predicted, no_prediction = _predicted(part, source, progress)
     left_out = [family for family in part.families if not family.learnt]
     figure, busy = headline(part), unrest(part.lines)
+    shown = "clips" if any(sample.clips for sample in part.samples.values()) else "pictures"
     about = (
-        f"{described['samples']:,} questions about {len({answer.image for answer in part.bare.cells[0].answers}):,} pictures, "
+        f"{described['samples']:,} questions about {len({answer.image for answer in part.bare.cells[0].answers}):,} {shown}, "
         f"metric {described['metric']}, answers of at most {described['max_new_tokens']} tokens."
     )
     if part.reason:

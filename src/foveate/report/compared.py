@@ -12,7 +12,7 @@ import numpy as np
 from foveate.evaluation.bench import BARE, BLIND
 from foveate.evaluation.cells import Answer, Bench, Cell
 from foveate.evaluation.metrics.common import wilson
-from foveate.evaluation.metrics.scenes import FAMILY_RULES, Scenes, majority
+from foveate.evaluation.metrics.scenes import RULES, Scenes, majority
 from foveate.evaluation.paired import Paired, bootstrap, compare
 from foveate.evaluation.samples import Sample, Task
 from foveate.report.pace import LIMIT
@@ -75,7 +75,7 @@ def families(bare: Cell, task: Task | None) -> list[Family]:
     samples: dict[str, list[Sample]] = {}
     for sample in task.samples if task else ():
         samples.setdefault(sample.group, []).append(sample)
-    known = list(FAMILY_RULES)
+    known = list(RULES)
     names = dict.fromkeys(answer.group for answer in bare.answers)
     found = []
     for name in sorted(names, key=lambda name: known.index(name) if name in known else len(known)):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from matplotlib.figure import Figure
 from PIL import Image
 
-from foveate.data.conversations import MARKER
+from foveate.data.clips import Clip
+from foveate.data.footage import MARKER, VIDEO
 from foveate.data.pixels import open_image
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import Answer, Cell
@@ -42,13 +43,13 @@ def pictures_of(parts: Sequence[Part], source: Source, scenes: int, by_budget: b
             continue
         chosen = _drawn(at_budget(own, keep))
         for sample in _telling(part, chosen)[: scenes - len(out)]:
-            question = sample.question.replace(MARKER, "").strip()
+            question = plain(sample)
             spelled = [line.method if by_budget else line.cells[0].reducer for line in chosen]
             try:
                 figure = look(
                     source.model,
-                    [open_image(ref) for ref in sample.images],
-                    sample.question,
+                    shown(sample),
+                    question if sample.clips else sample.question,
                     spelled,
                     processor=source.processor,
                     keep=budgets(own) if by_budget else (),
@@ -71,6 +72,21 @@ def pictures_of(parts: Sequence[Part], source: Source, scenes: int, by_budget: b
     return out, about
 
 
+def shows(sample: Sample) -> bool:
+    return bool(sample.images or sample.clips)
+
+
+def shown(sample: Sample) -> list[Image.Image | Clip]:
+    """What a sample is about, as `look` takes it: its pictures, or its first clip."""
+    return [sample.clips[0].open()] if sample.clips and not sample.images else [open_image(ref) for ref in sample.images]
+
+
+def plain(sample: Sample) -> str:
+    """A question without markers."""
+    text = sample.question.replace(MARKER, "")
+    return (text.replace(VIDEO, "") if sample.clips else text).strip()
+
+
 def _drawing(figure: Figure) -> str:
     """Few colours are enough for it, and a third of the bytes."""
     buffer = io.BytesIO()
@@ -90,7 +106,7 @@ def _telling(part: Part, chosen: Sequence[Line]) -> list[Sample]:
     divided = []
     for place, answer in enumerate(part.bare.cells[0].answers):
         right = sum(answer.id in own for own in rights)
-        if answer.score >= 0.5 and right < len(rights) and answer.group in part.counted and part.samples[answer.id].images:
+        if answer.score >= 0.5 and right < len(rights) and answer.group in part.counted and shows(part.samples[answer.id]):
             divided.append((-min(right, len(rights) - right), place, answer))
     turns: dict[str, int] = {}
     seen: set[str] = set()
@@ -143,15 +159,16 @@ def _lost(bare: Cell, cell: Cell, counted: set[str]) -> list[tuple[Answer, Answe
 def _failure(part: Part, before: Answer, after: Answer) -> dict[str, str]:
     sample = part.samples.get(before.id)
     src = ""
-    if sample is not None and sample.images:
-        image = open_image(sample.images[0])
+    if sample is not None and shows(sample):
+        image = shown(sample)[0]
+        image = image.frames[len(image) // 2] if isinstance(image, Clip) else image
         large = max(image.size) > _THUMB
         image.thumbnail((_THUMB, _THUMB), Image.Resampling.LANCZOS)
         src = data_uri(image, "JPEG" if large else "PNG")
     return {
         "id": before.id,
         "src": src,
-        "question": shortened(sample.question.replace(MARKER, "").strip()) if sample else before.id,
+        "question": shortened(plain(sample)) if sample else before.id,
         "truth": shortened(" / ".join(answer_text(answer) for answer in dict.fromkeys(sample.answers))) if sample else _DASH,
         "bare": shortened(answer_text(before.prediction)),
         "reduced": shortened(answer_text(after.prediction)),

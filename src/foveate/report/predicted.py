@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveate.accounting import predict
-from foveate.data.pixels import open_image
+from foveate.data.footage import opened
 from foveate.errors import FoveateError
-from foveate.evaluation.asking import batches
+from foveate.evaluation.asking import Put, batches, prepared
 from foveate.evaluation.samples import Sample, Task, picture
 from foveate.inference import model_inputs, progress_bar, prompts, shrunk
 from foveate.reducers import Reducer, parse, prepare
@@ -57,9 +57,11 @@ def predictions(config: Any, processor: Any, task: Task, spellings: Sequence[str
 
 def _inputs(processor: Any, samples: Sequence[Sample], reducers: Sequence[Reducer]) -> Any:
     """What the processor makes of the samples' prompts, as they are asked in a run."""
-    images = [[prepare(reducers, open_image(ref)) for ref in sample.images] for sample in samples]
-    texts = prompts(processor, [sample.question for sample in samples], [len(own) for own in images])
-    return model_inputs(processor, images, texts)
+    puts = [Put.of(processor, sample) for sample in samples]
+    images = [[prepare(reducers, image) for image in opened(one.images)] for one in puts]
+    clips = [[prepared(reducers, clip.open()) for clip in one.clips] for one in puts]
+    texts = prompts(processor, [one.question for one in puts], [len(own) for own in images])
+    return model_inputs(processor, images, texts, clips)
 
 
 def asked(task: Task) -> Sequence[Sample]:

@@ -194,7 +194,7 @@ class _Trials:
         self.model, self.processor, self.path, self.bar = model, processor, path, bar
         self.asked = [Asked.of(processor, task, batch_size) for task in tasks]
         self.questions = sum(len(task.samples) for task in tasks)
-        self.images = sum(len(sample.images) for task in tasks for sample in task.samples)
+        self.images = sum(len(put.images) + len(put.clips) for asked in self.asked for put in asked.puts)
         self.row = bar.add_task("", total=self.questions)
         self.known: dict[str, dict[str, Any]] = {}
         content = path.read_bytes() if path.is_file() else b""

@@ -154,7 +154,7 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     ]
     mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
     counted, notes = resized(setup, size)
-    notes += tiled(setup)
+    notes += tiled(setup) + weighed(setup)
     if len(drawn) < len(setup.budgets):
         notes.append(f"view_tokens are drawn of {len(setup.budgets)} numbers; what they cost is the mean of {len(drawn)}, evenly spread")
     samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
@@ -227,6 +227,18 @@ def tiled(setup: Setup) -> list[str]:
     return [
         f"{setup.config.tiling}: an image of {width} x {height} px becomes {views} views, {setup.image.visual} visual tokens{more}; "
         "--image says another size"
+    ]
+
+
+def weighed(setup: Setup) -> list[str]:
+    """What an image becomes where it is no tokens, in a line."""
+    if not setup.assembled or not setup.config.weighs:
+        return []
+    bridge: Any = setup.bridge
+    numbers = len(bridge.layers) * bridge.rank * sum(inputs for inputs, _ in bridge.targets.values())
+    return [
+        f"an image becomes no visual token but {numbers:,} numbers: weights of rank {bridge.rank} of {', '.join(bridge.targets)} in "
+        f"decoder layers {', '.join(map(str, bridge.layers))}; what they cost is in lm_linear, for each token of text (--text-tokens)"
     ]
 
 

@@ -21,6 +21,7 @@ from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Cut, Fit, told
 from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
 from foveate.data.features import FeatureStore
+from foveate.data.footage import FRAMES
 from foveate.data.library import LibraryCollator, image_plan
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor, default_template
@@ -63,7 +64,8 @@ def open_data(recipe: Recipe, setup: Setup, renderer: Renderer, state: PartialSt
 
 def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: PartialState) -> Conversations:
     """Samples, each of them and each image checked; the processes share the work."""
-    data = Conversations.open(spec.conversations, spec.images, spec.dataset, spec.split, spec.limit, spec.config)
+    where = spec.conversations, spec.images, spec.dataset, spec.split, spec.limit, spec.config
+    data = Conversations.open(*where, frames=spec.frames or FRAMES, films=fits.renderer.videos)
     if isinstance(spec, Source) and spec.samples is not None:
         data.index = chosen(len(data), spec.samples, recipe.seed, spec.label)
     rows = data.index.tolist()[state.process_index :: state.num_processes]

@@ -20,6 +20,7 @@ from foveate.train.sizes import read_bytes
 from foveate.train.values import (
     MicroBatch,
     ReducerString,
+    SamplingString,
     Share,
     TilingString,
     ViewTokens,
@@ -41,13 +42,14 @@ class Strict(BaseModel):
 
 class Data(Strict):
     """Either `conversations` (a file or folder here) or `dataset` (that, or a name on the hub), whatever `foveate.data.rows` reads;
-    names of images start from `images`."""
+    names of images and clips start from `images`."""
 
     conversations: Path | None = None
     images: Path | None = None
     dataset: str | None = None
     split: str = "train"
     config: str | None = None  # of a data set with several
+    frames: SamplingString = None  # which frames of clips are shown; default: uniform:frames=8
     limit: int | None = Field(default=None, gt=0)  # only the first N conversations
     on_bad_sample: Literal["stop", "skip"] = "stop"
 

@@ -258,7 +258,7 @@ def advance(config: Any, stage: Stage) -> Any:
             raise FoveateError(
                 f"the bridge reads the maps of {before.scales} sizes, {tiling} would make it {config.scales}: set model.tiling"
             )
-        config.check_layers(config.tiled)
+        config.check_tiling(config.tiled)
         config.plan_image(size, size)
     return config
 
@@ -325,6 +325,8 @@ def check(stage: Stage, config: Any) -> Trained:
     part_modules(skeleton(config))
     if stage.kind == "align" and not is_assembled(config):
         raise FoveateError(f"kind align needs a Foveate model, but the checkpoint is a {config.model_type} model; leave the stage out")
+    if stage.kind == "align" and config.weighs:
+        raise FoveateError("kind align is for visual tokens, and the images of a vlora bridge become none; leave the stage out")
     trained = trained_parts(stage, skeleton(config))
     check_positions(stage, config)
     check_image_size(config)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from foveate.data.chat import read_template
+from foveate.data.clips import parse as sampling
 from foveate.errors import FoveateError
 from foveate.model.configuration import read_tiling
 from foveate.train.schedule import NONE
@@ -53,6 +54,16 @@ def _tiling(value: Any) -> Any:
     if isinstance(value, str):
         try:
             return str(read_tiling(value))
+        except FoveateError as error:
+            raise ValueError(str(error)) from None
+    return value
+
+
+def _sampling(value: Any) -> Any:
+    """As the sampling itself is spelled."""
+    if isinstance(value, str):
+        try:
+            return str(sampling(value))
         except FoveateError as error:
             raise ValueError(str(error)) from None
     return value
@@ -106,6 +117,7 @@ def _view_tokens(value: Any) -> Any:
 
 
 ReducerString = Annotated[str, BeforeValidator(_reducer)]
+SamplingString = Annotated[str | None, BeforeValidator(_sampling)]
 TilingString = Annotated[str, BeforeValidator(_tiling)]
 ViewTokens = Annotated[int | list[int] | Literal["any"] | None, BeforeValidator(_view_tokens)]
 MicroBatch = Annotated[int | Literal["auto"] | None, BeforeValidator(_micro_batch)]

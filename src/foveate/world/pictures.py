@@ -9,6 +9,7 @@ things are smaller.
 import functools
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 Split = Literal["train", "test"]
 Box = tuple[float, float, float, float]
+Rgb = tuple[int, int, int]
+Wanted = dict[str, str | int]
+"""Kind and name of a thing, and its colour, size or sample, before it has a place."""
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (215, 35, 40),
@@ -113,50 +117,73 @@ def scene(seed: int | str, split: Split = "train", detail: int = 1) -> Scene:
     """The scene of a seed. The same seed gives another scene in the other split, and at another `detail`: all things are so many times
     smaller than usual, so that their picture needs as many times the pixels a side, of which most show none of them."""
     rng = random.Random(f"scene/{split}/{seed}")
-    dark = rng.random() < 0.5
-    level = rng.randint(15, 60) if dark else rng.randint(205, 240)
-    tints = [_jitter(rng, (level, level, level), 14) for _ in range(2)]
-    wanted: list[dict[str, str | int]] = []
-    writing = rng.random()
-    if writing < 0.35:
-        wanted.append({"kind": "number", "name": str(rng.randint(0, 9) if rng.random() < 0.3 else rng.randint(10, 99))})
-    elif writing < 0.62:
-        wanted.append({"kind": "word", "name": rng.choice(WORDS)})
-    elif writing < 0.87:
-        digit = rng.randint(0, 9)
-        wanted.append({"kind": "digit", "name": str(digit), "sample": rng.choice(digit_pool(split)[digit])})
+    dark, tints = ground(rng)
+    wanted = writing(rng, split)
     for _ in range(rng.choices((1, 2, 3, 4, 5), (12, 24, 28, 24, 12))[0]):
         earlier = [item for item in wanted if item["kind"] == "shape"]
         # Things that share a colour or a shape are what makes counting and pointing questions worth asking.
         colour = rng.choice(earlier)["colour"] if earlier and rng.random() < 0.3 else rng.choice(list(COLOURS))
         shape = rng.choice(earlier)["name"] if earlier and rng.random() < 0.3 else rng.choice(SHAPES)
         wanted.append({"kind": "shape", "name": shape, "colour": colour, "size": rng.choice(SIZES)})
-    ink = _jitter(rng, (235, 235, 235) if dark else (20, 20, 20), 15)
+    ink = ink_on(rng, dark)
     things = []
-    for item, box in zip(wanted, _place(rng, wanted, RASTER * detail), strict=True):
+    for item, box in zip(wanted, placed(rng, [extent(rng, item) for item in wanted], RASTER * detail), strict=True):
         if box is not None:
-            rgb = _jitter(rng, COLOURS[str(item["colour"])], 14) if item["kind"] == "shape" else ink
+            rgb = shade(rng, str(item["colour"])) if item["kind"] == "shape" else ink
             things.append(Thing(box=box, rgb=rgb, **item))  # type: ignore[arg-type]
-    return Scene(seed, tuple(sorted(things, key=lambda thing: thing.centre)), (tints[0], tints[1]), rng.random() < 0.5)
+    return Scene(seed, tuple(sorted(things, key=lambda thing: thing.centre)), tints, rng.random() < 0.5)
 
 
-def _jitter(rng: random.Random, rgb: tuple[int, int, int], by: int) -> tuple[int, int, int]:
+def _jitter(rng: random.Random, rgb: Rgb, by: int) -> Rgb:
     r, g, b = (min(255, max(0, value + rng.randint(-by, by))) for value in rgb)
     return r, g, b
 
 
-def _place(rng: random.Random, wanted: list[dict[str, str | int]], raster: int = RASTER) -> list[Box | None]:
-    """Boxes that keep a distance, drawn at random; after twenty layouts that do not fit, things that found no place are left out."""
-    extents = []
-    for item in wanted:
-        if item["kind"] == "shape":
-            side = rng.randint(*_SIDES[str(item["size"])])
-            extents.append((side, side))
-        else:
-            height = rng.randint(*_HEIGHTS[str(item["kind"])])
-            wide, high = _master(str(item["kind"]), str(item["name"]), int(item.get("sample", -1))).size
-            extents.append((height, max(8, round(height * wide / high))))
-    order = sorted(range(len(wanted)), key=lambda i: -extents[i][0] * extents[i][1])
+def ground(rng: random.Random) -> tuple[bool, tuple[Rgb, Rgb]]:
+    """Whether a background is dark, and the two colours that fade into each other in it."""
+    dark = rng.random() < 0.5
+    level = rng.randint(15, 60) if dark else rng.randint(205, 240)
+    one, other = (_jitter(rng, (level, level, level), 14) for _ in range(2))
+    return dark, (one, other)
+
+
+def ink_on(rng: random.Random, dark: bool) -> Rgb:
+    """The colour of writing."""
+    return _jitter(rng, (235, 235, 235) if dark else (20, 20, 20), 15)
+
+
+def shade(rng: random.Random, colour: str) -> Rgb:
+    """One of the shades that go by the name of a colour."""
+    return _jitter(rng, COLOURS[colour], 14)
+
+
+def writing(rng: random.Random, split: Split) -> list[Wanted]:
+    """A piece of writing, in an eighth of the scenes none."""
+    chance = rng.random()
+    if chance < 0.35:
+        return [{"kind": "number", "name": str(rng.randint(0, 9) if rng.random() < 0.3 else rng.randint(10, 99))}]
+    if chance < 0.62:
+        return [{"kind": "word", "name": rng.choice(WORDS)}]
+    if chance < 0.87:
+        digit = rng.randint(0, 9)
+        return [{"kind": "digit", "name": str(digit), "sample": rng.choice(digit_pool(split)[digit])}]
+    return []
+
+
+def extent(rng: random.Random, item: Wanted) -> tuple[int, int]:
+    """(height, width) of a thing that is wanted, in 1/128 of the side."""
+    if item["kind"] == "shape":
+        side = rng.randint(*_SIDES[str(item["size"])])
+        return side, side
+    height = rng.randint(*_HEIGHTS[str(item["kind"])])
+    wide, high = _master(str(item["kind"]), str(item["name"]), int(item.get("sample", -1))).size
+    return height, max(8, round(height * wide / high))
+
+
+def placed(rng: random.Random, extents: Sequence[tuple[int, int]], raster: int = RASTER) -> list[Box | None]:
+    """Boxes of these heights and widths that keep a distance, drawn at random; after twenty layouts that do not fit, None for what found
+    no place."""
+    order = sorted(range(len(extents)), key=lambda i: -extents[i][0] * extents[i][1])
     for attempt in range(20):
         taken: dict[int, tuple[int, int, int, int]] = {}
         for i in order:
@@ -170,9 +197,9 @@ def _place(rng: random.Random, wanted: list[dict[str, str | int]], raster: int =
             else:
                 if attempt < 19:
                     break
-        if len(taken) == len(wanted) or attempt == 19:
+        if len(taken) == len(extents) or attempt == 19:
             break
-    return [_unit(taken[i], raster) if i in taken else None for i in range(len(wanted))]
+    return [_unit(taken[i], raster) if i in taken else None for i in range(len(extents))]
 
 
 def _near(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool:

@@ -69,6 +69,25 @@ def write_world(
     out = Path(out)
     parameters = {"version": VERSION, "train": train, "test": test, "seed": seed, "size": size}
     parameters |= {"detail": detail} if detail > 1 else {}
+    if not claimed(out, parameters, "images"):
+        return
+    jobs: list[tuple[Path, int, Split, int, int, int]] = [(out, seed, "train", i, size, detail) for i in range(train)]
+    jobs += [(out, seed, "test", i, size, detail) for i in range(test)]
+    # Starting processes takes as long as some two thousand pictures.
+    rows = [*track(spread(_write_one, jobs, processes, few=2000), "scenes", len(jobs), disable=not progress)]
+    learn, check = rows[:train], rows[train:]
+    write_json(out / "pretrain.json", [talk(row, "image", [(DESCRIBE, row["caption"])]) for row in learn], indent=0)
+    asked = [[(q["question"], q["answer"]) for q in row["questions"]] for row in learn]
+    write_json(out / "finetune.json", [talk(row, "image", turns) for row, turns in zip(learn, asked, strict=True)], indent=0)
+    questions = [{"id": f"{row['id']}-{i}", "image": row["image"], **q} for row in check for i, q in enumerate(row["questions"])]
+    write_json(out / "test.json", questions, indent=0)
+    write_json(out / "scenes.json", [{key: row[key] for key in ("id", "image", "caption", "things")} for row in check], indent=0)
+    write_json(out / "world.json", {**parameters, "complete": True}, indent=None)
+
+
+def claimed(out: Path, parameters: dict[str, Any], kind: str) -> bool:
+    """Whether a world is to be written into a folder, which then is marked as not complete and has folders of that `kind`; False: it is
+    there. FoveateError for a folder that holds anything else."""
     mark = out / "world.json"
     if out.exists() and not out.is_dir():
         raise FoveateError(f"{out} is a file; name a folder for the scenes")
@@ -78,26 +97,16 @@ def write_world(
         except json.JSONDecodeError:
             found = {}
         if found == {**parameters, "complete": True}:
-            return
+            return False
         if found.get("complete", True):
             told = {key: found.get(key) for key in parameters}
             raise FoveateError(f"{out} holds another world ({told}, wanted {parameters}); choose another folder or delete this one")
     elif out.is_dir() and any(out.iterdir()):
         raise FoveateError(f"{out} is not empty and holds no world of scenes; choose an empty or new folder")
     for split in ("train", "test"):
-        (out / "images" / split).mkdir(parents=True, exist_ok=True)
+        (out / kind / split).mkdir(parents=True, exist_ok=True)
     write_json(mark, {**parameters, "complete": False}, indent=None)
-    jobs: list[tuple[Path, int, Split, int, int, int]] = [(out, seed, "train", i, size, detail) for i in range(train)]
-    jobs += [(out, seed, "test", i, size, detail) for i in range(test)]
-    # Starting processes takes as long as some two thousand pictures.
-    rows = [*track(spread(_write_one, jobs, processes, few=2000), "scenes", len(jobs), disable=not progress)]
-    learn, check = rows[:train], rows[train:]
-    write_json(out / "pretrain.json", [_talk(row, [(DESCRIBE, row["caption"])]) for row in learn], indent=0)
-    write_json(out / "finetune.json", [_talk(row, [(q["question"], q["answer"]) for q in row["questions"]]) for row in learn], indent=0)
-    questions = [{"id": f"{row['id']}-{i}", "image": row["image"], **q} for row in check for i, q in enumerate(row["questions"])]
-    write_json(out / "test.json", questions, indent=0)
-    write_json(out / "scenes.json", [{key: row[key] for key in ("id", "image", "caption", "things")} for row in check], indent=0)
-    write_json(mark, {**parameters, "complete": True}, indent=None)
+    return True
 
 
 def in_turns(talk: dict[str, Any], turns: int) -> Iterator[dict[str, Any]]:
@@ -128,8 +137,9 @@ def _write_one(job: tuple[Path, int, Split, int, int, int]) -> dict[str, Any]:
     }
 
 
-def _talk(row: dict[str, Any], turns: list[tuple[str, str]]) -> dict[str, Any]:
+def talk(row: dict[str, Any], kind: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+    """A conversation about an "image" or a "video"."""
     said = []
     for i, (question, answer) in enumerate(turns):
-        said += [{"from": "human", "value": ("" if i else "<image>\n") + question}, {"from": "gpt", "value": answer}]
-    return {"id": row["id"], "image": row["image"], "conversations": said}
+        said += [{"from": "human", "value": ("" if i else f"<{kind}>\n") + question}, {"from": "gpt", "value": answer}]
+    return {"id": row["id"], kind: row[kind], "conversations": said}

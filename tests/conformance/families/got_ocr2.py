@@ -1,6 +1,7 @@
 """GOT-OCR 2.0: a tower like that of Segment Anything, with windows and relative positions, and two convolutions down to a sixteenth."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     GotOcr2Config,
@@ -13,23 +14,24 @@ from transformers.models.got_ocr2.configuration_got_ocr2 import GotOcr2VisionCon
 
 from tests.conformance.family import Family, decoder, tokenizer
 
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "output_channels": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "mlp_dim": 64,
+    "image_size": 64,
+    "patch_size": 4,
+    "window_size": 6,  # does not divide the 16 patches of an edge, as the real 14 does not divide 64
+    "global_attn_indexes": [2],
+    "initializer_range": 0.1,
+}
+
 
 def build(folder: Path) -> None:
     words = tokenizer(["<|im_start|>", "<|im_end|>", "<img>", "</img>", "<imgpad>"])
-    vision = GotOcr2VisionConfig(
-        hidden_size=32,
-        output_channels=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        mlp_dim=64,
-        image_size=64,
-        patch_size=4,
-        window_size=6,  # does not divide the 16 patches of an edge, as the real 14 does not divide 64
-        global_attn_indexes=[2],
-        initializer_range=0.1,
-    )
     config = GotOcr2Config(
-        vision_config=vision,
+        vision_config=GotOcr2VisionConfig(**VISION),
         text_config=Qwen2Config(**decoder(words)),
         image_token_index=words.convert_tokens_to_ids("<imgpad>"),
         image_seq_length=16,

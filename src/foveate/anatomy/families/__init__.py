@@ -6,6 +6,7 @@ knows it is believed. `OVERHEARD` says what is remembered of calls of the model'
 """
 
 from foveate.anatomy.families import (
+    asked,
     boxes,
     compression,
     crops,
@@ -17,20 +18,24 @@ from foveate.anatomy.families import (
     mosaic,
     newlines,
     plans,
+    pooling,
     positions,
     queries,
     shared_keys,
+    shuffles,
     sizes,
     two_towers,
+    weights,
     windows,
 )
 
-LAID = (grids.laid, boxes.laid, positions.laid, frames.laid, sizes.laid, crops.laid)
+LAID = (grids.laid, boxes.laid, positions.laid, pooling.laid, frames.laid, sizes.laid, crops.laid)
 OVERHEARD = {mosaic.PACKING: mosaic.packed, frames.POOLING: frames.pooled}
 
 __all__ = [
     "LAID",
     "OVERHEARD",
+    "asked",
     "boxes",
     "compression",
     "crops",
@@ -42,10 +47,13 @@ __all__ = [
     "mosaic",
     "newlines",
     "plans",
+    "pooling",
     "positions",
     "queries",
     "shared_keys",
+    "shuffles",
     "sizes",
     "two_towers",
+    "weights",
     "windows",
 ]

@@ -7,15 +7,21 @@ becomes a token, of `spatial_merge_size` patches a side in the vision configurat
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.anatomy.families import windows
 from foveate.anatomy.families.marks import marked
 from foveate.anatomy.media import Media, Patches
 from foveate.anatomy.raster import Laid, places
+from foveate.anatomy.units import Crops
 from foveate.errors import NotApplicable, Reason
+
+if TYPE_CHECKING:
+    from foveate.anatomy.reading import Anatomy
 
 
 def grids_of(media: Media) -> Tensor | None:
@@ -76,6 +82,31 @@ def patches(media: Media) -> Patches | None:
     side = next(iter(sides), None)
     together = media.anatomy.grouped or any(name.endswith("merge_sizes") for name in media.given)
     return Patches(int(grids[:, 0].sum()), side**2 if side and together else 0, order, media.boxes)
+
+
+def crops(anatomy: Anatomy, tower: nn.Module, given: dict[str, Any], shape: Sequence[int]) -> Crops | None:
+    """Those of a call of a tower that is given grids: each frame is one. NotApplicable where blocks of one call differ in size, or the
+    grids are not those of the tower's slots."""
+    grids = next((value for name, value in given.items() if name.endswith("grid_thw") and value is not None), None)
+    if grids is None:
+        return None
+    sizes = given.get("merge_sizes")
+    sides = {anatomy.merge or 1} if sizes is None else {int(size) for size in sizes}
+    if len(sides) > 1:
+        raise NotApplicable(
+            Reason.UNKNOWN_PATCHES, "images of one call whose tokens are made of more and of fewer patches: encode them apart"
+        )
+    side, frames = sides.pop(), [(h, w) for t, h, w in grids.tolist() for _ in range(t)]
+    slots = sum(h * w for h, w in frames)
+    if tuple(shape) not in ((slots,), (1, slots)) or any(h % side or w % side for h, w in frames):
+        raise NotApplicable(
+            Reason.UNKNOWN_PATCHES,
+            f"{type(tower).__name__} was given grids {grids.tolist()} and has states of {tuple(shape)}: which of them are of which patches "
+            "is not known",
+        )
+    together = grouped(tower) or sizes is not None
+    order = windows.order(tower, grids)
+    return Crops([(h // side, w // side) for h, w in frames], side, packed=True, grouped=together, order=order)
 
 
 def pixels_of(media: Media, pixels: Any) -> list[Tensor] | None:

@@ -29,6 +29,7 @@ from foveate.data.pixels import PictureError, open_image
 from foveate.errors import FoveateError, readable
 
 _STILL = 0.1  # seconds for which a frame that says nothing is shown
+_LATE = ("WEBP", "AVIF")  # of which Pillow knows how long a frame is shown once it is decoded
 _PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif"}
 
 
@@ -136,6 +137,8 @@ class _Animation(Film):
         count = int(getattr(opened, "n_frames", 1))
         for number in range(count):
             opened.seek(number)
+            if opened.format in _LATE:
+                opened.load()
             times.append(end)
             end += (float(opened.info.get("duration", 0)) / 1000 or _STILL) if count > 1 else 0.0
         super().__init__(str(path), times, end)

@@ -1,4 +1,4 @@
-"""The embedded world's questions, each scored by its family's rule; groups are the families.
+"""The embedded worlds' questions, on pictures and on clips, each scored by its family's rule; groups are the families.
 
 The rules are plain on purpose and the same for every model and method:
 
@@ -45,7 +45,20 @@ FAMILY_RULES: dict[str, Callable[[str, str], bool]] = {
     "reading": exact_match,
     "locating": box_match,
 }
-"""How each family is scored, in the order in which tables list them."""
+"""How each family about pictures is scored, in the order in which tables list them."""
+
+MOVING_RULES: dict[str, Callable[[str, str], bool]] = {
+    "event": exact_match,
+    "order": yes_no_match,
+    "motion": exact_match,
+    "change": exact_match,
+    "tally": exact_match,
+    "presence": yes_no_match,
+    "reading": exact_match,
+}
+"""Those about clips; two are of both."""
+
+RULES = FAMILY_RULES | MOVING_RULES
 
 
 @dataclass(frozen=True)
@@ -61,11 +74,11 @@ class Scenes(Metric):
         return sample
 
     def score(self, prediction: str, sample: Sample) -> float:
-        return float(FAMILY_RULES[sample.group](prediction, sample.answers[0]))
+        return float(RULES[sample.group](prediction, sample.answers[0]))
 
     def summary(self, samples: Sequence[Sample], predictions: Sequence[str], scores: Sequence[float]) -> dict[str, float]:
         families = {}
-        for family in FAMILY_RULES:
+        for family in RULES:
             own = [score for sample, score in zip(samples, scores, strict=True) if sample.group == family]
             if own:
                 families[f"accuracy/{family}"] = percent(own)
@@ -74,12 +87,12 @@ class Scenes(Metric):
 
 def check_truth(family: str, answer: str, where: str) -> None:
     """Refuse a question that no prediction could be scored against. `where` names the question in the message."""
-    if family not in FAMILY_RULES:
-        raise FoveateError(f"{where}: unknown family {family!r}; known: {', '.join(FAMILY_RULES)}")
+    if family not in RULES:
+        raise FoveateError(f"{where}: unknown family {family!r}; known: {', '.join(RULES)}")
     if not normalise(answer):
         raise FoveateError(f"{where}: the answer {answer!r} is empty")
-    if not FAMILY_RULES[family](answer, answer):
-        wanted = "yes or no" if FAMILY_RULES[family] is yes_no_match else f"a box like <loc0><loc0><loc7><loc7> (cells 0 to {RULER - 1})"
+    if not RULES[family](answer, answer):
+        wanted = "yes or no" if RULES[family] is yes_no_match else f"a box like <loc0><loc0><loc7><loc7> (cells 0 to {RULER - 1})"
         raise FoveateError(f"{where}: the answer {answer!r} of family {family} is not {wanted}")
 
 
@@ -91,7 +104,7 @@ def majority(family: str, answers: Sequence[str]) -> tuple[str, float]:
     """
     if not answers:
         raise FoveateError(f"no answers of family {family!r} to take a majority of")
-    matches = FAMILY_RULES[family]
+    matches = RULES[family]
     counts = Counter(normalise(answer) for answer in answers)
     if matches is not box_match:
         best = min(counts, key=lambda answer: (-counts[answer], answer))
@@ -124,7 +137,7 @@ def score_family(family: str, predictions: Sequence[str], answers: Sequence[str]
 
     `details`: for presence POPE's figures, for locating the mean IoU (0 where the prediction is malformed) and the malformed ones.
     """
-    matches = FAMILY_RULES[family]
+    matches = RULES[family]
     correct = sum(matches(prediction, answer) for prediction, answer in zip(predictions, answers, strict=True))
     constant, constant_accuracy = majority(family, answers)
     details: dict[str, float] = {}

@@ -145,6 +145,8 @@ class Opened:
         return self._watches.setdefault(layer, Watch(layer))
 
     def feature(self, inputs: Any) -> tuple[Map, Pass]:
+        if self.run.anatomy.weighs:
+            raise FoveateError("this search compares visual tokens of views, and images of this model become weights of its decoder")
         _, calls = read_prompts(self.run.config, inputs)
         core: Any = self.run.anatomy.core
         with self.run.suspended():

@@ -121,8 +121,10 @@ def conversation(
     messages: Sequence[Mapping[str, Any]],
     reducers: Sequence[Reducer] = (),
     frames: Sampling = Uniform(),  # noqa: B008
+    videos: bool = True,
 ) -> Messages:
-    """lmms-eval's messages as processors take them, images decoded and as the reducers prepare them, of videos so many `frames`.
+    """lmms-eval's messages as processors take them, images decoded and as the reducers prepare them, of videos so many `frames`, for a
+    processor without `videos` as images.
 
     FoveateError for what is neither text nor an image or a video, and for what cannot be read.
     """
@@ -130,7 +132,9 @@ def conversation(
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        found.append({"role": message["role"], "content": [_part(part, reducers, frames) for part in parts]})
+        found.append(
+            {"role": message["role"], "content": [one for part in parts for one in _shown_as(_part(part, reducers, frames), videos)]}
+        )
     return found
 
 
@@ -151,6 +155,12 @@ def _part(part: Mapping[str, Any], reducers: Sequence[Reducer], frames: Sampling
             f"a request brings {what}, which is no image ({error}); only images, files of videos and text are answered"
         ) from error
     return {"type": "image", "image": prepare(reducers, opened)}
+
+
+def _shown_as(part: dict[str, Any], videos: bool) -> list[dict[str, Any]]:
+    if videos or part["type"] != "video":
+        return [part]
+    return [{"type": "image", "image": frame} for frame in part["video"].frames]
 
 
 def media(messages: Messages) -> frozenset[str]:

@@ -18,6 +18,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from lmms_eval.models.model_utils.progress import make_progress
 from loguru import logger
 
+from foveate.data.chat import takes_videos
 from foveate.data.clips import parse as sampling
 from foveate.engine.attach import attach
 from foveate.engine.run import Run
@@ -123,7 +124,8 @@ class _Foveate(lmms):
         with torch.inference_mode(), self._attached() as run:
             for batch in batches(keys, self.batch_size):
                 options = generation(tasks[batch[0]], self.max_new_tokens)
-                asked = {number: conversation(self._asked(requests[number]), self.before, self.frames) for number in batch}
+                given = self.before, self.frames, takes_videos(self.processor)
+                asked = {number: conversation(self._asked(requests[number]), *given) for number in batch}
                 for shown in {media(asked[number]) for number in batch}:  # processors want images in every row or in none
                     some = [number for number in batch if media(asked[number]) == shown]
                     found = answer(self.model, self.processor, run, [asked[number] for number in some], options)
