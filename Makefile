@@ -115,21 +115,6 @@ $(TIMM)/.ready: pyproject.toml constraints.txt tests/interop/timm.txt tests/inte
 	echo "import torchvision_operators" > $$($(TIMM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision_operators.pth
 	touch $@
 
-# Towers of timm (ViTamin, InceptionNeXt) in our own model, in an environment of its own: timm is not a dependency, and neither is torchvision,
-# which it imports.
-timm:
-	@if $(MAKE) --silent $(TIMM)/.ready; then $(TIMM)/bin/python -m pytest tests/interop/test_timm.py; \
-	else echo "timm's tests are skipped: $(TIMM) could not be built (is there a network?)"; fi
-
-$(TIMM)/.ready: pyproject.toml constraints.txt tests/interop/timm.txt tests/interop/torchvision_operators.py
-	$(PYTHON) -m venv $(TIMM)
-	$(TIMM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(TIMM)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest
-	$(TIMM)/bin/pip install --quiet --disable-pip-version-check --no-deps -r tests/interop/timm.txt
-	cp tests/interop/torchvision_operators.py $$($(TIMM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-	echo "import torchvision_operators" > $$($(TIMM)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/torchvision_operators.pth
-	touch $@
-
 check: $(READY)
 	$(RUN)/ruff check src tests benchmarks examples docs
 	$(RUN)/ruff format --check src tests benchmarks examples docs
