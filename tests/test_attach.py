@@ -405,7 +405,10 @@ def test_the_ledger_is_what_was_predicted() -> None:
             model(**Batch([ROWS[1]]).inputs)
         seen = run.ledger
         predicted = predict(model.config, images=2, text_tokens=len(ROWS[1]) - 2 * PATCHES, reducers=parse(reducer), mode="prefill")
-        assert seen == predicted, reducer
+        if reducer.startswith("atpllava"):  # what is above its thresholds is not known before
+            assert all(0 < left <= most for left, most in zip(seen.visual_tokens, predicted.visual_tokens, strict=True))
+        else:
+            assert seen == predicted, reducer
 
 
 def state_of(model: torch.nn.Module) -> list[Any]:

@@ -100,7 +100,14 @@ def test_one_setting_has_one_spelling(given: Any, spelled: str) -> None:
 
 
 def test_what_methods_say_of_themselves() -> None:
-    assert {name for name, method in METHODS.items() if method.experimental} == {"eemllm", "fopru", "schedule", "fastvid", "holov"}
+    assert {name for name, method in METHODS.items() if method.experimental} == {
+        "eemllm",
+        "fopru",
+        "schedule",
+        "fastvid",
+        "holov",
+        "atpllava",
+    }
     assert [method.name for method in BASELINES] == ["random", "uniform", "avgpool2d", "fewerframes", "downsample"]
     assert [m.paper for m in METHODS.values() if m not in BASELINES] == sorted(m.paper for m in METHODS.values() if m not in BASELINES)
     assert all(getattr(foveate.reducers, method.__name__) is method for method in METHODS.values())
@@ -109,5 +116,5 @@ def test_what_methods_say_of_themselves() -> None:
 def test_the_list_marks_what_is_experimental(capsys: pytest.CaptureFixture[str]) -> None:
     print_catalogue()
     printed = " ".join(capsys.readouterr().out.split())
-    assert printed.count("experimental: ") == 6
+    assert printed.count("experimental: ") == 7
     assert "the tower's [CLS] attention (without [CLS]:" in printed

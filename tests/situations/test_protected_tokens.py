@@ -101,15 +101,18 @@ def test_in_a_tower_every_block_merges_patches_alone_and_as_the_loop_does(name: 
     (call,) = run.last.tower
     assert [x.shape[1] for x in entered] == [prefix + n for n in (16, 11, 6, 3)]
     kinds = [Kind.CLS] * has_cls + [Kind.REGISTER] * (prefix - has_cls)
+    place = torch.arange(prefix + PATCHES).expand(2, -1)  # of each token in the tower; a block has those that are left in this order
     for at, token_map in call.maps.items():
         assert torch.equal(entered[at][:, :prefix], left[at - 1][:, :prefix]), "what stands in front has been changed"
         assert token_map.target.kind[:, :prefix].tolist() == [kinds, kinds]
         merged = token_map.source.shape[1] - token_map.target.shape[1]
         for crop in range(2):
-            tokens = [Token(k, {i: 1.0}, 1.0, i) for i, k in enumerate(keys[at - 1][crop].double().numpy())]
+            own = keys[at - 1][crop, place[crop].argsort().argsort()]
+            tokens = [Token(k, {i: 1.0}, 1.0, i) for i, k in enumerate(own.double().numpy())]
             expected = one_pass(tokens, merged, protect=prefix)
             assert [token_map.sources(crop, m) for m in range(len(expected))] == [sorted(t.sources) for t in expected]
             assert [token_map.sources(crop, m) for m in range(prefix)] == [[p] for p in range(prefix)]
+        place = place.gather(1, token_map.representative)
     whole = call.whole
     assert whole.target.size[:, :prefix].sum() == 0
     assert whole.target.size.sum(1).tolist() == [PATCHES, PATCHES]

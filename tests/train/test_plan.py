@@ -166,7 +166,7 @@ def test_share_and_means_follow_the_parts() -> None:
 
 def test_every_recipe_of_the_papers_is_planned_here() -> None:
     tested = {f"chain-of-sight-7b-{name}" for name in ("32-528", "48-784", "80-1296")} | {"llava-1.5-7b", "mqt-7b"}
-    tested |= {"deepstack-7b", "comm-7b"}
+    tested |= {"deepstack-7b", "comm-7b", "vlora-7b"}
     tested |= {
         f"llavolta-7b-{name}" for name in ("two", "three-deeper", "three-wider", "four-wider-deeper", "four-deeper-wider", "last-stage")
     }
