@@ -112,6 +112,8 @@ def _bare(name: str) -> dict[str, Tensor]:
 def keep_all(name: str, reducer: str | None, whole: str) -> None:
     """A reducer that keeps everything leaves all as it was, and nothing behind."""
     loaded, bare = load(name), _bare(name)
+    with torch.no_grad():
+        loaded.model(**loaded.batch("right", True))  # in its first call the library itself leaves hooks
     before = state_of(loaded.model)
     for shortcuts in (True, False):
         with attached(loaded.model, None if reducer is None else whole, shortcuts=shortcuts):
