@@ -15,26 +15,26 @@ Differences are question by question, with 95 % intervals over pictures; a seed 
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
 from foveate.evaluation.evaluate import evaluate
-from foveate.files import write_json
 from foveate.inference import load_model
 from foveate.inspect.figures import COLOURS
-from foveate.machine import environment
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
-from foveate.world.scenes import write_world
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # the repository: what the benchmarks share lies in benchmarks/
+
+from benchmarks.arms import options, run  # noqa: E402
+
 RECIPES = HERE.parent.parent / "recipes" / "elastic"
 READ = {"mqt": (1, 2, 4, 8, 16, 32, 64), "chain-of-sight": (4, 20, 52)}
 APART = {"mqt": (4, 16, 64), "chain-of-sight": (4, 20, 52)}  # trained by themselves
@@ -59,7 +59,7 @@ def finished(arm: str, seed: int, given: argparse.Namespace) -> Path:
     return train(load_recipe(path, overrides))
 
 
-def asked(arm: str, seed: int, given: argparse.Namespace) -> list[dict[str, Any]]:
+def asked(arm: str, seed: int, given: argparse.Namespace, _: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """What a trained model answers at each of its numbers of tokens."""
     name, count = parts(arm)
     model, processor = load_model(str(finished(arm, seed, given)))
@@ -144,44 +144,5 @@ def plot(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def write(output: Path) -> None:
-    report = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    (output / "table.md").write_text(table(report), encoding="utf-8")
-    figure = plot(report)
-    figure.savefig(output / "plot.svg", metadata={"Date": None})
-    figure.savefig(output / "plot.png", dpi=120)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--scenes", type=int, default=2000, help="to train on, two samples each")
-    parser.add_argument("--test", type=int, default=200, help="scenes to ask about")
-    parser.add_argument("--questions", type=int, help="at most so many, all families in turn")
-    parser.add_argument("--steps", type=int, default=0, help="of each training on questions; 0: one epoch")
-    parser.add_argument("--table", action="store_true", help="only write the table and the curve")
-    parser.add_argument("--work", type=Path, default=Path("runs/elastic"), help="where data, features, checkpoints and models go")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
-    given = parser.parse_args(arguments)
-    path = given.output / "results.json"
-    settings = {"scenes": given.scenes, "test": given.test, "questions": given.questions, "steps": given.steps}
-    report = {**settings, "rows": []}
-    if path.is_file():
-        report = json.loads(path.read_text(encoding="utf-8"))
-    if not given.table:
-        if any(report[name] != value for name, value in settings.items()):
-            raise SystemExit(f"{path} was made with other settings; move it away, or give another --output")
-        write_world(given.work / "data", train=given.scenes, test=given.test, seed=0)
-        for seed in given.seeds:
-            for arm in given.arms:
-                if not any((row["arm"], row["seed"]) == (arm, seed) for row in report["rows"]):
-                    report["rows"] += asked(arm, seed, given)
-                    report |= {"machine": environment(), "threads": torch.get_num_threads()}
-                    given.output.mkdir(parents=True, exist_ok=True)
-                    write_json(path, report, indent=None)
-    write(given.output)
-
-
 if __name__ == "__main__":
-    main()
+    run(options(__doc__ or "", ARMS, [0], 0, "runs/elastic", HERE).parse_args(), asked, table, plot)

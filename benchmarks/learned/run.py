@@ -15,26 +15,26 @@ are any, one draw of new weights). results.json has what is finished, which is n
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from foveate.evaluation.evaluate import evaluate
 from foveate.evaluation.paired import bootstrap
-from foveate.files import write_json
 from foveate.inspect.figures import COLOURS
-from foveate.machine import environment
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
-from foveate.world.scenes import write_world
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parents[1]))  # the repository: what the benchmarks share lies in benchmarks/
+
+from benchmarks.arms import options, run  # noqa: E402
+
 RECIPE = HERE.parent.parent / "recipes" / "learned" / "tuned.yaml"
 LEARNED = {
     "pmod": "pmod",
@@ -174,44 +174,5 @@ def plot(report: dict[str, Any]) -> Figure:
     return figure
 
 
-def write(output: Path) -> None:
-    report = json.loads((output / "results.json").read_text(encoding="utf-8"))
-    (output / "table.md").write_text(table(report), encoding="utf-8")
-    figure = plot(report)
-    figure.savefig(output / "plot.svg", metadata={"Date": None})
-    figure.savefig(output / "plot.png", dpi=120)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, metavar="ARM", help=", ".join(ARMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--scenes", type=int, default=2000, help="to tune on")
-    parser.add_argument("--test", type=int, default=200, help="scenes to ask about")
-    parser.add_argument("--questions", type=int, help="at most so many, all families in turn")
-    parser.add_argument("--steps", type=int, default=300, help="of each training")
-    parser.add_argument("--table", action="store_true", help="only write the table and the plot")
-    parser.add_argument("--work", type=Path, default=Path("runs/learned"), help="where data, checkpoints and models go")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
-    given = parser.parse_args(arguments)
-    path = given.output / "results.json"
-    settings = {"scenes": given.scenes, "test": given.test, "questions": given.questions, "steps": given.steps}
-    report = {**settings, "rows": []}
-    if path.is_file():
-        report = json.loads(path.read_text(encoding="utf-8"))
-    if not given.table:
-        if any(report[name] != value for name, value in settings.items()):
-            raise SystemExit(f"{path} was made with other settings; move it away, or give another --output")
-        write_world(given.work / "data", train=given.scenes, test=given.test, seed=0)
-        for seed in given.seeds:
-            for arm in given.arms:
-                if not any((row["arm"], row["seed"]) == (arm, seed) for row in report["rows"]):
-                    report["rows"] += measure(arm, seed, given, report["rows"])
-                    report |= {"machine": environment(), "threads": torch.get_num_threads()}
-                    given.output.mkdir(parents=True, exist_ok=True)
-                    write_json(path, report, indent=None)
-    write(given.output)
-
-
 if __name__ == "__main__":
-    main()
+    run(options(__doc__ or "", ARMS, [0, 1, 2], 300, "runs/learned", HERE).parse_args(), measure, table, plot)
