@@ -37,6 +37,7 @@ from safetensors import safe_open
 from transformers import AutoProcessor
 
 from foveate.train.recipe import load_recipe
+from foveate.train.values import fitting_precision
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TABLES = {
@@ -261,7 +262,7 @@ def test_the_recipes_of_a_step_are_recipes(arm: str, variant: str, tmp_path: Pat
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps(recipe_of(ARMS[arm], chosen, tmp_path, "run", 7, {"batch_size": 4})))
     (stage,) = load_recipe(path).stages
-    assert (stage.steps, stage.epochs, stage.batch_size, stage.precision) == (7, None, 4, "bf16-copy")
+    assert (stage.steps, stage.epochs, stage.batch_size, stage.precision) == (7, None, 4, fitting_precision("auto"))
     assert (stage.features is not None) is ("features" in chosen.changes)
     assert stage.pack is chosen.changes.get("pack", False)
     assert stage.optimizer == chosen.changes.get("optimizer", "adamw_torch")

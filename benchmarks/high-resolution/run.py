@@ -225,7 +225,7 @@ def tuned(name: str, seed: int, given: argparse.Namespace) -> Path:
         "batch_size": 16,
         "learning_rate": 5.0e-4,
         "warmup": 0.05,
-        "precision": "bf16-copy",
+        "precision": "auto",
         **model.stage,
     }
     start = scales(given.work / "start-scales") if model.start == "scales" else model.start

@@ -181,7 +181,7 @@ def recipe_of(arm: Arm, variant: Variant, work: Path, name: str, steps: int, sma
         "batch_size": BATCH,
         "learning_rate": 1.5e-3,
         "warmup": 0.03,
-        "precision": "bf16-copy",
+        "precision": "auto",
         "optimizer": "adamw_torch",
         **arm.stage,
         **variant.changes,

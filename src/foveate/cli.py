@@ -171,12 +171,13 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
     batch_size: BatchOption = 16,
     dtype: DtypeOption = "float32",
+    frames: Annotated[str | None, typer.Option(help="Which frames of clips are shown. Default: uniform:frames=8.")] = None,
 ) -> None:
-    """Answer a file of questions about images into a file of answers; by several processes under `accelerate launch`."""
+    """Answer a file of questions about images and clips into a file of answers; by several processes under `accelerate launch`."""
     from foveate.batch import Job, told
     from foveate.batch import generate as run
 
-    job = Job(data, model, reduce, images, max_new_tokens, batch_size, dtype)
+    job = Job(data, model, reduce, images, max_new_tokens, batch_size, dtype, frames)
     done = run(job, out, engine=engine, workers=workers, options=_json(engine_options, "--engine-options"))
     if done is not None:
         print(told(done))

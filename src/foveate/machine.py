@@ -1,4 +1,5 @@
-"""What a measurement reads off the machine: when the device is done, and how much memory is in use; and whether freed memory is kept."""
+"""What is read off the machine: whether it has bfloat16, when the device is done, how much memory is in use; and whether freed memory is
+kept."""
 
 from __future__ import annotations
 
@@ -12,6 +13,14 @@ from pathlib import Path
 
 import psutil
 import torch
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether products of matrices in bfloat16 are made by the device's own instructions: without them a processor takes about eighty times
+    as long as in float32."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())  # what torch itself asks before it hands them on
 
 
 def synchronize(device: str) -> None:

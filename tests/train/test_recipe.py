@@ -6,9 +6,12 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate import PartialState
 from tests.train.tiny_training import RECIPE, save_backbones
 
 from foveate.errors import FoveateError
+from foveate.train import trials, values
 from foveate.train.recipe import load_recipe
 from foveate.train.run import main
 from foveate.train.settings import LoraOf
@@ -31,6 +34,32 @@ def test_a_good_recipe(recipe_file: Write) -> None:
     assert grow.train.lm.lora.rank == 4
     assert recipe.stages[1].data == recipe.stages[0].data  # a YAML anchor
     assert [setup.image.tokens for setup in walk(recipe, read_config)] == [2 + 4, 2 + 8 + 16, 26]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "has", "chosen"), [(True, True, "bf16"), (False, True, "bf16-copy"), (True, False, "fp32"), (False, False, "fp32")]
+)
+def test_auto_is_the_precision_that_is_fast_here(
+    gpu: bool, has: bool, chosen: str, recipe_file: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(values, "has_bfloat16", lambda device: asked.append(device) or has)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    recipe = load_recipe(recipe_file("auto"), ["stages.0.precision=auto"])
+    assert (recipe.stages[0].precision, asked) == (chosen, ["cuda" if gpu else "cpu"])
+    assert recipe.stages[1].precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("has", "precision", "told"), [(False, "bf16-copy", 1), (False, "bf16", 1), (False, "fp32", 0), (True, "bf16-copy", 0)]
+)
+def test_bfloat16_where_it_is_slow_is_told(
+    has: bool, precision: str, told: int, recipe_file: Write, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(trials, "has_bfloat16", lambda device: has)
+    recipe = load_recipe(recipe_file("slow"), [f"stages.0.precision={precision}"])
+    trials.check_machine(recipe, next(iter(walk(recipe, read_config))).config, PartialState())
+    assert sum("no instructions for bfloat16" in line.getMessage() for line in caplog.records) == told
 
 
 def test_overrides(recipe_file: Write) -> None:

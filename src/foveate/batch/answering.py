@@ -13,11 +13,15 @@ from PIL import Image
 
 from foveate.batch.parts import Alone, entry
 from foveate.batch.questions import Questions
-from foveate.data.chat import Renderer
-from foveate.data.pixels import Picture, open_image
+from foveate.data.chat import Renderer, takes_videos
+from foveate.data.clips import Clip
+from foveate.data.clips import parse as sampling
+from foveate.data.conversations import Unusable
+from foveate.data.footage import FRAMES, Still, framed, opened
+from foveate.data.pixels import Picture
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.inference import answering, ask, load_model, model_hash, shrunk
+from foveate.inference import answering, ask, load_model, model_hash, prepared, shrunk
 from foveate.reducers import Reducer, in_model, parse, prepare, saved_reducers, spell
 from foveate.world import resolve
 
@@ -34,6 +38,7 @@ class Job:
     max_new_tokens  of an answer
     batch_size      rows that are asked together, and written together
     dtype           one of `DTYPES`
+    frames          the sampling that says which frames of clips are shown; None: `FRAMES`
     """
 
     data: str
@@ -43,12 +48,18 @@ class Job:
     max_new_tokens: int = 128
     batch_size: int = 16
     dtype: str = "float32"
+    frames: str | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.max_new_tokens < 1:
             raise FoveateError(f"batch_size and max_new_tokens must be at least 1, got {self.batch_size} and {self.max_new_tokens}")
+        if self.frames is not None:
+            sampling(self.frames)
         if self.dtype not in DTYPES:
             raise FoveateError(f"dtype={self.dtype} is not possible; choose one of {', '.join(DTYPES)}")
+
+    def questions(self) -> Questions:
+        return Questions(self.data, self.images, FRAMES if self.frames is None else self.frames)
 
     @property
     def reducing(self) -> list[Reducer]:
@@ -58,25 +69,30 @@ class Job:
         """What tells the job apart from others."""
         told = {"data": self.data, "images": str(questions.folder), "model": self.model, "data_hash": questions.rows.fingerprint}
         told |= {"model_hash": model_hash(self.model), "reducers": spell(self.reducing)}
+        told |= {} if self.frames is None else {"frames": str(sampling(self.frames))}
         return {**told, "rows": len(questions), "batch_size": self.batch_size, "dtype": self.dtype}
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A row that can be asked: its number, the prompt as the template writes it, and its pictures, opened."""
+    """A row that can be asked: its number, the prompt as the template writes it, its pictures and their images, opened, among them the
+    frames of clips where the model has no videos, and else its clips."""
 
     row: int
     text: str
-    pictures: tuple[Picture, ...]
+    pictures: tuple[Picture | Still, ...]
     images: tuple[Image.Image, ...]
+    clips: tuple[Clip, ...] = ()
 
 
 class Answerer(ABC):
-    """Answers rows of a job. `processor`: that of the model."""
+    """Answers rows of a job. `processor`: that of the model. `films`: whether clips can be shown to a model that has videos."""
+
+    films = True
 
     def __init__(self, job: Job, processor: Any) -> None:
         self.job, self.processor = job, processor
-        self.questions = Questions(job.data, job.images)
+        self.questions = job.questions()
         self._renderer = Renderer(processor)
         self._alone = Alone()
 
@@ -105,8 +121,14 @@ class Answerer(ABC):
 
     def _prompt(self, row: int) -> Prompt:
         question = self.questions[row]
-        images = tuple(map(open_image, question.pictures))
-        return Prompt(row, self._renderer.ask(question.turns), tuple(question.pictures), images)
+        turns, pictures, clips = question.turns, list[Picture | Still](question.pictures), question.clips
+        if clips and not takes_videos(self.processor):
+            turns, pictures = framed(turns, pictures, [[Still(clip, number) for number in range(len(clip))] for clip in clips])
+            clips = []
+        if clips and not self.films:
+            raise Unusable("is about a clip, which only the engine transformers shows to a model that has videos: leave out --engine")
+        films = tuple(clip.open() for clip in clips)
+        return Prompt(row, self._renderer.ask(turns), tuple(pictures), tuple(opened(pictures)), films)
 
 
 class Attached(Answerer):
@@ -120,18 +142,19 @@ class Attached(Answerer):
 
     def said(self, prompts: Sequence[Prompt]) -> list[tuple[str, bool]]:
         found: dict[int, tuple[str, bool]] = {}
-        for seeing in (True, False):  # not every processor takes both at once
-            own = [prompt for prompt in prompts if bool(prompt.images) == seeing]
+        kinds = [(bool(prompt.images), tuple(len(clip.frames) for clip in prompt.clips)) for prompt in prompts]
+        for kind in dict.fromkeys(kinds):  # not every processor takes all at once
+            own = [prompt for prompt, of in zip(prompts, kinds, strict=True) if of == kind]
             images = {picture: image for prompt in own for picture, image in zip(prompt.pictures, prompt.images, strict=True)}
             place = {picture: number for number, picture in enumerate(images)}
             owners = [[place[picture] for picture in prompt.pictures] for prompt in own]
-            if own:
-                shown = [prepare(self._before, image) for image in images.values()]
-                texts = [prompt.text for prompt in own]
-                with answering(self.model):
-                    answers = ask(self.model, self._processor, shown, owners, texts, self.job.max_new_tokens)
-                for prompt, text, thinking in zip(own, answers.texts, answers.thinking, strict=True):
-                    found[prompt.row] = text, thinking
+            shown = [prepare(self._before, image) for image in images.values()]
+            films = [[prepared(self._before, clip) for clip in prompt.clips] for prompt in own]
+            texts = [prompt.text for prompt in own]
+            with answering(self.model):
+                answers = ask(self.model, self._processor, shown, owners, texts, self.job.max_new_tokens, films)
+            for prompt, text, thinking in zip(own, answers.texts, answers.thinking, strict=True):
+                found[prompt.row] = text, thinking
         return [found[prompt.row] for prompt in prompts]
 
 

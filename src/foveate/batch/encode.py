@@ -24,8 +24,8 @@ from torch import Tensor
 from foveate.anatomy import Anatomy, read
 from foveate.batch.answering import Job
 from foveate.batch.parts import Alone, Done, Parts, carry_out, entry, failures
-from foveate.batch.questions import Questions
 from foveate.contract import Noise
+from foveate.data.conversations import Unusable
 from foveate.data.pixels import open_image, outline
 from foveate.errors import FoveateError
 from foveate.files import write_json
@@ -48,7 +48,7 @@ def encode(job: Job, out: str | Path, *, progress: bool = True) -> Done | None:
     a whole.
     """
     reducer = exported(job.reducing, "foveate encode")
-    questions, folder = Questions(job.data, job.images), Path(out)
+    questions, folder = job.questions(), Path(out)
     parts = Parts(folder / SHARDS, len(questions), job.batch_size, ".safetensors")
 
     def work(blocks: Sequence[int]) -> Iterator[tuple[int, bytes]]:
@@ -68,7 +68,7 @@ class Encoder:
 
     def __init__(self, job: Job, reducer: Reducer, device: str | None = None) -> None:
         self.model, self.processor = load_model(job.model, device, dtype=job.dtype)
-        self.questions, self._reducer = Questions(job.data, job.images), reducer
+        self.questions, self._reducer = job.questions(), reducer
         anatomy = read(self.model)
         if anatomy.weighs:
             raise FoveateError("the images of this model become weights of its decoder, which embeddings do not hold; use foveate generate")
@@ -85,7 +85,10 @@ class Encoder:
         told: dict[int, list[str] | FoveateError] = {}
         for row in rows:
             try:
-                pictures = self.questions[row].pictures
+                question = self.questions[row]
+                if question.clips:
+                    raise Unusable("is about a clip, and embeddings are written of pictures; use foveate generate")
+                pictures = question.pictures
                 digests = [outline(picture).digest.hex() for picture in pictures]
                 shown |= {digest: open_image(picture) for digest, picture in zip(digests, pictures, strict=True) if digest not in shown}
             except FoveateError as error:

@@ -13,7 +13,6 @@ from typing import Any
 
 from foveate.batch.answering import Attached, Job, absolute
 from foveate.batch.parts import Done, Parts, Work, carry_out, failures
-from foveate.batch.questions import Questions
 from foveate.errors import FoveateError, nearest
 from foveate.files import write
 from foveate.processes import processes
@@ -57,7 +56,7 @@ def generate(
             raise FoveateError(f"the engine {engine} starts its own processes: start foveate without accelerate launch")
         if engine == "vllm" and reducing:
             exported(reducing, "vLLM")
-    questions, folder = Questions(job.data, job.images), Path(out)
+    questions, folder = job.questions(), Path(out)
     parts = Parts(folder / PARTS, len(questions), job.batch_size, ".jsonl", folder / ANSWERS)
 
     def facts() -> dict[str, Any]:

@@ -74,6 +74,8 @@ class Model:
 class Served(Answerer):
     """An engine of vLLM for a job. FoveateError where it does not start."""
 
+    films = False
+
     def __init__(self, job: Job, options: Mapping[str, Any]) -> None:
         self._model = Model(job.model, options)
         super().__init__(job, self._model.processor)

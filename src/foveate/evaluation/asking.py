@@ -24,7 +24,7 @@ from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import Answer, Cell
 from foveate.evaluation.samples import Sample, Task, in_turn, picture
-from foveate.inference import Broken, answering, ask, loaded, marked, model_hash, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference import Broken, answering, ask, loaded, marked, model_hash, prepared, prompts, shrunk, warn_of_cut_thoughts
 from foveate.inference.strategies import Strategy
 from foveate.inference.strategies import opened as searching
 from foveate.reducers import Reducer, in_model, prepare
@@ -299,11 +299,6 @@ def footage(clip: Footage, blind: bool) -> Clip:
     except FoveateError as error:
         raise Broken(str(error)) from error
     return replace(found, frames=tuple(Image.new("RGB", frame.size, GREY) for frame in found.frames)) if blind else found
-
-
-def prepared(reducers: Sequence[Reducer], clip: Clip) -> Clip:
-    """What the reducers make of a clip before the processor sees it, frame by frame."""
-    return replace(clip, frames=tuple(prepare(reducers, frame) for frame in clip.frames))
 
 
 def _observe(run: Run, lengths: list[int], dtype_bytes: int, found: Answered) -> None:

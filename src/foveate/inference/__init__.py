@@ -1,7 +1,7 @@
 """Asking a model: loading it, writing its prompts, and its answers. What evaluates, looks, searches and serves asks through here."""
 
 from foveate.inference.answering import Broken, Said, answer, answering, ends, read_answer
-from foveate.inference.asking import Answers, ask, begun, marked, model_inputs, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference.asking import Answers, ask, begun, marked, model_inputs, prepared, prompts, shrunk, warn_of_cut_thoughts
 from foveate.inference.loading import load_model, loaded, model_hash, retiled
 from foveate.inference.progress import progress_bar
 
@@ -19,6 +19,7 @@ __all__ = [
     "marked",
     "model_hash",
     "model_inputs",
+    "prepared",
     "progress_bar",
     "prompts",
     "read_answer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ def model_inputs(
         return processor(text=list(texts), padding=True, padding_side="left", return_tensors="pt", **given)
     except ValueError as error:
         raise FoveateError(f"{type(processor).__name__} does not take these images, videos and prompts: {error}") from error
+
+
+def prepared(reducers: Sequence[Reducer], clip: Clip) -> Clip:
+    """What the reducers make of a clip before the processor sees it, frame by frame."""
+    return replace(clip, frames=tuple(prepare(reducers, frame) for frame in clip.frames))
 
 
 def begun(tokenizer: Any, text: str) -> bool:

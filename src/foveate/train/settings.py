@@ -25,6 +25,7 @@ from foveate.train.values import (
     TilingString,
     ViewTokens,
     Weight,
+    fitting_precision,
     known_optimizer,
     named_loss,
     readable_template,
@@ -276,7 +277,7 @@ class Stage(Strict):
     optimizer: Annotated[str, BeforeValidator(known_optimizer)] = "adamw_torch"
     adam_betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, ge=0)
-    precision: Literal["fp32", "bf16", "bf16-copy", "fp16"] = "fp32"
+    precision: Annotated[Literal["fp32", "bf16", "bf16-copy", "fp16", "auto"], BeforeValidator(fitting_precision)] = "fp32"
     gradient_checkpointing: bool = False
     max_length: int = Field(default=2048, gt=0)
     save_steps: int = Field(default=500, gt=0)

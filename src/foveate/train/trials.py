@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from copy import deepcopy
@@ -18,6 +19,7 @@ from transformers.trainer_optimizer import is_optimizer_factory
 from foveate.data.conversations import MARKER, Conversation
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
+from foveate.machine import has_bfloat16
 from foveate.reducers import parse
 from foveate.reducers.learned import lent_weights
 from foveate.train.account import Costs
@@ -29,6 +31,8 @@ from foveate.train.schedule import NONE
 from foveate.train.settings import Recipe, Stage
 from foveate.train.stages import first_line
 from foveate.train.supervised import SupervisedRows, tried
+
+log = logging.getLogger(__name__)
 
 
 def check_reporting(recipe: Recipe) -> None:
@@ -48,6 +52,11 @@ def check_machine(recipe: Recipe, config: Any, state: PartialState) -> None:
                 raise ValueError("needs a GPU, which scales its losses; use fp32 or bf16 here")
         except (ValueError, ImportError, RuntimeError) as error:
             raise FoveateError(f"stage {stage.name}: precision {stage.precision} cannot be trained here: {first_line(error)}") from None
+        if stage.precision in ("bf16", "bf16-copy") and not has_bfloat16(state.device.type):
+            log.warning(
+                f"stage {stage.name}: precision {stage.precision}, but this {state.device.type} has no instructions for bfloat16, "
+                "which takes many times as long as fp32 here; precision: auto chooses what is fast"
+            )
         if arguments.mixed_precision != (stage.precision if stage.precision in ("bf16", "fp16") else "no"):
             raise FoveateError(
                 f"stage {stage.name}: precision {stage.precision}, but accelerate's configuration has mixed_precision "

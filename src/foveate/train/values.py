@@ -7,11 +7,13 @@ import logging
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from foveate.data.chat import read_template
 from foveate.data.clips import parse as sampling
 from foveate.errors import FoveateError
+from foveate.machine import has_bfloat16
 from foveate.model.configuration import read_tiling
 from foveate.train.schedule import NONE
 
@@ -101,6 +103,15 @@ def trainable_dtype(value: Any) -> Any:
             "Use dtype: float32, with precision: fp16 where the device has no bfloat16, or dtype: bfloat16"
         )
     return value
+
+
+def fitting_precision(value: Any) -> Any:
+    """`auto` is the fastest here: bfloat16 where the device has it, on a processor by a copy of the weights, and float32 elsewhere. The run
+    keeps it in its record, so that a run which goes on in another precision is noticed."""
+    if value != "auto":
+        return value
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "fp32" if not has_bfloat16(device) else "bf16" if device == "cuda" else "bf16-copy"
 
 
 def _micro_batch(value: Any) -> Any:
