@@ -62,7 +62,7 @@ def reported(work: Path, output: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--clips", type=int, default=2400, help="to train on, twice with questions and once with an account")
+    parser.add_argument("--clips", type=int, default=2400, help="to train on, once with questions and once with an account")
     parser.add_argument("--test", type=int, default=200, help="clips to ask about, five to seven questions each")
     parser.add_argument("--steps", type=int, default=0, help="of each stage; 0: the recipe's epochs")
     parser.add_argument("--methods", nargs="+", default=METHODS)
