@@ -43,7 +43,12 @@ def test_auto_is_the_precision_that_is_fast_here(
     gpu: bool, has: bool, chosen: str, recipe_file: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(values, "has_bfloat16", lambda device: asked.append(device) or has)
+
+    def has_bfloat16(device: str) -> bool:
+        asked.append(device)
+        return has
+
+    monkeypatch.setattr(values, "has_bfloat16", has_bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     recipe = load_recipe(recipe_file("auto"), ["stages.0.precision=auto"])
     assert (recipe.stages[0].precision, asked) == (chosen, ["cuda" if gpu else "cpu"])

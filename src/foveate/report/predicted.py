@@ -9,9 +9,9 @@ from typing import Any
 from foveate.accounting import predict
 from foveate.data.footage import opened
 from foveate.errors import FoveateError
-from foveate.evaluation.asking import Put, batches, prepared
+from foveate.evaluation.asking import Put, batches
 from foveate.evaluation.samples import Sample, Task, picture
-from foveate.inference import model_inputs, progress_bar, prompts, shrunk
+from foveate.inference import model_inputs, prepared, progress_bar, prompts, shrunk
 from foveate.reducers import Reducer, parse, prepare
 
 ASKED = 256  # at most so many questions of a task stand for all of them

@@ -42,8 +42,7 @@ class Strict(BaseModel):
 
 
 class Data(Strict):
-    """Either `conversations` (a file or folder here) or `dataset` (that, or a name on the hub), whatever `foveate.data.rows` reads;
-    names of images and clips start from `images`."""
+    """`conversations` (file or folder) or `dataset` (or a hub name), read by `foveate.data.rows`; names of media start from `images`."""
 
     conversations: Path | None = None
     images: Path | None = None
