@@ -36,6 +36,9 @@ def test_patches_become_tokens() -> None:
     assert carry([x], [places(4)], Patches(grouped=4, order=order))[0].tolist() == [5.5, 13.5, 1.5, 9.5]
     boxes = [(0, 0, 4, 4), (0, 2, 1, 4)]
     assert carry([x], [places(2)], Patches(boxes=(boxes, (4, 4))))[0].tolist() == [7.5, 2.5]
+    halves = [(0, 0, 4, 2), (0, 2, 4, 4)]
+    of_each = Patches(boxes=(boxes, (4, 4)), each=((boxes, (4, 4)), (halves, (4, 4))))
+    assert [one.tolist() for one in carry([x, x], [places(2), places(2)], of_each)] == [[7.5, 2.5], [6.5, 8.5]]
 
 
 def test_patches_that_stand_in_order_of_windows_or_are_named_by_their_tokens() -> None:

@@ -55,6 +55,22 @@ def test_plan_of_several_images_shares_the_budget(capsys: pytest.CaptureFixture[
         assert (code, why in text) == (2, True)
 
 
+def mlp_flops(tokens: int) -> int:
+    """Of LLaVA-1.5's bridge between CLIP-L and a 7B model."""
+    return 2 * tokens * (1024 * 4096 + 4096 * 4096)
+
+
+def queries_flops(queries: int, patches: int, width: int) -> int:
+    """Of SliME's lens for one tile: maps of queries and outputs, of keys and values; scores and sums."""
+    return 2 * (2 * queries * width**2 + 2 * patches * width**2 + 2 * queries * patches * width)
+
+
+def dual_flops(n: int, patches: int, width: int) -> int:
+    """Of INF-LLaVA's lens: two attentions in n² pieces of one view's patches each, and two maps to half of the width."""
+    one = 4 * patches * width**2 + 2 * patches**2 * width
+    return 2 * n * n * (2 * one + patches * width**2)
+
+
 def test_plan_of_a_recipe_with_a_tiling(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (stage,) = plan(tmp_path / "recipe.yaml", image=(1000, 500)).stages
@@ -62,8 +78,12 @@ def test_plan_of_a_recipe_with_a_tiling(tmp_path: Path) -> None:
     assert any("1000 x 500 px becomes 3 views, 1728 visual tokens and 24 marks" in note for note in stage.notes)
     (s2,) = plan(tmp_path / "recipe.yaml", ["model.tiling=s2"]).stages
     assert (s2.tokens_per_image, 3 * s2.forward_flops["tower"]) == (576, 14 * stage.forward_flops["tower"])
-    with pytest.raises(FoveateError, match="slime can be planned and not run"):
-        plan(tmp_path / "recipe.yaml", ["model.tiling=slime"])
+    (slime,) = plan(tmp_path / "recipe.yaml", ["model.tiling=slime"], image=(1000, 500)).stages
+    assert (slime.tokens_per_image, 3 * slime.forward_flops["tower"]) == (576 + 6 * 144, 7 * stage.forward_flops["tower"])
+    (inf,) = plan(tmp_path / "recipe.yaml", ["model.tiling=inf_llava"]).stages
+    assert (inf.tokens_per_image, 3 * inf.forward_flops["tower"]) == (576, 19 * stage.forward_flops["tower"])
+    assert inf.forward_flops["bridge"] == mlp_flops(576) + dual_flops(3, 576, 1024)
+    assert slime.forward_flops["bridge"] == mlp_flops(576 + 6 * 144) + 6 * queries_flops(144, 576, 1024)
 
 
 def wide() -> Image.Image:
@@ -80,6 +100,8 @@ def test_look_draws_every_view() -> None:
     assert [word for word in words if word.startswith("crop")] == ["crop 2", "crop 3", "crop 1"]
     with pytest.raises(FoveateError, match="puts a learned newline between tokens, which this model has not learned"):
         look("asset:vlm", [wide()], "what?", ["random"], tiling="anyres")
+    with pytest.raises(FoveateError, match=r"has a lens \(dual_perspective\) between tower and bridge, which this model has not learned"):
+        look("asset:vlm", [wide()], "what?", ["random"], tiling="inf_llava")
 
 
 def test_bench_on_tiles(tmp_path: Path) -> None:

@@ -170,7 +170,13 @@ def test_a_bridge_of_windows_says_its_own_boxes() -> None:
     """Tokens that are no raster: one of the whole view and one of each quarter, as the boxes of patches say."""
     plan = ImagePlan.laid((40, 40), (Crop((4, 4), 5),), (Block(0),))
     boxes = ((0, 0, 4, 4), (0, 0, 2, 2), (0, 2, 2, 4), (2, 0, 4, 2), (2, 2, 4, 4))
-    assert wire(plan, boxes).box.tolist() == [[0, 0, 40, 40], [0, 0, 20, 20], [20, 0, 40, 20], [0, 20, 20, 40], [20, 20, 40, 40]]
+    assert wire(plan, (((4, 4), boxes),)).box.tolist() == [
+        [0, 0, 40, 40],
+        [0, 0, 20, 20],
+        [20, 0, 40, 20],
+        [0, 20, 20, 40],
+        [20, 20, 40, 40],
+    ]
 
 
 def test_padding_shows_nothing() -> None:

@@ -91,6 +91,7 @@ class Patches:
     grouped   how many patches that become one token stand side by side; 0: they are blocks of the raster
     order     (groups,) int64 where the tower has put each of these groups, or single patches (windows); None: in their order
     boxes     from which boxes of patches a bridge makes the tokens; None: by groups, blocks, or one of each
+    each      the same of each crop, where that is not so of all alike; (): it is
     pooled    (tokens, n) int64 of which patches, counted through all crops, each token is made, -1 for none; None: the model does not say
     """
 
@@ -98,4 +99,5 @@ class Patches:
     grouped: int = 0
     order: Tensor | None = None
     boxes: Boxes | None = None
+    each: tuple[Boxes, ...] = ()
     pooled: Tensor | None = None

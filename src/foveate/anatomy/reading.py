@@ -213,7 +213,8 @@ class Anatomy:
     def patches(self, media: Media) -> Patches:
         """How the tower's patches become the tokens of a call. NotApplicable where that is not known."""
         families.plans.refuse_shapes(media)
-        return families.pooling.patches(media) or families.grids.patches(media) or Patches(boxes=media.boxes)
+        found = families.pooling.patches(media) or families.grids.patches(media) or families.plans.patches(media)
+        return found or Patches(boxes=media.boxes)
 
     def contents(self, media: Media) -> list[Tensor]:
         """What each item of a call is told apart by: its pixels, or its features where these are all there is."""

@@ -1,9 +1,14 @@
-"""Bridges: trained modules from vision features to visual tokens, or to weights. One file per method, one line here."""
+"""Bridges: trained modules from vision features to visual tokens, or to weights. One file per method, one line here.
+
+Lenses: trained modules that a tiling has between tower and bridge, from features to features.
+"""
 
 import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
+
+from torch import nn
 
 from foveate.bridges.avg_pool2d import AvgPool2d
 from foveate.bridges.base import Bridge, ElasticBridge
@@ -11,6 +16,7 @@ from foveate.bridges.c_abstractor import CAbstractor
 from foveate.bridges.chain_of_sight import ChainOfSight
 from foveate.bridges.comm import COMM
 from foveate.bridges.d_abstractor import DAbstractor
+from foveate.bridges.dual_perspective import DualPerspective
 from foveate.bridges.ldpv2 import LDPv2
 from foveate.bridges.mg_gate import MGGate
 from foveate.bridges.mlp import MLP
@@ -18,6 +24,7 @@ from foveate.bridges.mqt import MQT
 from foveate.bridges.pixel_shuffle import PixelShuffle
 from foveate.bridges.resa import ReSA
 from foveate.bridges.resampler import Resampler
+from foveate.bridges.tile_queries import TileQueries
 from foveate.bridges.vlora import VLoRA
 from foveate.bridges.wide_windows import WideWindows
 from foveate.errors import FoveateError
@@ -39,9 +46,12 @@ BRIDGES: dict[str, type[Bridge]] = {
     "vlora": VLoRA,
 }
 
+LENSES: dict[str, type[nn.Module]] = {"tile_queries": TileQueries, "dual_perspective": DualPerspective}
+
 __all__ = [
     "BRIDGES",
     "COMM",
+    "LENSES",
     "MLP",
     "MQT",
     "AvgPool2d",
@@ -58,6 +68,7 @@ __all__ = [
     "VLoRA",
     "WideWindows",
     "build_bridge",
+    "build_lens",
     "complete_config",
 ]
 
@@ -73,6 +84,11 @@ def build_bridge(config: Mapping[str, Any]) -> Bridge:
         if parameter.default is parameter.empty and name not in arguments:
             raise FoveateError(f"a {config['kind']} bridge needs {name!r}")
     return BRIDGES[config["kind"]](**arguments)
+
+
+def build_lens(config: Mapping[str, Any], *, levels: int, width: int) -> nn.Module:
+    """The lens of `config`: {"kind": one of LENSES, constructor arguments}, for `levels` features of `width` values each."""
+    return LENSES[config["kind"]](**{name: value for name, value in config.items() if name != "kind"}, levels=levels, width=width)
 
 
 def complete_config(config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:

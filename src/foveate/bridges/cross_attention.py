@@ -49,6 +49,23 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value)
 
 
+class MultiHead(nn.Module):
+    """Attention of several heads, as lenses have it: linear maps in front and behind, nothing else."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width, bias=False), nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """(N, queries, width), and (N, keys, width) twice, -> (N, queries, width)."""
+        maps = ((self.to_q, query), (self.to_k, key), (self.to_v, value))
+        q, k, v = (to(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for to, x in maps)
+        attended: Tensor = self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return attended
+
+
 class WindowResampler(nn.Module):
     """Queries of their own for each window, and one block per feature level whose weights all windows share."""
 

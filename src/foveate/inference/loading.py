@@ -54,16 +54,22 @@ def loaded(model: Any, processor: Any, call: str, device: str | None = None) -> 
 
 def retiled(model: Any, processor: Any, tiling: str | None) -> None:
     """Have a model cut images by another tiling than its own; None leaves it. FoveateError for a model that is not Foveate's, and for a
-    tiling whose marks between tokens the model has not learned."""
+    tiling whose marks between tokens, or whose lens, the model has not learned."""
     if tiling is None:
         return
     if not hasattr(model, "set_tiling"):
         raise FoveateError(f"the tiling {tiling} needs one of Foveate's own models; a {model.config.model_type} model cuts images itself")
-    missing = [name for name in parse(tiling).marks if name not in model.model.marks]
+    wanted, own = parse(tiling), model.config.tiled
+    missing = [name for name in wanted.marks if name not in model.model.marks]
     if missing:
         raise FoveateError(
             f"the tiling {tiling} puts a learned {' and a learned '.join(missing)} between tokens, which this model has not learned: train "
             "it with that tiling, or take one without"
+        )
+    if wanted.lens is not None and (own is None or own.lens != wanted.lens):
+        raise FoveateError(
+            f"the tiling {tiling} has a lens ({wanted.lens['kind']}) between tower and bridge, which this model has not learned: train it "
+            "with that tiling, or take one without"
         )
     model.set_tiling(tiling)
     processor.set_tiling(model.config.tiling)

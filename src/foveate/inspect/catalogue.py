@@ -49,7 +49,7 @@ def print_catalogue() -> None:
         bridges.add_row(name, cited[1] if cited else "-", _first(bridge))
     tilings = Table("tiling", "arXiv", "what it does", box=None, pad_edge=False)
     for name, tiling in TILINGS.items():
-        tilings.add_row(name, tiling.paper, _first(tiling) + (" (can be planned, not run)" if tiling.lacks else ""))
+        tilings.add_row(name, tiling.paper, _first(tiling))
     caches = Table("cache policy", "arXiv", "what it does", box=None, pad_edge=False)
     for name, policy in POLICIES.items():
         caches.add_row(name, policy.paper, ("experimental: " if policy.experimental else "") + _first(policy))

@@ -57,8 +57,6 @@ def main(spelled: str, sizes: Sequence[tuple[int, int]], *, json: bool = False, 
     console.print(total)
     for plan in plans:
         console.print(views_of(plan))
-    if tiling.lacks:
-        console.print(f"It can be planned and not run: Foveate's model lacks {tiling.lacks}.", highlight=False)
 
 
 def views_of(plan: ImagePlan) -> Table:

@@ -93,16 +93,12 @@ def refuse_budget(budget: int | None) -> None:
 
 
 def read_tiling(spelled: str | Tiling | None) -> Tiling | None:
-    """The tiling of a configuration. FoveateError for one that can only be planned."""
+    """The tiling of a configuration. FoveateError for what is none."""
     if spelled is None or isinstance(spelled, Tiling):
-        tiling = spelled
-    elif isinstance(spelled, str):
-        tiling = parse(spelled)
-    else:
-        raise FoveateError(f'a tiling is spelled as "internvl:tiles=6", not {spelled!r}')
-    if tiling is not None and tiling.lacks:
-        raise FoveateError(f"{tiling.name} can be planned and not run: Foveate's model lacks {tiling.lacks}")
-    return tiling
+        return spelled
+    if isinstance(spelled, str):
+        return parse(spelled)
+    raise FoveateError(f'a tiling is spelled as "internvl:tiles=6", not {spelled!r}')
 
 
 class FoveateConfig(Planning, PreTrainedConfig):
@@ -181,7 +177,8 @@ class FoveateConfig(Planning, PreTrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
 
     def check_tiling(self, tiling: Tiling | None) -> None:
-        """FoveateError where a tiling lets tokens enter in front of decoder layers that are not there, or has no tokens to lay out."""
+        """FoveateError where a tiling lets tokens enter in front of decoder layers that are not there, has no tokens to lay out, or has a
+        lens behind which the bridge cannot read."""
         if tiling is not None and self.weighs:
             raise FoveateError(
                 f"the images of a {VLoRA.kind} bridge become weights, and no tokens that the tiling {tiling} could lay out: leave it out"
@@ -189,12 +186,20 @@ class FoveateConfig(Planning, PreTrainedConfig):
         depth = getattr(self.text_config.get_text_config(), "num_hidden_layers", None)
         if tiling is not None and depth is not None:
             refuse_layers(tiling.layers, depth)
+        if tiling is not None and tiling.lens is not None:
+            tiling.plan(self.image_size, self.image_size, sight=self.sight())
 
     @property
     def scales(self) -> int:
         """At how many sizes the bridge reads the tower's maps."""
         tiling = self.tiled
         return 1 if tiling is None else tiling.scales
+
+    @property
+    def joins(self) -> int:
+        """How many views of an image become one map in front of the bridge."""
+        tiling = self.tiled
+        return 1 if tiling is None else tiling.joins
 
     @property
     def patch_size(self) -> int:
@@ -229,8 +234,8 @@ class FoveateConfig(Planning, PreTrainedConfig):
 
     def wire(self, plan: ImagePlan) -> Wiring:
         """From which tokens and from where in the picture each slot of an image is, by its plan."""
-        crop = plan.crops[0]
-        return wire(plan, None if crop.grid is None else self.sight(crop.pixels[0]).boxes(crop.grid))
+        sight, grids = self.sight(plan.crops[0].pixels[0]), dict.fromkeys(crop.grid for crop in plan.crops if crop.grid is not None)
+        return wire(plan, tuple((grid, sight.boxes(grid)) for grid in grids))
 
     def patch_grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of patches of an image of `height` x `width` pixels; the rest that fills no patch is not seen by a tower."""

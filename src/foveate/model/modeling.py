@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import can_return_tuple
 
-from foveate.bridges import Bridge, build_bridge
+from foveate.bridges import Bridge, build_bridge, build_lens
 from foveate.errors import FoveateError
 from foveate.model.configuration import FoveateConfig, read_tiling, read_view_tokens
 from foveate.model.entering import Entering, watch
@@ -61,12 +61,15 @@ class FoveateModel(Merging, FoveatePreTrainedModel):
         self.bridge = bridge if bridge is not None else build_bridge(config.bridge)
         self.causal_lm = causal_lm if causal_lm is not None else AutoModelForCausalLM.from_config(config.text_config)
         self.image_marks: ImageMarks | None = None
+        self.lens: nn.Module | None = None
+        self._lens: dict[str, Any] | None = None
         self.entering, self._doors = Entering(), list[Any]()
         self.weighing = Weighing(self.bridge) if config.weighs else None
         self._check_parts()
         for part in (self.vision_tower, self.bridge, self.causal_lm):
             keep_initialisation(part)
         self.learn_marks()
+        self.learn_lens()
         self.open_doors()
         self.post_init()
 
@@ -103,6 +106,16 @@ class FoveateModel(Merging, FoveatePreTrainedModel):
         if self.image_marks is not None:
             self.image_marks.load_state_dict({name: vector for name, vector in had.items() if name in names}, strict=False)
             keep_initialisation(self.image_marks)
+
+    def learn_lens(self) -> None:
+        """Make the lens of the tiling unless it is there already; one that it has not goes."""
+        wanted = None if self.config.tiled is None else self.config.tiled.lens
+        if wanted == self._lens:
+            return
+        like, self.lens, self._lens = next(self.bridge.parameters()), None, wanted
+        if wanted is not None:
+            self.lens = build_lens(wanted, levels=self.bridge.levels, width=self.bridge.vision_width).to(like.device, like.dtype)
+            keep_initialisation(self.lens)
 
     def open_doors(self) -> None:
         """Set the hooks by which tokens enter inside the language model, those of the tiling, or the weights that images become."""
@@ -327,7 +340,8 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
         self.config.grown = annealed(self.config.grown, left)
 
     def set_tiling(self, tiling: Any) -> None:
-        """Cut images by another tiling from now on (None: see them whole); what it puts between tokens is learned anew where it is new.
+        """Cut images by another tiling from now on (None: see them whole); what it puts between tokens, and its lens, is learned anew
+        where it is new.
 
         The processor is told with `processor.set_tiling(model.config.tiling)`. FoveateError where the bridge reads another number of maps.
         """
@@ -340,6 +354,7 @@ class FoveateForConditionalGeneration(FoveatePreTrainedModel, GenerationMixin):
             self.config.check_tiling(wanted)
         self.config.tiling = None if wanted is None else str(wanted)
         self.model.learn_marks()
+        self.model.learn_lens()
         self.model.open_doors()
 
     def set_image_size(self, pixels: int) -> None:

@@ -12,7 +12,8 @@ from foveate.bridges import ElasticBridge
 from foveate.errors import FoveateError
 from foveate.model.outputs import StackedImageOutput, WeightsImageOutput
 from foveate.model.towers import patch_states, run
-from foveate.model.views import ImageMarks, arrange, check_views, each_shape, joined, stacked
+from foveate.model.views import ImageMarks, arrange, check_views, each_shape, joined, of_images, stacked
+from foveate.tokens import Crop
 
 
 class Seeing:
@@ -22,6 +23,7 @@ class Seeing:
     vision_tower: Any
     bridge: Any
     image_marks: ImageMarks | None
+    lens: Any
     grid: Any
     _interpolates: bool
 
@@ -55,7 +57,7 @@ class Seeing:
         said = next((given for given in (image_sizes, image_crops, pixel_values) if given is not None), pixel_values)
         each = self.config.counts_of(view_tokens, len(said))
 
-        def tokens_of(pixels: Tensor) -> Tensor:
+        def tokens_of(pixels: Tensor, crops: Sequence[Crop] = ()) -> Any:
             nonlocal output
             grid = self.config.patch_grid(*pixels.shape[-2:])
             if tower_features is None:
@@ -66,9 +68,7 @@ class Seeing:
             parameter = next(self.bridge.parameters(), None)
             if parameter is not None:
                 features = [x.to(parameter.device, parameter.dtype) for x in features]
-            if self.config.scales > 1:
-                features = joined(features, grid, self.config.scales)
-            return bridged(self.bridge, features, grid, each)
+            return self._tokens(features, grid, each, crops)
 
         inside: dict[str, Any] = {}
         if image_sizes is None:
@@ -84,7 +84,7 @@ class Seeing:
         else:
             plans = self.config.plans_of(image_sizes, pixel_values.shape[-1], view_tokens)
             check_views(plans, len(pixel_values))
-            if self.config.scales > 1:
+            if self.config.joins > 1:
                 own = [tokens[:count] for tokens, count in zip(tokens_of(pixel_values), each, strict=True)]
             else:
                 views, counts = each_shape(plans, pixel_values, tokens_of), [len(plan.crops) for plan in plans]
@@ -101,6 +101,25 @@ class Seeing:
             attentions=output.attentions,
             **inside,
         )
+
+    def _tokens(self, features: list[Tensor], grid: tuple[int, int], each: Sequence[int | None], crops: Sequence[Crop]) -> Any:
+        """What the bridge makes of views (n, patches, width) of each level, by way of the tiling's lens: (n, tokens, width), or n times
+        (tokens, width) where those that go through the lens by themselves have other numbers than the rest. Where views are joined, of each
+        image."""
+        if self.config.joins > 1:
+            apart = of_images(features, self.config.joins)
+            return bridged(
+                self.bridge, joined(apart, grid, self.config.scales) if self.lens is None else self.lens(apart, grid), grid, each
+            )
+        through = [number for number, crop in enumerate(crops) if crop.lens]
+        if not through:
+            return bridged(self.bridge, features, grid, each)
+        rest = [number for number, crop in enumerate(crops) if not crop.lens]
+        made, to = self.lens([x[through] for x in features], grid), crops[through[0]].grid or grid
+        found = dict(zip(through, bridged(self.bridge, made, to, each), strict=True))
+        if rest:
+            found |= dict(zip(rest, bridged(self.bridge, [x[rest] for x in features], grid, each), strict=True))
+        return [found[number] for number in range(len(crops))]
 
     def _given(self, tower_features: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """`tower_features` level by level. FoveateError where they are not of views of this grid."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from foveate.bridges import Bridge, build_bridge
 from foveate.bridges.windows import Box, Grid
 from foveate.errors import FoveateError
 from foveate.tilings import Sight
-from foveate.tokens import MARKS, ImagePlan, raster, stacks, wire
+from foveate.tokens import MARKS, Crop, ImagePlan, raster, stacks, wire
 
 _LARGEST = 32  # patches a side of which a bridge might make one token
 
@@ -96,16 +96,21 @@ class ImageMarks(nn.Module):
         return torch.stack([known.get(name, empty) for name in MARKS])
 
 
+def of_images(features: Sequence[Tensor], views: int) -> list[Tensor]:
+    """Of each level (images * views, patches, width) -> (images, views, patches, width). FoveateError where that cannot be."""
+    for x in features:
+        if len(x) % views:
+            raise FoveateError(f"{len(x)} views were given, but an image has {views} of them; hand in image_sizes with the pixels")
+    return [x.unflatten(0, (-1, views)) for x in features]
+
+
 def joined(features: Sequence[Tensor], grid: Grid, sizes: int) -> list[Tensor]:
-    """Scaling on scales: of each level (images * (1 + 4 + … + sizes²), patches, width), the maps of each size put together and pooled to
+    """Scaling on scales: of each level (images, 1 + 4 + … + sizes², patches, width), the maps of each size put together and pooled to
     one view's patches, (images, patches, width), sizes before levels."""
-    (rows, columns), views = grid, sum(k * k for k in range(1, sizes + 1))
-    found, start = [], 0
+    (rows, columns), found, start = grid, [], 0
     for k in range(1, sizes + 1):
         for x in features:
-            if len(x) % views:
-                raise FoveateError(f"{len(x)} views were given, but an image has {views} of them; hand in image_sizes with the pixels")
-            part = x.view(-1, views, rows, columns, x.shape[-1])[:, start : start + k * k].unflatten(1, (k, k))
+            part = x[:, start : start + k * k].unflatten(2, grid).unflatten(1, (k, k))
             whole = part.permute(0, 5, 1, 3, 2, 4).reshape(len(part), x.shape[-1], k * rows, k * columns)
             found.append(avg_pool2d(whole, k).flatten(2).transpose(1, 2) if k > 1 else whole.flatten(2).transpose(1, 2))
         start += k * k
@@ -149,10 +154,11 @@ def by_shape(plans: Sequence[ImagePlan], pixels: Tensor) -> list[tuple[tuple[int
     return list(shapes.items())
 
 
-def each_shape(plans: Sequence[ImagePlan], pixels: Tensor, make: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What `make` makes of views (n, channels, height, width) of one shape, (n, tokens, width), for each view in its order."""
-    found: dict[int, Tensor] = {}
+def each_shape(plans: Sequence[ImagePlan], pixels: Tensor, make: Callable[[Tensor, Sequence[Crop]], Iterable[Tensor]]) -> list[Tensor]:
+    """What `make` makes of views (n, channels, height, width) of one shape and their crops, n times (tokens, width), for each view in its
+    order."""
+    crops, found = [crop for plan in plans for crop in plan.crops], dict[int, Tensor]()
     for (height, width), numbers in by_shape(plans, pixels):
         own = pixels if len(numbers) == len(pixels) else pixels[numbers]
-        found |= dict(zip(numbers, make(own[..., :height, :width]), strict=True))
+        found |= dict(zip(numbers, make(own[..., :height, :width], [crops[number] for number in numbers]), strict=True))
     return [found[number] for number in range(len(pixels))]

@@ -102,8 +102,8 @@ def carry(crops: list[Tensor], items: Sequence[Laid], how: Patches) -> list[Tens
     """From one value a patch, crop by crop, to one value a token, item by item of the image features; 0 for what is no patch.
     NotApplicable where it is not known which patches made which token."""
     if how.boxes is not None:
-        boxes, grid = how.boxes
-        return [_over_boxes(crop, boxes[: len(kind)], grid) for crop, (kind, _) in zip(crops, items, strict=True)]
+        each = how.each or (how.boxes,) * len(crops)
+        return [_over_boxes(crop, boxes[: len(kind)], grid) for crop, (kind, _), (boxes, grid) in zip(crops, items, each, strict=True)]
     flat = torch.cat(crops)
     patch = [kind == Kind.PATCH for kind, _ in items]
     total = sum(int(p.sum()) for p in patch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from foveate.errors import FoveateError
 from foveate.reducers.spelling import Spelled
@@ -47,14 +47,12 @@ class Tiling(Spelled, ABC):
     sight        the tower and bridge of the published setting, at which `plan` counts unless told otherwise
     marks        the learned vectors that it puts between tokens, of foveate.tokens.MARKS
     shapes       whether its views have shapes of their own, which a tower and a bridge must take
-    lacks        what Foveate's own model does not have of it, so that it can be planned and not run; "": nothing
     """
 
     paper: ClassVar[str]
     sight: ClassVar[Sight]
     marks: ClassVar[tuple[str, ...]] = ()
     shapes: ClassVar[bool] = False
-    lacks: ClassVar[str] = ""
     budget: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -67,8 +65,18 @@ class Tiling(Spelled, ABC):
 
     @property
     def scales(self) -> int:
-        """Maps that the tower's features are joined to by channels before the bridge; 1: every view becomes tokens of its own."""
+        """Maps that the tower's features are joined to by channels before the bridge; 1: there is one, as the tower makes it."""
         return 1
+
+    @property
+    def joins(self) -> int:
+        """Views of an image whose features become one map before the bridge; 1: every view becomes tokens of its own."""
+        return 1
+
+    @property
+    def lens(self) -> dict[str, Any] | None:
+        """The trained part between tower and bridge: {"kind": one of foveate.bridges.LENSES, arguments}; None: there is none."""
+        return None
 
     @property
     def layers(self) -> tuple[int, ...]:

@@ -32,6 +32,10 @@ class S2(Tiling):
     def scales(self) -> int:
         return self.sizes
 
+    @property
+    def joins(self) -> int:
+        return sum(k * k for k in range(1, self.sizes + 1))
+
     def lay(self, width: int, height: int, most: int | None, sight: Sight) -> ImagePlan:
         crops = [overview(sight)]
         for k in range(2, self.sizes + 1):

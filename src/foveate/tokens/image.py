@@ -29,7 +29,7 @@ class Canvas:
 class Crop:
     """A picture that the vision tower sees at once: an image, or a part of one.
 
-    grid    (rows, columns) of its patches; None where only the model's own processor knows
+    grid    (rows, columns) of the patches that the bridge reads; None where only the model's own processor knows
     tokens  visual tokens that the bridge makes of it
     box     (left, top, right, bottom) of what it shows, in shares of the image's width and height
     cells   (rows, columns) of its tokens, None where they are no raster
@@ -37,6 +37,7 @@ class Crop:
     canvas  what it is cut from; None: the image itself, which is then resized whatever the crop's shape
     window  (left, top, right, bottom) of it in pixels of the canvas
     every   of the window's pixels every so many, in both directions
+    lens    whether the tiling's lens makes that grid of the tower's patches, of this crop by itself
     """
 
     grid: Pair | None
@@ -47,6 +48,7 @@ class Crop:
     canvas: Canvas | None = None
     window: Box = (0, 0, 0, 0)
     every: int = 1
+    lens: bool = False
 
     @classmethod
     def of(cls, canvas: Canvas, window: Box, kind: str, grid: Pair, tokens: int, cells: Pair | None, every: int = 1) -> Crop:

@@ -17,6 +17,8 @@ from foveate.tokens.layout import Kind
 
 Ints = NDArray[Any]  # of int64
 Floats = NDArray[Any]
+Boxes = tuple[tuple[Pair, tuple[Box, ...]], ...]
+"""Of grids (rows, columns) of patches, from which of them (first row and column, the ones after the last) each token is made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +64,9 @@ def raster(boxes: Sequence[Box]) -> Pair | None:
 
 
 @lru_cache(maxsize=512)
-def wire(plan: ImagePlan, boxes: tuple[Box, ...] | None = None) -> Wiring:
-    """The wiring of a plan that knows its image's size. `boxes`: the patches (first row and column, the ones after the last) of which
-    the bridge makes each token of a crop; unless given, a crop's tokens share it out in equal cells."""
+def wire(plan: ImagePlan, boxes: Boxes = ()) -> Wiring:
+    """The wiring of a plan that knows its image's size. `boxes`: of which patches the bridge makes each token, for each grid of its crops;
+    the tokens of a crop whose grid is not among them share it out in equal cells."""
     assert plan.size is not None
     with torch.inference_mode(False):  # it will be remembered, for training too
         return _wired(plan, plan.size, boxes)
@@ -83,8 +85,8 @@ def stacks(plan: ImagePlan) -> Tensor:
         return torch.from_numpy(np.stack([cells[i::rows, j::columns].ravel() for i in range(rows) for j in range(columns)]))
 
 
-def _wired(plan: ImagePlan, size: Pair, boxes: tuple[Box, ...] | None) -> Wiring:
-    starts = np.cumsum([0] + [crop.tokens for crop in plan.crops])
+def _wired(plan: ImagePlan, size: Pair, boxes: Boxes) -> Wiring:
+    of, starts = dict(boxes), np.cumsum([0] + [crop.tokens for crop in plan.crops])
     rows: list[tuple[Ints, Floats, Ints, Ints]] = []
     for part in plan.parts or tuple(Block(i) for i in range(len(plan.crops))):
         if isinstance(part, Mark):
@@ -95,7 +97,7 @@ def _wired(plan: ImagePlan, size: Pair, boxes: tuple[Box, ...] | None) -> Wiring
     source = np.concatenate([np.pad(s, ((0, 0), (0, most - s.shape[1])), mode="edge") for s, *_ in rows])
     weight = np.concatenate([np.pad(w, ((0, 0), (0, most - w.shape[1]))) for _, w, *_ in rows])
     mark, place = (np.concatenate([row[i] for row in rows]) for i in (2, 3))
-    shown = np.concatenate([token_boxes(crop, size, boxes) for crop in plan.crops])
+    shown = np.concatenate([token_boxes(crop, size, None if crop.grid is None else of.get(crop.grid)) for crop in plan.crops])
     box = _union(shown, source, weight)
     box[mark > 0] = -1
     source[mark > 0] = -1

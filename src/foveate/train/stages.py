@@ -259,6 +259,7 @@ def advance(config: Any, stage: Stage) -> Any:
                 f"the bridge reads the maps of {before.scales} sizes, {tiling} would make it {config.scales}: set model.tiling"
             )
         config.check_tiling(config.tiled)
+    if config.tiling is not None:
         config.plan_image(size, size)
     return config
 

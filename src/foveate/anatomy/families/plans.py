@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy.families.boxes import over_boxes
-from foveate.anatomy.media import Arrangement, Media
+from foveate.anatomy.media import Arrangement, Media, Patches
 from foveate.anatomy.raster import Laid
 from foveate.errors import NotApplicable, Reason
 from foveate.tokens import ImagePlan, Kind, Wiring, wire
+
+Pair = tuple[int, int]
+Box = tuple[int, int, int, int]
 
 
 def plans_of(media: Media) -> list[ImagePlan] | None:
@@ -41,11 +44,31 @@ def arranged(media: Media) -> Planned | None:
 
 def refuse_shapes(media: Media) -> None:
     """NotApplicable where views of one call differ in shape: the tower sees those of one shape together, in an order of its own."""
-    if len({crop.grid for plan in plans_of(media) or [] for crop in plan.crops}) > 1:
+    if len({crop.pixels for plan in plans_of(media) or [] for crop in plan.crops}) > 1:
         raise NotApplicable(
             Reason.UNKNOWN_PATCHES,
             "images of one call that are seen in several shapes: what the tower says of each is not told apart; encode them apart",
         )
+
+
+def patches(media: Media) -> Patches | None:
+    """Where the model has a lens that makes fewer features of some crops: what it makes stands for the patches of its cell."""
+    crops = [crop for plan in plans_of(media) or [] for crop in plan.crops]
+    if media.boxes is None or not any(crop.lens for crop in crops):
+        return None
+    of: Any = media.anatomy.core.bridge
+    grid = media.boxes[1]
+    each = [(spread(of.boxes(crop.grid), crop.grid, grid), grid) if crop.lens and crop.grid else media.boxes for crop in crops]
+    return Patches(boxes=media.boxes, each=tuple(each))
+
+
+def spread(boxes: Sequence[Box], of: Pair, grid: Pair) -> list[Box]:
+    """The patches of a `grid` that lie under boxes of another one over the same picture, those that they cover in part as well."""
+    (down, across), (rows, columns) = of, grid
+    return [
+        (top * rows // down, left * columns // across, -(-bottom * rows // down), -(-right * columns // across))
+        for top, left, bottom, right in boxes
+    ]
 
 
 @dataclass(frozen=True)
