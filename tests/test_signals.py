@@ -61,13 +61,14 @@ class Asking(Reducer):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_tower_scores_are_those_of_the_eager_map(attn: str, side: str) -> None:
     batch = Batch(ROWS, side)
-    reducer = Asking((ClsAttention(-1), ReceivedAttention(0), TowerKeys(-2), ClsAttention(-2)))
+    reducer = Asking((ClsAttention(-1), ReceivedAttention(0), TowerKeys(-2), ClsAttention(-2), ClsAttention(-2, joint=True)))
     model = llava(attn)
     with foveate.attach(model, reducer), torch.no_grad():
         model(**batch.inputs)
     tower = llava("eager").model.vision_tower
-    keys = []
+    keys, queries = list[Tensor](), list[Tensor]()
     tower.encoder.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, output: keys.append(output))
+    tower.encoder.layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: queries.append(output))
     with torch.no_grad():
         maps = tower(batch.pixels, output_attentions=True).attentions
     (view,) = reducer.seen
@@ -77,9 +78,21 @@ def test_tower_scores_are_those_of_the_eager_map(attn: str, side: str) -> None:
         ClsAttention(-2): maps[0][:, :, 0, 1:].mean(1).flatten(),
         ReceivedAttention(0): maps[0].mean((1, 2))[:, 1:].flatten(),
         TowerKeys(-2): keys[0].unflatten(-1, (2, -1)).mean(2)[:, 1:].flatten(0, 1),
+        ClsAttention(-2, joint=True): (queries[0] @ keys[0].transpose(1, 2) / 32**0.5).softmax(-1)[:, 0, 1:].flatten(),
     }
     for signal, values in expected.items():
         torch.testing.assert_close(view.signal(signal)[visual], values, rtol=1e-5, atol=1e-7)
+
+
+def test_heads_that_are_taken_as_one() -> None:
+    """Two queries of four heads that share two heads of keys; a finished map has neither."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 4, 2, 3, generator=generator), torch.randn(1, 2, 5, 3, generator=generator)
+    one = AttentionRows(query, key, 3**-0.5, causal=False).as_one_head().rows(torch.tensor([[0, 1]]))
+    products = torch.einsum("bhnc,bhkc->bnk", query, key[:, [0, 0, 1, 1]])
+    torch.testing.assert_close(one[:, 0], (products / 12**0.5).softmax(-1))
+    with pytest.raises(FoveateError, match="heads cannot be taken as one of a finished attention map"):
+        AttentionRows.of(one).as_one_head()
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())

@@ -222,7 +222,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     blind: Annotated[bool, typer.Option(help="Show a grey image instead: what can be guessed without looking.")] = False,
-    strategy: Annotated[str | None, typer.Option(help='Search each picture for the answer, such as "zoomeye:nodes=20".')] = None,
+    strategy: Annotated[str | None, typer.Option(help='Answer in several passes, such as "zoomeye:nodes=20" or "vcd".')] = None,
     frames: Annotated[str, typer.Option(help="Of clips: which frames are shown, see docs/video.md.")] = "uniform:frames=8",
     output: Annotated[Path | None, typer.Option(help="Write all answers to this JSON file.")] = None,
 ) -> None:

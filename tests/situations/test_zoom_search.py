@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,8 @@ from foveate.accounting import Ledger, predict
 from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import evaluate
 from foveate.inference import load_model
-from foveate.inference.strategies import STRATEGIES, Found, Pass, Strategy, Words, opened, parse
+from foveate.inference.contrast import Contrast
+from foveate.inference.strategies import STRATEGIES, VCD, Found, Pass, Strategy, Words, opened, parse
 from foveate.inference.strategies.boxes import beside, grid, grown, joined, squared, union
 from foveate.inference.strategies.dc2 import DC2, clusters, mean, things
 from foveate.inference.strategies.lrs import LRS, placed
@@ -54,6 +56,13 @@ class Oracle:
     def say(self, inputs: Any, new: int) -> tuple[str, Pass]:
         said, seen = self._told(inputs, min(new, self.tokens))
         return str(said), seen
+
+    def contrasted(self, inputs: Any, new: int, contrast: Contrast) -> tuple[str, list[Pass]]:
+        said, first = self.say(inputs, new)
+        return said, [replace(first, what="contrast", beside=True), first]
+
+    def price_contrasted(self, inputs: Any, new: int, contrast: Contrast) -> int:
+        return 2 * self.price(inputs, new)
 
     def attended(self, inputs: Any, layer: int) -> tuple[list[np.ndarray], Pass]:
         maps = [self.knows(f"layer {layer}", place(view)) for view in inputs[0]]
@@ -327,8 +336,6 @@ ANY = [ZoomEye(words=ASK), DC2(words=ASK), LRS(words=ASK)]
 @pytest.mark.parametrize("strategy", ANY, ids=str)
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 12])
 def test_nodes_are_not_exceeded_and_used_up(strategy: Strategy, budget: int) -> None:
-    from dataclasses import replace
-
     free = run(strategy, Oracle(20, everything), coordinates(200, 150))
     found = run(replace(strategy, nodes=budget), Oracle(20, everything), coordinates(200, 150))
     assert len(free.seen) > budget == len(found.seen)
@@ -339,8 +346,6 @@ def test_nodes_are_not_exceeded_and_used_up(strategy: Strategy, budget: int) -> 
 
 @pytest.mark.parametrize("strategy", ANY, ids=str)
 def test_flops_are_not_exceeded_and_an_answer_is_always_left(strategy: Strategy) -> None:
-    from dataclasses import replace
-
     least = PRICE + 10 * 5  # one answer of five tokens
     with pytest.raises(FoveateError, match="flops=149 is not possible: one answer about this picture takes up to 150"):
         run(replace(strategy, flops=least - 1), Oracle(20, everything), coordinates(200, 150), new_tokens=5)
@@ -364,6 +369,19 @@ def test_views_that_go_over_the_budget_are_left_out_of_the_answer() -> None:
     eyes = Oracle(60, knows)
     found = run(ZoomEye(words=ASK, view="both", flops=tight), eyes, coordinates(100, 100))
     assert (found.boxes, found.ended, eyes.asked[-1]) == ((), "found", ("what?", ((0, 0, 100, 100),)))
+
+
+def test_a_contrasted_answer_is_charged_with_both_passes_at_one_time() -> None:
+    least = 2 * (PRICE + 10 * 3)
+    found = run(VCD(words=ASK, flops=least), Oracle(20, everything, tokens=3), coordinates(60, 60), new_tokens=3)
+    assert [one.what for one in found.passes] == ["contrast", "answer"]
+    assert found.ledger is not None
+    assert (found.ledger.total_flops, found.ledger.kv_bytes, found.tokens) == (least, (8 + 8,), 2 * (6 + 3))
+    twice = run(ZoomEye(words=ASK, depth=0), Oracle(20, everything, tokens=3), coordinates(60, 60), new_tokens=3)
+    assert twice.ledger is not None
+    assert (len(twice.passes), twice.ledger.kv_bytes) == (2, (8,))
+    with pytest.raises(FoveateError, match=f"one answer about this picture takes up to {least}"):
+        run(VCD(words=ASK, flops=least - 1), Oracle(20, everything), coordinates(60, 60), new_tokens=3)
 
 
 class Clocked(Oracle):

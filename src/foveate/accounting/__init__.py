@@ -1,6 +1,6 @@
 """What a run costs: predicted from a configuration, observed from what was done, counted as it happens."""
 
-from foveate.accounting.ledger import CONVENTION, PARTS, Ledger, Trained, answered, summed
+from foveate.accounting.ledger import CONVENTION, PARTS, Ledger, Trained, answered, summed, together
 from foveate.accounting.predict import observed, predict
 from foveate.accounting.prompts import Prompt, image_shape, image_tokens, read_prompts
 from foveate.accounting.stack import Stack, decoder, lora_per_layer, parameters, trainable
@@ -22,5 +22,6 @@ __all__ = [
     "predict",
     "read_prompts",
     "summed",
+    "together",
     "trainable",
 ]

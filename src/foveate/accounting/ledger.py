@@ -81,6 +81,21 @@ def answered(prefill: Ledger, decoding: Ledger) -> Ledger:
     )
 
 
+def together(ledgers: Sequence[Ledger]) -> Ledger:
+    """Several prompts at the same time, with their answers: tokens, FLOPs and bytes are sums. FoveateError for none at all."""
+    if len(ledgers) == 1:
+        return ledgers[0]
+    stays = [one.kv_stays or one.kv_bytes for one in ledgers] if any(one.kv_stays for one in ledgers) else []
+    return replace(
+        summed(ledgers),
+        mode=ledgers[0].mode,
+        kv_bytes=tuple(map(sum, zip(*(one.kv_bytes for one in ledgers), strict=True))),
+        visual_kv_bytes=tuple(map(sum, zip(*(one.visual_kv_bytes for one in ledgers), strict=True))),
+        kv_stays=tuple(map(sum, zip(*stays, strict=True))),
+        kv_peak=sum(one.kv_peak for one in ledgers),
+    )
+
+
 def summed(ledgers: Sequence[Ledger]) -> Ledger:
     """Several prompts one after the other, with their answers: tokens and FLOPs are sums, bytes those of the prompt that had the most,
     since each gives its memory back. FoveateError for none at all."""

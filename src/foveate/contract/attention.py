@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.errors import FoveateError
 from foveate.tokens import TokenMap
 
 BLOCK = 256  # query rows whose attention is held at once
@@ -98,6 +99,19 @@ class AttentionRows:
     def of_slots(self, here: TokenMap, start: int = 0) -> AttentionRows:
         """The same in terms of the slots that `here` leaves of the layer's queries, whose keys begin at number `start`."""
         return replace(self, slots=here.representative.clamp(min=0), start=start)
+
+    def as_one_head(self) -> AttentionRows:
+        """The same with all heads taken as one: queries and keys lie side by side, their product is divided by the root of that width.
+        FoveateError where they are not there: of a finished map, and where ranks share the heads out."""
+        if self.weights is not None or self.group is not None:
+            where = (
+                "of a finished attention map" if self.weights is not None else "under tensor parallelism, where each rank has some of them"
+            )
+            raise FoveateError(f"heads cannot be taken as one {where}: hand in queries and keys, or run the tower on one device")
+        H, h = self.query.shape[1], self.query.shape[3]
+        key = self.key.repeat_interleave(H // self.key.shape[1], 1)
+        query, key = (part.transpose(1, 2).flatten(2)[:, None] for part in (self.query, key))
+        return replace(self, query=query, key=key, scale=(H * h) ** -0.5)
 
     def mean(self, heads_BH: Tensor) -> Tensor:
         """(B, ...) mean over all heads of (B, H, ...), what was found for each head that is here."""

@@ -51,10 +51,11 @@ class Noise(Signal):
 class ClsAttention(Signal):
     """(B, N) attention that the tower's [CLS] pays to each token in block `layer` (negative: index into the hidden states, so that -2 is
     the block whose output LLaVA takes), mean over heads, softmax over [CLS] and patches. A token made of several patches has their mean.
-    In a tower without [CLS]: what `ReceivedAttention` gives."""
+    In a tower without [CLS]: what `ReceivedAttention` gives. `joint`: of all heads taken as one (`AttentionRows.as_one_head`)."""
 
     words: ClassVar[str] = "the tower's [CLS] attention (without [CLS]: attention received)"
     layer: int = -2
+    joint: bool = False
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,12 @@ def content_keys(images: Tensor | list[Tensor]) -> Tensor:
     return torch.stack(keys) if keys else torch.zeros(0, dtype=torch.int64)
 
 
-def hashed(seed: int, first: Tensor, second: Tensor) -> Tensor:
-    """Uniform scores in [0, 1) from a seed and two tensors of small integers, which are broadcast."""
-    return (_mix(_mix(_mix(torch.full_like(first, seed)) ^ first) ^ second) >> 8).to(torch.float32) / float(1 << 24)
+def hashed(seed: int, *parts: Tensor) -> Tensor:
+    """Uniform scores in [0, 1) from a seed and tensors of small integers, which are broadcast."""
+    found = _mix(torch.full_like(parts[0], seed))
+    for part in parts:
+        found = _mix(found ^ part)
+    return (found >> 8).to(torch.float32) / float(1 << 24)
 
 
 def _mix(x: Any) -> Tensor:

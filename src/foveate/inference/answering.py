@@ -70,17 +70,19 @@ def answer(
     *,
     end: int | None = None,
     skip_special_tokens: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> list[Said]:
     """Answers to prompts that are padded on the left, `inputs` of `model.generate`, one for each row of `input_ids` (B, N).
 
     Greedy: of the model's own generation configuration only the tokens that begin, end and pad are used. `options` (max_new_tokens, and
-    whatever a GenerationConfig has) are put over it. `end`: see `ends`. Location tokens may be special ones, so these are left in unless
-    `skip_special_tokens`. Call it inside of `torch.inference_mode()`. FoveateError if the model's logits are not finite.
+    whatever a GenerationConfig has) are put over it. `processors` are given the logits of each token first. `end`: see `ends`. Location
+    tokens may be special ones, so these are left in unless `skip_special_tokens`. Call it inside of `torch.inference_mode()`. FoveateError
+    if the model's logits are not finite.
     """
     stops = ends(model, tokenizer, end)
     config = _greedy(model, tokenizer, stops, options)
-    output = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([Finite()]))
+    output = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([*processors, Finite()]))
     return [read_answer(tokenizer, row, stops, skip_special_tokens) for row in output[:, inputs["input_ids"].shape[1] :].tolist()]
 
 

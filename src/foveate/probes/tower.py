@@ -88,6 +88,8 @@ def _arm(probe: LayerProbe, idle: Callable[[], bool], *_: Any) -> None:
 def values_of(signal: Signal, call: AttentionRows, extras: Extras, valid_Cn: Tensor | None = None) -> list[Tensor]:
     """One tensor a crop: a value for each patch. valid: the tokens that are no padding; None: all."""
     b, n = call.query.shape[0], call.query.shape[2]
+    if isinstance(signal, ClsAttention) and signal.joint:
+        call = call.as_one_head()
     if isinstance(signal, TowerKeys):
         values = call.mean(call.key.to(torch.float32))
     elif isinstance(signal, ClsAttention) and extras.cls:

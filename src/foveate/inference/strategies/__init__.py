@@ -1,9 +1,11 @@
-"""Strategies: a picture that is too large for one look is searched for the answer, pass by pass. One method a file, one line below each."""
+"""Strategies: how a picture is asked about in more than one pass. Searches look at parts of one that is too large for one look; contrasting
+ones answer with a second pass beside. One method a file, one line below each."""
 
 from __future__ import annotations
 
 from foveate.inference.strategies.base import Found as Found
 from foveate.inference.strategies.base import Strategy as Strategy
+from foveate.inference.strategies.contrasting import Contrasting as Contrasting
 from foveate.inference.strategies.eyes import Eyes as Eyes
 from foveate.inference.strategies.eyes import Pass as Pass
 from foveate.inference.strategies.eyes import opened as opened
@@ -15,7 +17,9 @@ from foveate.reducers.spelling import listed, read
 # The methods: none, then papers by date. A line both exports a method and lists it.
 # isort: off
 from foveate.inference.strategies.once import Once as Once
+from foveate.inference.strategies.vcd import VCD as VCD
 from foveate.inference.strategies.dc2 import DC2 as DC2
+from foveate.inference.strategies.damro import DAMRO as DAMRO
 from foveate.inference.strategies.zoomeye import ZoomEye as ZoomEye
 from foveate.inference.strategies.lrs import LRS as LRS
 # isort: on

@@ -13,6 +13,7 @@ from PIL import Image
 from foveate.accounting import Ledger
 from foveate.data import pixels
 from foveate.errors import FoveateError
+from foveate.inference.contrast import Contrast
 from foveate.inference.strategies.boxes import Box
 from foveate.inference.strategies.eyes import Eyes, Pass
 from foveate.inference.strategies.session import Limits, Seen, Session, Spent
@@ -90,6 +91,11 @@ class Strategy(Spelled, ABC):
             if type(value) not in (int, float) or not low <= value <= high:
                 raise FoveateError(f"{self.name}: {option}={value!r} is not possible; give a number between {low:g} and {high:g}")
 
+    @property
+    def contrast(self) -> Contrast | None:
+        """What the answer is contrasted with, token by token; None: with nothing."""
+        return None
+
     @abstractmethod
     def search(self, session: Session) -> str:
         """Looks about, leaves the parts of the picture to answer by in `session.chosen`, and says why it is over. A budget that is used up
@@ -121,7 +127,7 @@ class Strategy(Spelled, ABC):
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         limits = Limits(self.nodes, self.flops, self.seconds)
         start = clock()
-        session = Session(eyes, picture, question, words_of(self.words), limits, new_tokens, self.side, clock)
+        session = Session(eyes, picture, question, words_of(self.words), limits, new_tokens, self.side, clock, self.contrast)
         try:
             ended = self.search(session)
         except Spent as budget:

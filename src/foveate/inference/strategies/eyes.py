@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -12,17 +12,20 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from foveate.accounting import Ledger, answered, observed, predict, read_prompts
+from foveate.accounting import Ledger, answered, predict, read_prompts
 from foveate.anatomy import features_of, read
 from foveate.anatomy.config import sides_of
 from foveate.contract import Attention, AttentionRows, Cut, Decision, FromLayer, Site, View, Workload
 from foveate.data import conversations
 from foveate.data.chat import Renderer
 from foveate.engine.attach import attach
+from foveate.engine.record import Record
 from foveate.engine.run import RUN, Run
 from foveate.errors import FoveateError
 from foveate.inference.answering import answer, answering, next_logits
 from foveate.inference.asking import model_inputs, shrunk
+from foveate.inference.contrast import Contrast
+from foveate.inference.costs import answer_cost
 from foveate.reducers import Reducer, in_model, parse, prepare
 from foveate.tokens import Layout, TokenMap
 
@@ -40,6 +43,7 @@ class Pass:
     prompt  tokens of the prompt, visual ones among them, as they entered the language model; visual: those that entered its first layer
     new     tokens that were generated; 0 where an image was encoded and nothing asked
     ledger  its cost, answer included; None where the model's cost is not known
+    beside  whether it goes along with the next one, token by token: its cache is there as long
     """
 
     what: str
@@ -49,6 +53,7 @@ class Pass:
     new: int
     ledger: Ledger | None
     seconds: float = 0.0
+    beside: bool = False
 
 
 class Eyes(Protocol):
@@ -73,6 +78,12 @@ class Eyes(Protocol):
 
     def say(self, inputs: Any, new: int) -> tuple[str, Pass]:
         """Its answer of at most `new` tokens."""
+
+    def contrasted(self, inputs: Any, new: int, contrast: Contrast) -> tuple[str, list[Pass]]:
+        """As `say`, contrasted with a second pass; the passes in the order second, first."""
+
+    def price_contrasted(self, inputs: Any, new: int, contrast: Contrast) -> int:
+        """As `price`, of both passes."""
 
     def attended(self, inputs: Any, layer: int) -> tuple[list[Map], Pass]:
         """Of each view (rows, columns) attention that the last token of the prompt pays to it in a decoder layer, mean over heads."""
@@ -116,10 +127,17 @@ class Opened:
         return model_inputs(self.processor, shown, [prompt]).to(self.model.device, self.model.dtype)
 
     def price(self, inputs: Any, new: int, layer: int | None = None) -> int:
-        acting = [] if not new else self.reducers if layer is None else [self._watch(layer)]
-        seen = predict(self.run.config, inputs=inputs, reducers=acting)
         if not new:
+            seen = predict(self.run.config, inputs=inputs)
             return seen.flops["tower"] + seen.flops["bridge"]
+        return self._answering(inputs, new, self.reducers if layer is None else [self._watch(layer)])
+
+    def price_contrasted(self, inputs: Any, new: int, contrast: Contrast) -> int:
+        acting = self.reducers if contrast.reducers is None else contrast.reducers
+        return self.price(inputs, new) + (self._answering(inputs, new, acting) if contrast.alpha else 0)
+
+    def _answering(self, inputs: Any, new: int, acting: Sequence[Reducer]) -> int:
+        seen = predict(self.run.config, inputs=inputs, reducers=acting)
         after = predict(self.run.config, inputs=inputs, reducers=acting, mode="decode", new_tokens=new - 1)
         return answered(seen, after).total_flops
 
@@ -131,6 +149,13 @@ class Opened:
     def say(self, inputs: Any, new: int) -> tuple[str, Pass]:
         [said] = answer(self.model, self.tokenizer, inputs, end=self.renderer.end_id, max_new_tokens=new)
         return said.text, self._counted(inputs, said.text, said.tokens)
+
+    def contrasted(self, inputs: Any, new: int, contrast: Contrast) -> tuple[str, list[Pass]]:
+        second = contrast.beside(self.model, inputs)
+        how: dict[str, Any] = {"end": self.renderer.end_id, "processors": [second], "max_new_tokens": new}
+        [said] = answer(self.model, self.tokenizer, inputs, **how)
+        first, *more = (self._pass(seen, inputs, said.text, said.tokens) for seen in second.passes if seen is not None)
+        return said.text, [*(replace(one, what="contrast", said="", beside=True) for one in more), first]
 
     def attended(self, inputs: Any, layer: int) -> tuple[list[Map], Pass]:
         watch = self._watch(layer)
@@ -160,14 +185,10 @@ class Opened:
 
     def _counted(self, inputs: Mapping[str, Any], said: str | float, new: int) -> Pass:
         """The pass that has just gone through, all of whose prompts have images."""
-        seen, size = self.run.last, self.model.dtype.itemsize
-        visual = [layout.visual.sum(1).tolist() for layout in seen.layouts]
-        total = [layout.valid.sum(1).tolist() for layout in seen.layouts]
-        try:
-            after = observed(self.run.config, visual, total, mode="decode", new_tokens=new - 1, dtype_bytes=size)
-            ledger = answered(seen.ledger(self.run.config, dtype_bytes=size), after)
-        except FoveateError:
-            ledger = None
+        return self._pass(self.run.last, inputs, said, new)
+
+    def _pass(self, seen: Record, inputs: Mapping[str, Any], said: str | float, new: int) -> Pass:
+        ledger = answer_cost(self.run.config, seen, new, self.model.dtype.itemsize)
         return Pass("", said, int(inputs["attention_mask"].sum()), seen.visual_tokens[0], new, ledger)
 
 

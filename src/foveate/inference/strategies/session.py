@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from foveate.accounting import Ledger, summed
+from foveate.accounting import Ledger, summed, together
 from foveate.errors import FoveateError
+from foveate.inference.contrast import Contrast
 from foveate.inference.strategies.boxes import Box, height, squared, whole, width
 from foveate.inference.strategies.eyes import Eyes, Map, Pass
 from foveate.inference.strategies.words import Words
@@ -52,7 +53,7 @@ class Seen:
 
 class Session:
     """What a strategy searches with. Every pass goes through here, is charged, and raises `Spent` in the place of going over a budget;
-    what the answer would take is set aside from the start, so that it can always be given.
+    what the answer would take is set aside from the start, so that it can always be given. `contrast`: what the answer is contrasted with.
 
     FoveateError for a budget of FLOPs that is below one answer about the picture as it is."""
 
@@ -66,9 +67,10 @@ class Session:
         new_tokens: int = 32,
         side: int = 0,
         clock: Callable[[], float] = time.perf_counter,
+        contrast: Contrast | None = None,
     ) -> None:
         self.eyes, self.picture, self.question, self.words, self.limits = eyes, picture, question, words, limits
-        self.new_tokens, self.side = new_tokens, side or eyes.side
+        self.new_tokens, self.side, self.contrast = new_tokens, side or eyes.side, contrast
         self.seen: dict[Box, Seen] = {}
         self.passes: list[Pass] = []
         self.chosen: list[Box] = []  # what the answer would be read off if the search ended now; nothing: the picture as it is
@@ -76,7 +78,7 @@ class Session:
         self._clock, self._began = clock, clock()
         self._spent, self._aside = 0, 0
         if limits.flops is not None:
-            self._aside = eyes.price(eyes.write([picture], question), new_tokens)
+            self._aside = self._price(eyes.write([picture], question))
             if self._aside > limits.flops:
                 raise FoveateError(
                     f"flops={limits.flops:g} is not possible: one answer about this picture takes up to {self._aside:.3g}; raise it"
@@ -122,17 +124,37 @@ class Session:
         """The answer to the question, and whether it was read off these views by this text: where they would go over the budget, it is
         read off the picture as it is."""
         inputs, fits = self.eyes.write(views, text), True
-        if self.limits.flops is not None and self._spent + self.eyes.price(inputs, self.new_tokens) > self.limits.flops:
+        if self.limits.flops is not None and self._spent + self._price(inputs) > self.limits.flops:
             inputs, fits = self.eyes.write([self.picture], self.question), False
-        return self._charged("answer", lambda given: self.eyes.say(given, self.new_tokens), inputs), fits
+        contrast = self.contrast
+        if contrast is None:
+            return self._charged("answer", lambda given: self.eyes.say(given, self.new_tokens), inputs), fits
+        start = self._clock()
+        said, passes = self.eyes.contrasted(inputs, self.new_tokens, contrast)
+        for one in passes:
+            self._charge(one if one.beside else replace(one, what="answer", seconds=self._clock() - start))
+        return said, fits
 
     # ---- cost
 
     @property
     def ledger(self) -> Ledger | None:
         """Of all passes so far; None where the cost of one is not known."""
-        known = [one.ledger for one in self.passes if one.ledger is not None]
-        return summed(known) if known and len(known) == len(self.passes) else None
+        found, held = list[Ledger](), list[Ledger]()
+        for one in self.passes:
+            if one.ledger is None:
+                return None
+            held.append(one.ledger)
+            if not one.beside:
+                found.append(together(held))
+                held = []
+        return summed(found) if found else None
+
+    def _price(self, inputs: Any) -> int:
+        """Of the answer."""
+        if self.contrast is None:
+            return self.eyes.price(inputs, self.new_tokens)
+        return self.eyes.price_contrasted(inputs, self.new_tokens, self.contrast)
 
     def _affordable(self, views: Sequence[Image.Image], text: str, new: int, layer: int | None = None) -> Any:
         limits = self.limits
@@ -146,9 +168,12 @@ class Session:
     def _charged(self, what: str, ask: Callable[[Any], tuple[T, Pass]], inputs: Any) -> T:
         start = self._clock()
         value, seen = ask(inputs)
-        self.passes.append(replace(seen, what=what, seconds=self._clock() - start))
+        self._charge(replace(seen, what=what, seconds=self._clock() - start))
+        return value
+
+    def _charge(self, seen: Pass) -> None:
+        self.passes.append(seen)
         if seen.ledger is not None:
             self._spent += seen.ledger.total_flops
         elif self.limits.flops is not None:
             raise FoveateError("flops= is not possible: what a pass of this model takes is not known; give nodes= or seconds=")
-        return value
