@@ -77,20 +77,23 @@ def test_what_seconds_are_beyond_flops_is_told_by_what_took_them() -> None:
     assert over == pytest.approx({PRODUCTS: 0.1, ATTENTION: 0.0, MOVING: 0.2, DECIDING: 0.0, OTHER: 0.02, BETWEEN: 0.0})
     text = reason(report, "pmod")
     assert text.startswith("`pmod`: faster in every round; 0.84 of the seconds at 0.50 of the FLOPs.")
-    assert "took 0.32 s more than its FLOPs allow: gathering, scattering and copying 0.20, matrix products 0.10 (at 16 GFLOP/s" in text
+    assert "took 0.320 s more than its FLOPs allow: gathering, scattering and copying 0.200, matrix products 0.100 (at 16 GFLOP/s" in text
     assert "the bare model's at 20)." in text
     report["variants"]["pmod"]["ran"] = {"lm_linear": 8 * 10**9, "lm_attention": 4 * 10**9}
     assert "Its kernels computed 1.20 times the FLOPs that it needs." in reason(report, "pmod")
-    assert "took 0.00 s" in reason(routed(products=0.4, moving=0.1), "pmod")
+    assert "took 0.000 s" in reason(routed(products=0.4, moving=0.1), "pmod")
     assert "A step took 200.0 ms more than the bare model's: gathering, scattering and copying 200.0." in reason(
         routed(step=0.12, products=0.8, moving=0.4), "pmod"
     )
 
 
 def test_what_is_not_faster_is_said() -> None:
+    policy = routed(step=0.101, products=0.8, moving=0.2)
+    policy["variants"]["pmod"]["kind"] = "cache"
+    assert reason(policy, "pmod").startswith("`pmod`: a step **not faster** in any round, 1.01 to 1.01 of its seconds; the prefill 0.84 of")
     assert verdict([0.9, 0.99]) == "faster in every round"
     assert verdict([0.9, 1.01]).startswith("**not told apart**")
-    assert verdict([1.0, 1.2]) == "**not faster** in any round (1.00 to 1.20 of its seconds)"
+    assert verdict([1.0, 1.2]) == "**not faster** in any round, 1.00 to 1.20 of its seconds"
 
 
 def test_the_table_of_a_report(tmp_path: Path) -> None:
@@ -171,11 +174,14 @@ def test_what_flex_attention_saves_is_told() -> None:
         seconds |= {f"{rule}: {KERNEL}": kernel, f"{rule}: {FUNCTION}": fast, f"{rule}: {TABLE}": 0.005}
     seconds[f"eemllm: {ROWS}"] = 0.0005
     known = {label: {"seen": 0.5, "apart": 1e-7} for label in seconds}
-    settings = {"side": 34, "text": 44, "layers": 24, "heads": 14, "key_heads": 2, "width": 64}
-    report = {"settings": settings, "known": known, "rounds": [seconds], "granted": 0.5, "command": "python run.py", "machine": "a machine"}
+    settings = {"side": 34, "text": 44, "layers": 24, "heads": 14, "key_heads": 2, "width": 64, "block": 128}
+    rounds = [{label: [2 * one, one] for label, one in seconds.items()}]
+    report = {"settings": settings, "known": known, "rounds": rounds, "granted": 0.5, "command": "python run.py", "machine": "a machine"}
     rows, window = told(report)
     assert "takes 2.00 times the causal one's time. The fastest other way, kernel, rows of text alone, takes 0.12 of it" in rows
-    assert "flex attention 0.25: over 24 layers +0.084 s saved of 0.096, by flex attention +0.072 s." in rows
-    assert window.endswith("rule as a function, takes 0.75 of it: over 24 layers +0.024 s saved of 0.096.")
-    assert "| yopo | kernel | 50.0% |  | 4.00 (4.00–4.00) | 1.00 (1.00–1.00) | 1e-07 |  |  |" in flex(report)
+    assert "flex attention 0.25: over 24 layers +0.084 CPU s saved of 0.096, by flex attention +0.072 s." in rows
+    assert window.endswith("rule as a function, takes 0.75 of it: over 24 layers +0.024 CPU s saved of 0.096.")
+    assert "| yopo | kernel | 50.0% |  | 8.00 (8.00–8.00) | 1.00 (1.00–1.00) | 4.00 (4.00–4.00) | 1.00 (1.00–1.00) | 1e-07 |  |  |" in flex(
+        report
+    )
     assert "The machine was busy" in flex(report)

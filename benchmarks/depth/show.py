@@ -61,7 +61,7 @@ def verdict(values: Sequence[float]) -> str:
     if max(values) < 1:
         return "faster in every round"
     span = f"{min(values):.2f} to {max(values):.2f} of its seconds"
-    return f"**not faster** in any round ({span})" if min(values) >= 1 else f"**not told apart** from the bare model ({span})"
+    return f"**not faster** in any round, {span}" if min(values) >= 1 else f"**not told apart** from the bare model, {span}"
 
 
 def named(report: dict[str, Any], label: str, phase: str, digits: int, unit: float = 1.0) -> str:
@@ -79,18 +79,18 @@ def named(report: dict[str, Any], label: str, phase: str, digits: int, unit: flo
 
 
 def reason(report: dict[str, Any], label: str) -> str:
-    """What was measured of a variant's prefill, and where its seconds go that its FLOPs do not tell."""
-    seconds, bare = ratio(report, label, "prefill"), report["variants"][BARE]["prefill"]["wall"]
-    text = f"`{label}`: {verdict(seconds)}; {statistics.median(seconds):.2f} of the seconds at {share(report, label):.2f} of the FLOPs."
+    """What was measured of a variant, and where its seconds go that its FLOPs do not tell. A cache policy is there for the steps."""
+    seconds, steps = ratio(report, label, "prefill"), ratio(report, label, "step")
+    bare, policy = report["variants"][BARE]["prefill"]["wall"], report["variants"][label]["kind"] == CACHE
+    text = f"`{label}`: " + (f"a step {verdict(steps)}; the prefill " if policy else f"{verdict(seconds)}; ")
+    text += f"{statistics.median(seconds):.2f} of the seconds at {share(report, label):.2f} of the FLOPs."
     if (ran := flops(report, label, "ran") / flops(report, label)) > 1.01:
         text += f" Its kernels computed {ran:.2f} times the FLOPs that it needs."
     over = sum(beyond(report, label, "prefill").values())
-    if over > LITTLE * bare:
-        text += f" Profiled, it took {over:.2f} s more than its FLOPs allow: {named(report, label, 'prefill', 2)}."
-    else:
-        text += f" Profiled, it took {abs(over):.2f} s {'more' if over > 0 else 'less'} than its FLOPs allow."
+    text += f" Profiled, it took {abs(over):.3f} s {'more' if over > 0 else 'less'} than its FLOPs allow"
+    text += f": {named(report, label, 'prefill', 3)}." if over > LITTLE * bare else "."
     wall, bare = (report["variants"][name]["step"]["wall"] for name in (label, BARE))
-    if statistics.median(ratio(report, label, "step")) > 1 + LITTLE and wall > bare:
+    if statistics.median(steps) > 1 + LITTLE and wall > bare:
         text += f" A step took {1e3 * (wall - bare):.1f} ms more than the bare model's: {named(report, label, 'step', 1, 1e3)}."
     return text
 
@@ -127,8 +127,8 @@ def table(report: dict[str, Any]) -> str:
             f"{one['prefill']['peak_bytes'] / MIB:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", *_words(report), "", *_reasons(report), "", "Seconds of one profiled prefill:", "", *_parts(report, "prefill", 2, 1.0)]
-    lines += ["", "Milliseconds of one profiled step:", "", *_parts(report, "step", 1, 1e3), *busy(report)]
+    lines += ["", *_words(report), "", *_reasons(report), "", "Seconds of one profiled prefill:", "", *_parts(report, "prefill", 3, 1.0)]
+    lines += ["", "Milliseconds of one step, the mean of those profiled:", "", *_parts(report, "step", 1, 1e3), *busy(report)]
     if report["skipped"]:
         lines += ["", "Not measured:", "", *(f"- `{label}`: {why}" for label, why in report["skipped"].items())]
     return "\n".join(lines) + "\n"
