@@ -63,7 +63,11 @@ def routed(prefill: float = 0.8, step: float = 0.1, **spent: float) -> dict[str,
         return {**found, "kv_peak": kv, "prefill": passed, "step": passed}
 
     rounds = [
-        {"bare": {"prefill": 1.0, "step": 0.1}, "pmod": {"prefill": prefill * off, "step": step}, "tower": {"tower": 2.0}}
+        {
+            "bare": {"prefill": 1.0, "prefill cpu": 2.0, "step": 0.1},
+            "pmod": {"prefill": prefill * off, "prefill cpu": 1.5, "step": step},
+            "tower": {"tower": 2.0},
+        }
         for off in (1.0, 1.1)
     ]
     found = {"bare": one(4 * 10**9, {PRODUCTS: 0.8, MOVING: 0.2}, 2**20, "bare"), "pmod": one(2 * 10**9, spent, 2**19, "depth")}
@@ -99,7 +103,7 @@ def test_what_is_not_faster_is_said() -> None:
 def test_the_table_of_a_report(tmp_path: Path) -> None:
     text = table(routed(products=0.5, moving=0.3))
     assert "in which the threads ran in 100%, – of the time" in text
-    assert "| `pmod` | depth | 64 | 0.50 | 0.840 (0.800–0.880) | 0.84 (0.80–0.88) | 1.68 | 2.84 (2.80–2.88) |" in text
+    assert "| `pmod` | depth | 64 | 0.50 | 0.840 (0.800–0.880) | 0.84 (0.80–0.88) | 1.68 | 0.75 (0.75–0.75) | 2.84 (2.80–2.88) |" in text
     assert "| 0.50, 0.50 | 4 |" in text
     assert "A step reads 9 MiB of weights and, of the bare model's cache, 1.0 MiB: 10.0% of what it reads." in text
     assert "**The machine was busy** in the pass of pmod (50%)." in text

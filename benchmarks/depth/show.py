@@ -105,9 +105,9 @@ def table(report: dict[str, Any]) -> str:
         "number with a range is a median, with the smallest and the largest in parentheses. The tower alone takes "
         f"{spread(column(report, 'tower', 'tower'), 3)} s.",
         "",
-        "| variant | acts by | visual tokens a layer | FLOPs ÷ bare | prefill s | ÷ bare | ÷ bare ÷ FLOPs | first token s (tower too) "
-        "| step ms | ÷ bare | KV MiB, counted and held | peak MiB |",
-        "|---" * 12 + "|",
+        "| variant | acts by | visual tokens a layer | FLOPs ÷ bare | prefill s | ÷ bare | ÷ bare ÷ FLOPs | CPU s ÷ bare "
+        "| first token s (tower too) | step ms | ÷ bare | KV MiB, counted and held | peak MiB |",
+        "|---" * 13 + "|",
     ]
     for label, one in found.items():
         first = [row[label]["prefill"] + row["tower"]["tower"] for row in report["rounds"]]
@@ -120,6 +120,7 @@ def table(report: dict[str, Any]) -> str:
             spread(column(report, label, "prefill"), 3),
             spread(seconds, 2),
             f"{statistics.median(seconds) / part:.2f}",
+            spread(ratio(report, label, "prefill cpu"), 2),
             spread(first, 2),
             spread([1e3 * value for value in column(report, label, "step")], 1),
             spread(ratio(report, label, "step"), 2),
@@ -142,7 +143,7 @@ def _words(report: dict[str, Any]) -> list[str]:
         "tokens that went through each layer and the pairs that see each other, with what is multiplied in order to decide; attention is "
         "counted as the full N x N, of which a causal kernel does half. **KV** after the prompt, as the ledger counts it and as the memory "
         "that the cache's tensors lie in. **Peak**: the most that tensors took at a time in the profiled prefill, by torch's allocator, "
-        "without what was there before. Ratios are taken within each round.",
+        "without what was there before. **CPU s** are of all threads together, in which they ran. Ratios are taken within each round.",
         "",
         f"A step reads {read / MIB:.0f} MiB of weights and, of the bare model's cache, {kv / MIB:.1f} MiB: {kv / (read + kv):.1%} of what "
         f"it reads. Where reading is what takes the time, a step without any cache would take {read / (read + kv):.3f} of the bare "

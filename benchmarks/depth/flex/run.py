@@ -221,8 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {"shape": given.shape, "side": given.side, "text": given.text, "threads": given.threads, "layers": config.num_hidden_layers}
     settings |= {"heads": heads, "key_heads": key_heads, "width": width, "block": given.block}
     options = " ".join(f"--{name} {getattr(given, name)}" for name in ("shape", "side", "text", "block", "rounds", "threads"))
-    report = {"command": f"python benchmarks/depth/flex/run.py {options}", "machine": machine("cpu"), "settings": settings}
-    report |= {"known": known, "rounds": rounds, "granted": usage.granted()}
+    report: dict[str, Any] = {"command": f"python benchmarks/depth/flex/run.py {options}", "machine": machine("cpu")}
+    report |= {"settings": settings, "known": known, "rounds": rounds, "granted": usage.granted()}
     given.output.mkdir(parents=True, exist_ok=True)
     more = "" if given.block == 128 else f"-blocks-of-{given.block}"
     path = given.output / f"{given.shape}-{given.side**2 + given.text}-cpu-float32{more}.json"
