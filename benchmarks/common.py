@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import copy
 import json
+import random
+import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from foveate.files import write_json
-from foveate.machine import environment
+from foveate.machine import environment, reset_peak, synchronize
 
 GRANTED = 0.9  # least share of the time that its threads wanted to run, of which a round may speak
 TRIES = 3  # of a round
@@ -49,6 +55,45 @@ def _waiting() -> float | None:
         return sum(int(path.read_text().split()[1]) for path in Path("/proc/self/task").glob("*/schedstat")) / 1e9
     except (OSError, IndexError, ValueError):
         return None
+
+
+class Tower:
+    """The vision tower: timed by its own hooks, and either run or replayed. Each of its runs may be told to mark where memory stands."""
+
+    def __init__(self, module: Any, device: str) -> None:
+        self.module, self.device = module, device
+        self.seconds = self.cpu = self.base = 0.0
+        self.mark = False
+        self._output: Any = None
+        module.register_forward_pre_hook(self._begin)
+        module.register_forward_hook(self._end)
+
+    @torch.no_grad()
+    def alone(self, core: Any, inputs: dict[str, Any]) -> dict[str, float]:
+        """Runs it as `core`, the model around it, does; seconds by the clock and of all threads. From now on it can be replayed."""
+        names = ("pixel_values", "image_grid_thw")
+        core.get_image_features(**{name: inputs[name] for name in names if name in inputs})
+        return {"tower": self.seconds, "tower cpu": self.cpu}
+
+    @contextlib.contextmanager
+    def replayed(self, really: bool = True) -> Iterator[None]:
+        if really:  # a copy, since models put their own features into what the tower returns
+            self.module.forward = lambda *args, **kwargs: copy.copy(self._output)
+        try:
+            yield
+        finally:
+            self.module.__dict__.pop("forward", None)
+
+    def _begin(self, *_: Any) -> None:
+        synchronize(self.device)
+        self._start, self._ran = time.perf_counter(), time.process_time()
+
+    def _end(self, module: Any, args: Any, output: Any) -> None:
+        synchronize(self.device)
+        self.seconds, self.cpu = time.perf_counter() - self._start, time.process_time() - self._ran
+        self._output = copy.copy(output)
+        if self.mark:
+            self.base = reset_peak(self.device)
 
 
 def add_machine(parser: argparse.ArgumentParser, output: Path) -> None:
@@ -98,6 +143,57 @@ def measured(number: int, measure: Callable[[], Any], console: Console) -> tuple
         console.print(f"{seconds}, in which the machine granted {granted:.0%} of what the threads wanted; measured at most {TRIES} times")
     granted, result = max(found, key=lambda entry: entry[0])
     return result, granted
+
+
+def bar(console: Console) -> Progress:
+    """How far a measurement is."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console)
+
+
+def take_rounds(
+    path: Path,
+    report: dict[str, Any],
+    done: tuple[list[Any], list[float | None]],
+    labels: Sequence[str],
+    once: Callable[[str], dict[str, float]],
+    total: int,
+    show: tuple[Callable[[dict[str, Any]], str], Callable[[dict[str, Any], Path], None]],
+    progress: Progress,
+) -> None:
+    """Goes on from the rounds that are `done` until there are `total`. In each every label is measured once, in shuffled order, so that a
+    drift of the machine hits all alike; after each all is saved. show: makes table and plot of the report."""
+    rounds, granted = done
+    task = progress.add_task("", total=total * len(labels), completed=len(rounds) * len(labels))
+
+    def one(number: int) -> dict[str, dict[str, float]]:
+        order = list(labels)
+        random.Random(number).shuffle(order)
+        found: dict[str, dict[str, float]] = {}
+        for at, label in enumerate(order):
+            progress.update(task, description=f"round {number + 1}: {label}", completed=number * len(order) + at)
+            found[label] = once(label)
+        return found
+
+    for number in range(len(rounds), total):
+        found, share = measured(number, partial(one, number), progress.console)
+        rounds.append(found)
+        granted.append(share)
+        progress.update(task, completed=len(rounds) * len(labels))
+        save(path, {**report, "rounds": rounds, "granted": granted}, *show)
+    if rounds:
+        save(path, {**report, "rounds": rounds, "granted": granted}, *show)
+        progress.console.print(f"{path}, with .md and .png beside it")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Median, and the whole range of the rounds."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def column(report: dict[str, Any], label: str, name: str) -> list[float]:
+    """One number a round."""
+    return [row[label][name] for row in report["rounds"]]
 
 
 def busy(report: dict[str, Any]) -> list[str]:

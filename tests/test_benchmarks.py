@@ -11,6 +11,8 @@ from typing import Any
 import benchmarks.common as common
 import pytest
 from benchmarks.common import Usage, before, busy, command, earlier, measured
+from benchmarks.depth.flex.run import table as flex
+from benchmarks.depth.show import table as depth
 from benchmarks.elastic.run import RECIPES, difference, parts
 from benchmarks.elastic.run import table as elastic
 from benchmarks.learned.run import ARMS as METHODS
@@ -41,6 +43,8 @@ from foveate.train.values import fitting_precision
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TABLES = {
+    "depth": depth,
+    "depth/flex": flex,
     "overhead": overhead,
     "prefill": prefill,
     "serving": serving,

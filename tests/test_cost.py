@@ -400,6 +400,19 @@ def test_predicted_scores_are_counted_wherever_they_are_computed() -> None:
         assert predict(model.config, text_tokens=5, images=0, reducers=parse(reducer)).flops["scores"] == 0
 
 
+@pytest.mark.parametrize(
+    "policy", ["snapkv:keep=0.5,window=4", "lookm:keep=0.5,window=4,merge=pivot", "prefixkv:keep=0.5", "random:keep=0.5"]
+)
+def test_what_a_cache_policy_multiplies_is_counted_as_its_scores(policy: str) -> None:
+    model = tiny.llava()
+    ids = torch.tensor([tiny.prompt(1, [4, 5])])
+    with torch.no_grad(), foveate.attach(model, None, cache=policy) as run, Counter(model) as seen:
+        model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32), use_cache=True)
+    for part in ("scores", "lm_attention", "lm_linear"):
+        assert run.ledger.flops[part] == seen.flops[part]
+    assert (seen.flops["scores"] > 0) is (policy != "random:keep=0.5")
+
+
 def test_recorded_maps_score_nothing() -> None:
     model = tiny.llava(attn="eager")
     given = {"input_ids": torch.tensor([tiny.prompt(1, [4])]), "pixel_values": torch.randn(1, 3, 32, 32)}

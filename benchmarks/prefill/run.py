@@ -21,33 +21,28 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import gc
-import random
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import foveate
 from foveate import FoveateError
 from foveate.accounting import observed
 from foveate.anatomy import read
 from foveate.contract import ClsAttention, ReceivedAttention, TowerKeys
-from foveate.machine import exact_peaks, peak, reset_peak, synchronize
+from foveate.machine import exact_peaks, peak, synchronize
 from foveate.reducers import METHODS, in_model, parse
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
 
-from benchmarks.common import add_machine, command, earlier, machine, measured, save  # noqa: E402
+from benchmarks.common import Tower, add_machine, bar, command, earlier, machine, take_rounds  # noqa: E402
 from benchmarks.prefill.show import draw, table  # noqa: E402
 from benchmarks.shapes import AFTER, BEFORE, SHAPES, build, prompt, words  # noqa: E402
 
@@ -67,38 +62,6 @@ class Variant:
     keep: float = 1.0
     shortcuts: bool = True
     text: int | None = None
-
-
-class Tower:
-    """The vision tower: timed by its own hooks, and either run or replayed. Each of its runs may be told to mark where memory stands."""
-
-    def __init__(self, module: Any, device: str) -> None:
-        self.module, self.device = module, device
-        self.seconds = self.cpu = self.base = 0.0
-        self.mark = False
-        self._output: Any = None
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end)
-
-    @contextlib.contextmanager
-    def replayed(self, really: bool = True) -> Iterator[None]:
-        if really:  # a copy, since models put their own features into what the tower returns
-            self.module.forward = lambda *args, **kwargs: copy.copy(self._output)
-        try:
-            yield
-        finally:
-            self.module.__dict__.pop("forward", None)
-
-    def _begin(self, *_: Any) -> None:
-        synchronize(self.device)
-        self._start, self._ran = time.perf_counter(), time.process_time()
-
-    def _end(self, module: Any, args: Any, output: Any) -> None:
-        synchronize(self.device)
-        self.seconds, self.cpu = time.perf_counter() - self._start, time.process_time() - self._ran
-        self._output = copy.copy(output)
-        if self.mark:
-            self.base = reset_peak(self.device)
 
 
 def variants(
@@ -157,12 +120,9 @@ class Bench:
         gc.collect()
         gc.freeze()  # collecting between two measurements shall not go through all of the libraries again
 
-    @torch.no_grad()
     def encode(self) -> dict[str, float]:
         """Seconds of the tower alone, by the clock and of all threads; from now on its output can be replayed."""
-        names = ("pixel_values", "image_grid_thw")
-        self.core.get_image_features(**{name: self.inputs[name] for name in names if name in self.inputs})
-        return {TOWER: self.tower.seconds, f"{TOWER} cpu": self.tower.cpu}
+        return self.tower.alone(self.core, self.inputs)
 
     @torch.no_grad()
     def once(self, variant: Variant, decode: int) -> tuple[dict[str, float], Any, Any]:
@@ -251,7 +211,7 @@ def measure(given: argparse.Namespace) -> None:
     name += "" if given.keep == list(KEEP) else "-keep" + "".join(f"-{keep:g}" for keep in given.keep)
     path = given.output / f"{name}.json"
     report: dict[str, Any] = {"settings": settings, "chosen": [v.label for v in chosen], "machine": machine(given.device)}
-    rounds, granted = earlier(path, report)
+    done = earlier(path, report)
     named = ("shape", "tokens", "rounds", "decode", "threads", "device", "dtype", "layers")
     report["command"] = command("benchmarks/prefill/run.py", given, named, reducers=given.reducers, keep=given.keep)
     given.output.mkdir(parents=True, exist_ok=True)
@@ -260,8 +220,7 @@ def measure(given: argparse.Namespace) -> None:
     with console.status(f"building {shape.what}"):
         bench = Bench(given)
         bench.encode()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with bar(console) as progress:
         task = progress.add_task("untimed", total=len(chosen))
         surveyed: dict[str, Any] = {}
         for variant in chosen:
@@ -273,28 +232,12 @@ def measure(given: argparse.Namespace) -> None:
             progress.advance(task)
         report |= {"weight_bytes": sum(p.numel() * p.element_size() for p in bench.model.parameters())}
         report |= {"variants": surveyed, "skipped": skipped}
-        timed = [v for v in chosen if v.label in surveyed]
-        task = progress.add_task("", total=given.rounds * (len(timed) + 1), completed=len(rounds) * (len(timed) + 1))
+        timed = {variant.label: variant for variant in chosen if variant.label in surveyed}
 
-        def one_round(number: int) -> dict[str, dict[str, float]]:
-            order: list[Variant | None] = [*timed, None]
-            random.Random(number).shuffle(order)
-            seconds: dict[str, dict[str, float]] = {}
-            for done, entry in enumerate(order):
-                label = entry.label if entry else TOWER
-                progress.update(task, description=f"round {number + 1}: {label}", completed=number * len(order) + done)
-                seconds[label] = bench.once(entry, given.decode)[0] if entry else bench.encode()
-            return seconds
+        def once(label: str) -> dict[str, float]:
+            return bench.once(timed[label], given.decode)[0] if label in timed else bench.encode()
 
-        for number in range(len(rounds), given.rounds):
-            found, share = measured(number, partial(one_round, number), console)
-            rounds.append(found)
-            granted.append(share)
-            progress.update(task, completed=len(rounds) * (len(timed) + 1))
-            save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
-    if rounds:
-        save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
-        console.print(f"{path}, with .md and .png beside it")
+        take_rounds(path, report, done, [*timed, TOWER], once, given.rounds, (table, draw), progress)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from benchmarks.common import busy
+from benchmarks.common import busy, column, spread
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
@@ -19,16 +19,6 @@ MIB = 1024**2
 MARKERS = "os^Dv<>Ph*"
 SHORT = "short prompt"
 KINDS = ("BEFORE THE LM, BY THE TOWER", "BEFORE THE LM, BY THE TOKENS", "INSIDE THE LM")
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median, and the whole range of the rounds."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
-
-def column(report: dict[str, Any], label: str, name: str) -> list[float]:
-    """One number a round."""
-    return [row[label][name] for row in report["rounds"]]
 
 
 def speed_up(report: dict[str, Any], label: str) -> list[float]:

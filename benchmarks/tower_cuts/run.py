@@ -19,17 +19,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import random
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import foveate
 from foveate.anatomy import blocks, read
@@ -38,7 +35,7 @@ from foveate.machine import synchronize
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
 
-from benchmarks.common import add_machine, command, earlier, machine, measured, save  # noqa: E402
+from benchmarks.common import add_machine, bar, command, earlier, machine, take_rounds  # noqa: E402
 from benchmarks.shapes import SHAPES, build, prompt  # noqa: E402
 from benchmarks.tower_cuts.show import BARE, BEFORE_LM, IN_TOWER, draw, table  # noqa: E402
 
@@ -156,39 +153,20 @@ def measure(given: argparse.Namespace) -> None:
     path = given.output / f"{name}.json"
     report: dict[str, Any] = {"settings": {option: getattr(given, option) for option in names}, "chosen": [v.label for v in chosen]}
     report["machine"] = machine(given.device)
-    rounds, granted = earlier(path, report)
+    done = earlier(path, report)
     report["command"] = command("benchmarks/tower_cuts/run.py", given, (*names, "rounds"), keep=given.keep)
     report["weight_bytes"] = sum(p.numel() * p.element_size() for p in bench.model.parameters())
     given.output.mkdir(parents=True, exist_ok=True)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with bar(console) as progress:
         task = progress.add_task("untimed", total=len(chosen))
         report["variants"] = {}
         for variant in chosen:
             progress.update(task, description=f"untimed: {variant.label}")
             report["variants"][variant.label] = bench.survey(variant)
             progress.advance(task)
-        task = progress.add_task("", total=given.rounds * len(chosen), completed=len(rounds) * len(chosen))
-
-        def one_round(number: int) -> dict[str, dict[str, float]]:
-            order = list(chosen)
-            random.Random(number).shuffle(order)
-            seconds: dict[str, dict[str, float]] = {}
-            for done, variant in enumerate(order):
-                progress.update(task, description=f"round {number + 1}: {variant.label}", completed=number * len(order) + done)
-                seconds[variant.label] = bench.once(variant.reducers)[0]
-            return seconds
-
-        for number in range(len(rounds), given.rounds):
-            found, share = measured(number, partial(one_round, number), console)
-            rounds.append(found)
-            granted.append(share)
-            progress.update(task, completed=len(rounds) * len(chosen))
-            save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
-    if rounds:
-        save(path, {**report, "rounds": rounds, "granted": granted}, table, draw)
-        console.print(f"{path}, with .md and .png beside it")
+        reducers = {variant.label: variant.reducers for variant in chosen}
+        take_rounds(path, report, done, list(reducers), lambda label: bench.once(reducers[label])[0], given.rounds, (table, draw), progress)
 
 
 if __name__ == "__main__":

@@ -7,23 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from benchmarks.common import busy
+from benchmarks.common import busy, column, spread
 from matplotlib.figure import Figure
 
 from foveate.inspect.figures import COLOURS
 
 MIB = 1024**2
 BARE, BEFORE_LM, IN_TOWER = "bare", "before the LM", "in the tower"
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Median, and the whole range of the rounds."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
-
-def column(report: dict[str, Any], label: str, name: str) -> list[float]:
-    """One number a round."""
-    return [row[label][name] for row in report["rounds"]]
 
 
 def speed_up(report: dict[str, Any], label: str) -> list[float]:

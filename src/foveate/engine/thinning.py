@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -15,6 +16,7 @@ from foveate.contract import AttentionRows, CacheView, Evict
 from foveate.engine.chunk import Chunk
 from foveate.engine.held import Held, evict, thinnable
 from foveate.probes.layer import LayerProbe
+from foveate.probes.marker import scoring
 from foveate.tokens import Kind, Layout
 
 
@@ -68,9 +70,12 @@ class Thinning:
             view = self._view(index, chunk, layout, held, seen)
             if self.policy.together:
                 assert isinstance(self.policy, Keeping)
-                self._later.append((replace(view, attention=None), self.policy.score(view)))
+                with _deciding(view):
+                    self._later.append((replace(view, attention=None), self.policy.score(view)))
             else:
-                held = self._apply(view, chunk, held, self.policy.decide(view))
+                with _deciding(view):
+                    decision = self.policy.decide(view)
+                held = self._apply(view, chunk, held, decision)
         chunk.held[index] = held
 
     def finish(self, chunk: Chunk) -> None:
@@ -78,7 +83,9 @@ class Thinning:
         if self._later:
             assert isinstance(self.policy, Keeping)
             views, scores = zip(*self._later, strict=True)
-            for view, decision in zip(views, self.policy.decide_together(views, scores), strict=True):
+            with _deciding(views[0]):
+                decisions = self.policy.decide_together(views, scores)
+            for view, decision in zip(views, decisions, strict=True):
                 chunk.held[view.layer] = self._apply(view, chunk, chunk.held[view.layer], decision)
         self._later = []
         chunk.since = self.since
@@ -109,6 +116,13 @@ class Thinning:
         if bool((stays == view.there).all()):
             return held
         return evict(chunk.cache, view.layer, held, replace(decision, stays=stays))
+
+
+@contextlib.contextmanager
+def _deciding(view: CacheView) -> Iterator[None]:
+    """What a policy computes in it counts as scores, and is float32, also where the model is not."""
+    with scoring(), torch.autocast(view.keys.device.type, enabled=False):
+        yield
 
 
 def _mean(slots: Tensor) -> Fraction:
