@@ -27,6 +27,7 @@ class Reason(StrEnum):
     POSITIONS = "positions are not one number a token that a rotary module turns"
     NO_TOKENS = "images become weights of the decoder, not tokens"
     LATENT_CACHE = "decoder layers cache what keys and values are made of, and not these"
+    ONE_AXIS = "the rotary embedding does not turn by time, height and width"
 
 
 class NotApplicable(FoveateError):

@@ -27,7 +27,8 @@ labels, another answer changes no map, gradient checkpointing changes nothing.
 ✓ all six; where the tower's block attends within windows, scores are of the last one (`layer=-1`). A letter beside it: a check that does
 not apply; a digit: a check that the bare model fails already. – the method cannot act on this model, for the reason given by the letter.
 `pixelprune` acts inside the vision tower, and its line says which towers can be cut ([tower.md](tower.md)).
-`downsample` acts on the image, before the processor, and has no cells.
+`downsample` acts on the image, before the processor, and has no cells. Those of `giraffe` are of its frames; its stretched positions are
+tested beside them, on all architectures whose tokens have a time, a row and a column.
 
 The outcomes are committed (`tests/conformance/expected.json`) and every run is compared with them: what serves has to go on serving, and
 what refuses to refuse for its reason. Beside the cells, attention as methods see it is compared with each model's own eager attention,

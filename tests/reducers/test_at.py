@@ -9,7 +9,20 @@ import pytest
 
 from foveate.contract import ImageSize, Workload
 from foveate.errors import FoveateError
-from foveate.reducers import METHODS, VTW, ATPLLaVA, DyCoke, FewerFrames, PruneVid, Reducer, SparseVLM, in_model, parse, visual_tokens
+from foveate.reducers import (
+    METHODS,
+    VTW,
+    ATPLLaVA,
+    DyCoke,
+    FewerFrames,
+    Giraffe,
+    PruneVid,
+    Reducer,
+    SparseVLM,
+    in_model,
+    parse,
+    visual_tokens,
+)
 from foveate.tokens import budget
 from tests.reducers.ragged import counted
 
@@ -29,6 +42,9 @@ PER_IMAGE, LAYERS = 576, 32
         ("avgpool2d", 0.25, {"stride": 2}),
         ("avgpool2d", 0.11, {"stride": 3}),
         ("avgpool2d", 0.05, {"stride": 4}),
+        ("giraffe", 0.25, {"high": 0.5}),
+        ("giraffe", 0.75, {"ratio": 1.5, "high": 1.0}),
+        ("giraffe:group=8,s=2", 1, {"ratio": 1.0, "high": 1.0}),
         ("visionzip", 64 / 576, {"dominant": round(54 / 576, 6), "contextual": round(10 / 576, 6)}),
     ],
 )
@@ -72,7 +88,7 @@ def check_clip(method: type[Reducer], keep: float) -> None:
     if method is PruneVid:  # at most, with as much of a window static as leaves most
         assert keep * PER_IMAGE - 24 <= left <= PER_IMAGE
     else:
-        assert left == pytest.approx(keep * PER_IMAGE, abs=12 if method is FewerFrames else 24 if method is DyCoke else 1)
+        assert left == pytest.approx(keep * PER_IMAGE, abs={FewerFrames: 12, DyCoke: 24, Giraffe: 12}.get(method, 1))
 
 
 @pytest.mark.parametrize("text", ["avgpool2d", "vcc"])

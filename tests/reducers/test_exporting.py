@@ -40,6 +40,7 @@ NEAREST = {
     "priortr:keep=9": "fastervlm:keep=9",
     "vscan:keep=0.2": "fastervlm:keep=0.2",
     "downsample:keep=0.5": "uniform:keep=0.5",
+    "giraffe:high=0.5,s=2.0": "giraffe:high=0.5",
 }
 
 
@@ -73,7 +74,7 @@ def test_the_list_says_it_of_every_method() -> None:
         "hiprune",
         "holov",
     }
-    able |= {"fewerframes", "dycoke", "prunevid", "fastvid", "vidcom2", "holitom", "evs", "flashvid"}
+    able |= {"fewerframes", "dycoke", "giraffe", "prunevid", "fastvid", "vidcom2", "holitom", "evs", "flashvid"}
     assert {name for name, method in METHODS.items() if served(method) == "yes"} == able
     assert all(served(method) == "no" for name, method in METHODS.items() if name not in able)
 

@@ -6,6 +6,7 @@ some families have is in `families`, one such shape a file. What cannot be read 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,22 @@ class Anatomy:
         """The module that turns positions into rotary embeddings, once for all layers."""
         module = getattr(self.decoder, "rotary_emb", None)
         return module if isinstance(module, nn.Module) else None
+
+    @property
+    def frequencies(self) -> Tensor | None:
+        """(F,) by how much the rotary module turns in one step; None where that is not one table, or follows the length of the sequence."""
+        found, kind = getattr(self.rotary, "inv_freq", None), getattr(self.rotary, "rope_type", "default")
+        stays = isinstance(kind, str) and kind != "longrope" and "dynamic" not in kind
+        return found if stays and isinstance(found, Tensor) and found.ndim == 1 else None
+
+    def rotary_at(self, frequencies: Tensor) -> Callable[..., Any]:
+        """The rotary module as it turns by other frequencies (F,), in place of `self.frequencies`; the model's own is left as it is, and
+        no hook on it hears of this."""
+        own = self.rotary
+        assert own is not None
+        copied = copy.copy(own)
+        copied.__dict__["_buffers"] = {**own._buffers, "inv_freq": frequencies}
+        return functools.partial(type(copied).forward, copied)
 
     # ---- where images enter
 

@@ -27,6 +27,10 @@ from torch import Tensor
 from foveate.contract import Signal
 from foveate.tokens import Layout, TokenMap
 
+Frequencies = Callable[[Tensor], Tensor]
+"""A rule, of the F frequencies of a rotary embedding: (F,) int64, which axis each turns by, 0 time, 1 height, 2 width -> (F,) float64,
+what it is multiplied with. A value, as a `Rule` is."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -38,6 +42,8 @@ class Cut:
           after fractions goes on from the next integer. In the tower there is none
     several  positions of each target from here on, its members' from the last one backwards, among which the rotary embedding's
           frequencies are shared out; 1: the target's own. In the tower nothing but 1
+    stretch  what the rotary embedding's frequencies are multiplied with, in every layer and at every later step, in samples with images;
+          None: 1. At `BeforeLM` alone, and of tokens that have a time, a row and a column
     """
 
     map: TokenMap
@@ -45,6 +51,7 @@ class Cut:
     loss: Tensor | None = None
     steps: Tensor | None = None
     several: int = 1
+    stretch: Frequencies | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from foveate.engine.held import Held
 from foveate.engine.rulings import Ruling
+from foveate.engine.stretching import Stretch
 from foveate.errors import FoveateError
 from foveate.tokens import Layout
 
@@ -44,6 +45,7 @@ class CacheTable:
     since    tokens since the policy decided
     layouts  segment -> what its slots are, as far as that is known: those behind the last image may be missing
     rulings   who sees whom, as it was decided on
+    stretch   what the rotary embedding's frequencies are multiplied with in some rows
     """
 
     cut_by: str = ""
@@ -55,6 +57,7 @@ class CacheTable:
     since: int = 0
     layouts: dict[int, Layout] = field(default_factory=dict)
     rulings: tuple[Ruling, ...] = ()
+    stretch: Stretch | None = None
     _served: Callable[[], Serving | None] | None = None
 
     def serve(self, forward: Serving) -> None:
@@ -90,6 +93,7 @@ class CacheTable:
         if self.valid is not None:
             self.valid = self.valid[index.to(self.valid.device)]
         self.held = {layer: held.select(index) for layer, held in self.held.items()}
+        self.stretch = None if self.stretch is None else self.stretch.select(index)
         self.layouts = {segment: layout.each(lambda part: part[index.to(part.device)]) for segment, layout in self.layouts.items()}
 
     def crop(self, removed: int) -> None:

@@ -14,16 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from foveate.anatomy import Anatomy
 from foveate.engine.cache import CacheTable, fixed_length, held_before
 from foveate.engine.held import Held
 from foveate.engine.moves import Move, axis_of, dropped_before, each, in_order, saved
 from foveate.engine.rulings import Rules, Ruling, laid_over, rules_at
 from foveate.engine.several import nth_member, turned
+from foveate.engine.stretching import Call, Stretch, called, placed
 from foveate.errors import FoveateError
 from foveate.tokens import Kind, Layout, TokenMap
 
@@ -45,7 +48,7 @@ class Chunk:
     memory: CacheTable | None
     cache: Any
     implementation: str
-    rotary: Callable[..., Any] | None
+    anatomy: Anatomy
     samples: Tensor | None = None
     layout: Layout = field(init=False)
     whole: TokenMap = field(init=False)
@@ -64,6 +67,7 @@ class Chunk:
     rulings: tuple[Ruling, ...] = ()
     shows: bool = False  # whether there are images in it
     several: int = 1  # positions that each slot has
+    stretch: Stretch | None = None  # what slots turn by in the place of the model's frequencies
     dtype: torch.dtype = torch.float32  # of the layers' states
     given: dict[tuple[Any, ...], tuple[list[Any], dict[str, Any]]] = field(default_factory=dict)  # what layers were handed, what they get
     held: dict[int, Held] = field(default_factory=dict)  # layer -> what a policy has left in its cache, this chunk among it
@@ -84,7 +88,8 @@ class Chunk:
         self._all_now = self._rows + self.past
         self._begin(0, self._all_now)
         if self.memory is not None:
-            self.rulings = self.memory.rulings
+            self.rulings, self.stretch = self.memory.rulings, self.memory.stretch
+            self.moved = self.stretch is not None
 
     # ---- cuts
 
@@ -187,7 +192,7 @@ class Chunk:
         if self.rulings or self.shows:
             before = {segment: memory.layout(segment, self._before(memory, segment, B)) for segment in self.layouts}
             memory.layouts = {segment: before[segment].joined(here) for segment, here in self.layouts.items()}
-        memory.rulings = self.rulings
+        memory.rulings, memory.stretch = self.rulings, None if self.stretch is None else self.stretch.goes_on()
         memory.slots = {segment: torch.cat([self._before(memory, segment, B), table], 1) for segment, table in self.tables.items()}
         memory.shift.update(self.shifts)
         visual = (self.arrived.kind != Kind.TEXT) & self.arrived.valid
@@ -399,24 +404,20 @@ class Chunk:
     def _cut_side(self, value: Any) -> Any:
         for args, kwargs, output in self.rotary_calls:
             if value is output:
-                return self._rotary_again(args, kwargs) if self.moved else each(value, self._gather) if self.cut else value
+                return self._rotary_again((args, kwargs)) if self.moved else each(value, self._gather) if self.cut else value
         return each(value, self._carry) if self.cut else value
 
-    def _rotary_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        assert self.rotary is not None
-        named = "position_ids" in kwargs
-        given = kwargs["position_ids"] if named else args[1]
+    def _rotary_again(self, call: Call) -> Any:
+        def turn_by(rotary: Callable[..., Any]) -> Any:
+            if self.several == 1:
+                return called(rotary, call, self.positions(placed(call)))
+            where = [nth_member(self.whole, n) for n in range(self.several)]
+            return turned(partial(called, rotary, call), [self._moved_along(placed(call), at) for at in where])
 
-        def turn(positions: Tensor) -> Any:
-            assert self.rotary is not None
-            if named:
-                return self.rotary(*args, **{**kwargs, "position_ids": positions})
-            return self.rotary(args[0], positions, *args[2:], **kwargs)
-
-        if self.several == 1:
-            return turn(self.positions(given))
-        where = [nth_member(self.whole, n) for n in range(self.several)]
-        return turned(turn, [self._moved_along(given, at) for at in where])
+        assert self.anatomy.rotary is not None
+        if self.stretch is None:
+            return turn_by(self.anatomy.rotary)
+        return self.stretch.turned(self.anatomy, turn_by, self.whole.representative)
 
     def _moved_along(self, positions: Tensor, at_BM: Tensor) -> Tensor:
         """The positions of some arrived slots, one for each that is left, moved as that has moved."""

@@ -20,6 +20,7 @@ from foveate.engine.questions import NO_LABELS, Asked, answers_of, samples_of
 from foveate.engine.record import Record
 from foveate.engine.replay import Replay, ReplayVisible, decide, held
 from foveate.engine.rulings import Ruling, kept_back, rules_at
+from foveate.engine.stretching import stretched, with_images
 from foveate.engine.thinning import Thinning
 from foveate.engine.wiring import Wiring
 from foveate.errors import FoveateError, NotApplicable, Reason
@@ -102,9 +103,7 @@ class ForwardPass:
         layout, which = self.arrivals.layout(shape, None if valid is None else valid.to(device), row.to(torch.int64))
         samples = samples_of({**kwargs, "attention_mask": self.mask}, shape, past > 0) if self.has_images else None
         implementation = str(self.anatomy.text_config._attn_implementation)
-        self._chunk = Chunk(
-            layout, past, memory, cache, implementation, self.anatomy.rotary, None if samples is None else samples.to(device)
-        )
+        self._chunk = Chunk(layout, past, memory, cache, implementation, self.anatomy, None if samples is None else samples.to(device))
         self._chunk.shows, self._which, self._cut_by = self.has_images, which, cut_by
         self._ask(prompt)
         if self.thinning is not None:
@@ -249,13 +248,16 @@ class ForwardPass:
             if decision.gain is not None:
                 hidden = hidden * decision.gain[..., None].to(hidden.dtype)
             steps = self._steps(reducer, decision)
-            same = self._shortcuts and chunk.memory is None and token_map.is_identity and steps is None
+            plain = steps is None and decision.stretch is None
+            same = self._shortcuts and chunk.memory is None and token_map.is_identity and plain
             if not same or decision.gain is not None:
                 how, gain = "renumber" if renumber else "keep", held(decision.gain)
-                self.record.steps.append(Replay(index, token_map, gain=gain, steps=steps, several=decision.several, positions=how))
+                more: dict[str, Any] = {"steps": steps, "several": decision.several, "stretch": decision.stretch}
+                self.record.steps.append(Replay(index, token_map, gain=gain, positions=how, **more))
             if same:
                 continue
             hidden = token_map.apply(hidden)
+            self._stretch(index, reducer, decision)
             chunk.enter(index, token_map, renumber, steps, decision.several)
             self._here.append(token_map)
         if self._here:
@@ -282,6 +284,20 @@ class ForwardPass:
                 "rotary module of a known name: choose another method",
             )
         return steps.detach()
+
+    def _stretch(self, index: int, reducer: Reducer, decision: Cut) -> None:
+        """Other frequencies, where a decision has such, from here to the end of the sequence."""
+        chunk = self.chunk
+        if decision.stretch is None:
+            return
+        if index:
+            raise FoveateError(
+                f"{reducer.name} stretches the rotary embedding from layer {index} on; decide that at BeforeLM, for all layers"
+            )
+        call = next(((args, kwargs) for args, kwargs, _ in chunk.rotary_calls), None)
+        shown = with_images(chunk.arrived.image, chunk.samples)
+        chunk.stretch = stretched(reducer.name, decision.stretch, self.anatomy, call, shown, chunk.stretch, chunk.past)
+        chunk.moved = True
 
     def _bypass(self, index: int, hidden: Tensor) -> Tensor:
         """Takes out of the chunk what goes through layer `index`."""

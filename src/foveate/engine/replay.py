@@ -8,7 +8,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from foveate.contract import Bypass, Cut, Decision, FromLayer, InEncoder, Site, ThroughLayer, View, Visible, Workload
+from foveate.contract import Bypass, Cut, Decision, Frequencies, FromLayer, InEncoder, Site, ThroughLayer, View, Visible, Workload
 from foveate.engine.rulings import Ruling
 from foveate.errors import FoveateError
 from foveate.probes.marker import scoring
@@ -59,6 +59,7 @@ class Replay(Recorded):
     passing: Tensor | None = None
     steps: Tensor | None = None
     several: int = 1
+    stretch: Frequencies | None = None
 
     def sites(self, layers: int) -> list[Site]:
         return [ThroughLayer(self.layer) if self.through else FromLayer(self.layer)]
@@ -69,7 +70,7 @@ class Replay(Recorded):
         gain = _onto(self.gain, layout)
         if self.through:
             return Bypass(token_map, gain, _onto(self.passing, layout))
-        return Cut(token_map, gain, steps=_onto(self.steps, layout), several=self.several)
+        return Cut(token_map, gain, steps=_onto(self.steps, layout), several=self.several, stretch=self.stretch)
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ from foveate.reducers.aim import AIM as AIM
 from foveate.reducers.pmod import PMoD as PMoD
 from foveate.reducers.visionzip import VisionZip as VisionZip
 from foveate.reducers.v2pe import V2PE as V2PE
+from foveate.reducers.giraffe import Giraffe as Giraffe
 from foveate.reducers.prunevid import PruneVid as PruneVid
 from foveate.reducers.dart import DART as DART
 from foveate.reducers.divprune import DivPrune as DivPrune

@@ -30,7 +30,8 @@ class Reducer(Spelled, ABC):
     experimental  whether its rule rests on an abstract or another's words alone, and may change when the source can be read
     beyond        whether it ignores layers that the model does not have, instead of refusing the model
     amounts       the options that say how many tokens stay, which `at` sets
-    between       whether it places tokens where no other engine does: between integers, or in several places
+    between       whether it places tokens where no other engine does: between integers, in several
+                  places, or by other frequencies
     video         whether it compares the frames of a clip, so that it is of little use on pictures
     looks_at      of "text", "attention" and "keys" (of a decoder layer), "positions", "tower", "states", "pixels", what its choice follows
 
@@ -45,7 +46,6 @@ class Reducer(Spelled, ABC):
     version: ClassVar[int] = 1
     experimental: ClassVar[bool] = False
     beyond: ClassVar[bool] = False
-    between: ClassVar[bool] = False
     video: ClassVar[bool] = False
     amounts: ClassVar[tuple[str, ...]] = ("keep",)
     looks_at: ClassVar[frozenset[str]] = frozenset()
@@ -67,6 +67,10 @@ class Reducer(Spelled, ABC):
     def canonical(self) -> dict[str, Any]:
         """The options that are written in another way than they were given, as they are written: one setting has one spelling."""
         return {}
+
+    @property
+    def between(self) -> bool:
+        return False
 
     @abstractmethod
     def sites(self, layers: int) -> list[Site]:

@@ -44,7 +44,7 @@ def unexportable(reducer: Reducer) -> str:
         if site.layer or not site.effect.lasts:
             return "acts in the LM"
     if reducer.between:
-        return "places tokens between integers, or in several places"
+        return "places tokens between integers, in several places, or by other frequencies"
     if len(sites) != 1:
         return "acts more than once"
     if isinstance(reducer, Learned):
@@ -61,7 +61,7 @@ def nearest_exportable(reducer: Reducer) -> Reducer:
     rank by the same, or by what stands for it outside of the language model, the newest that asks for least. With the same `keep`, where it
     has one."""
     options = {option.name for option in dataclasses.fields(reducer)}
-    for option, value in (("layer", 0), ("site", "lm"), ("scope", "image")):
+    for option, value in (("layer", 0), ("site", "lm"), ("scope", "image"), ("s", 1.0)):
         same = _changed(reducer, **{option: value}) if option in options else None
         if same is not None and not unexportable(same):
             return same
