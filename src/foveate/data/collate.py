@@ -137,7 +137,8 @@ class Collator:
     Supervised (every label that is not -100) are the answers and their end tokens. A sample longer than `max_length` tokens loses its
     end; FoveateError if an image or all of its answers would be lost with it. `remember`: keep the tokens of every sample in memory, for
     data that is read more than once. `features`: images are outlines, and their crops' features are read from there, as `tower_features`
-    (crops, levels, patches, width), in the place of pixels.
+    (crops, levels, patches, width), in the place of pixels. Where samples say what their image shows where, `boxes` has for each of them a
+    list of (word pieces of a name, box).
     """
 
     def __init__(self, processor: Any, max_length: int, remember: bool = False, features: FeatureStore | None = None) -> None:
@@ -150,6 +151,7 @@ class Collator:
         if self.pad is None:
             raise FoveateError("the tokenizer has no padding token: set tokenizer.pad_token")
         self._memory: dict[int, Tokenised] | None = {} if remember else None
+        self._pieces: dict[str, Tensor] = {}
 
     def asking_for(self, view_tokens: int) -> Collator:
         """One that asks for so many visual tokens of each view, and shares what is remembered."""
@@ -174,7 +176,15 @@ class Collator:
         except FoveateError as error:
             raise FoveateError(f"sample {sample.id} {error}") from None
 
-    def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
+    def pieces(self, name: str) -> Tensor:
+        """(W,) int64: the different word pieces of a name as it stands in the middle of a sentence."""
+        if name not in self._pieces:
+            encoded = self.renderer.tokenizer(f"a {name}", add_special_tokens=False, return_offsets_mapping=True)
+            own = [piece for piece, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True) if end > 2]
+            self._pieces[name] = torch.tensor(own, dtype=torch.int64).unique()
+        return self._pieces[name]
+
+    def __call__(self, samples: Sequence[Conversation]) -> dict[str, Any]:
         encoded = [self.encode(sample) for sample in samples]
         length = max(len(one.ids) for one in encoded)
         ids = np.full((len(encoded), length), self.pad, dtype=np.int64)
@@ -185,7 +195,11 @@ class Collator:
             ids[row, :n] = one.ids
             mask[row, :n] = 1
             labels[row, :n] = np.where(one.supervised, one.ids, IGNORED)
-        batch = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask), "labels": torch.from_numpy(labels)}
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(labels),
+        }
         images, plans = [image for sample in samples for image in sample.images], [plan for sample in samples for plan in sample.plans]
         tiled = getattr(self.processor, "tiling", None) is not None
         if images and self.features is not None:
@@ -200,6 +214,8 @@ class Collator:
             batch |= {name: torch.tensor(counts) for name, counts in crop_counts(plans).items()}
         if images and getattr(self.processor, "weighs", False):
             batch["prompt_images"] = torch.tensor([len(sample.images) for sample in samples])
+        if any(sample.boxes for sample in samples):
+            batch["boxes"] = [[(self.pieces(name), torch.tensor(box)) for name, box in sample.boxes] for sample in samples]
         return batch | {name: torch.tensor(counts) for name, counts in token_counts(plans).items()}
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from foveate.data.boxes import Box, boxes_of
 from foveate.data.checked import Checked as Checked
 from foveate.data.clips import Clip, ClipError
 from foveate.data.footage import CLIPS, FRAMES, Footage, clips_of, framed, placed, standing
@@ -53,7 +54,8 @@ load_image = open_image  # its name before there was one for all who open pictur
 class Conversation:
     """One training sample: turns are (role, text) with roles user and assistant in turn, images are decoded to RGB (or outlines, where
     features of them are read), `plans` are what each of them and of the clips becomes, filled in by whoever makes model inputs of it.
-    `source`: the number of its source, where samples of several are mixed. `clips`: for a model with videos, in the order of the CLIPs."""
+    `source`: the number of its source, where samples of several are mixed. `clips`: for a model with videos, in the order of the CLIPs.
+    `boxes`: names and places of what its image shows, where they are read."""
 
     index: int
     id: str
@@ -62,6 +64,7 @@ class Conversation:
     plans: list[ImagePlan] = field(default_factory=list)
     source: int = 0
     clips: Sequence[Clip] = ()
+    boxes: Sequence[tuple[str, Box]] = ()
 
 
 @dataclass(frozen=True)
@@ -155,15 +158,16 @@ class Source:
 
     frames  the sampling of the clips
     films   whether who reads takes clips as they are; else their frames are shown as pictures
+    boxes   whether who reads wants to know where things are, `foveate.data.boxes`
     """
 
-    def __init__(self, rows: Rows, folder: Path | None = None, frames: str = FRAMES, films: bool = False) -> None:
+    def __init__(self, rows: Rows, folder: Path | None = None, frames: str = FRAMES, films: bool = False, boxes: bool = False) -> None:
         if folder is not None and not folder.is_dir():
             raise FoveateError(f"image folder {folder.absolute()} does not exist")
         if rows.columns is not None and "conversations" not in rows.columns:
             raise FoveateError(f"dataset {rows.name} has no column `conversations`; it has {', '.join(map(readable, rows.columns))}")
         self.rows, self.name, self.folder = rows, rows.name, folder
-        self.frames, self.films = frames, films
+        self.frames, self.films, self.boxed = frames, films, boxes
 
     @property
     def fingerprint(self) -> str:
@@ -189,6 +193,9 @@ class Source:
     def clips(self, row: dict[str, Any]) -> list[Footage]:
         with self._named():
             return clips_of(row, self.folder, self.frames)
+
+    def boxes(self, row: dict[str, Any], images: int) -> list[tuple[str, Box]]:
+        return boxes_of(row, images) if self.boxed else []
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -237,8 +244,9 @@ class Conversations:
         config: str | None = None,
         frames: str = FRAMES,
         films: bool = False,
+        boxes: bool = False,
     ) -> Conversations:
-        """From a file or folder, such as LLaVA's JSON, or from a data set that may be on the hub as well. `frames`, `films`: see
+        """From a file or folder, such as LLaVA's JSON, or from a data set that may be on the hub as well. `frames`, `films`, `boxes`: see
         `Source`. FoveateError if it cannot be read."""
         where = conversations if conversations is not None else dataset
         assert where is not None
@@ -246,7 +254,7 @@ class Conversations:
             rows = open_rows(where, split, config, limit, hub=conversations is None)
         except FoveateError as error:
             raise FoveateError(f"{'dataset' if conversations is None else 'conversations'} {error}") from None
-        return cls(Source(rows, images, frames, films))
+        return cls(Source(rows, images, frames, films, boxes))
 
     @property
     def name(self) -> str:
@@ -264,11 +272,11 @@ class Conversations:
         except (PictureError, ClipError) as error:  # it was good when it was checked
             what = "an image" if isinstance(error, PictureError) else "a clip"
             raise FoveateError(f"{self.source.name}: {what} of sample {row_id(row, index)} cannot be read any more: {error}") from None
-        turns = turns_of(row, len(images), len(clips))
+        turns, boxes = turns_of(row, len(images), len(clips)), self.source.boxes(row, len(images))
         if clips and not self.source.films:
             turns, images = framed(turns, images, [clip.frames for clip in clips])
             clips = []
-        return Conversation(index, row_id(row, index), turns, images, clips=clips)
+        return Conversation(index, row_id(row, index), turns, images, clips=clips, boxes=boxes)
 
     def name_of(self, item: int) -> str:
         """What messages call a sample."""
@@ -358,6 +366,7 @@ def find_bad(
             row = source.row(index)
             images, clips = source.images(row), source.clips(row)
             reason = check_row(row, len(images), len(clips))
+            source.boxes(row, len(images))
         except Unusable as error:
             reason = str(error)
         if reason:

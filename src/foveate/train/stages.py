@@ -328,6 +328,10 @@ def check(stage: Stage, config: Any) -> Trained:
         raise FoveateError(f"kind align needs a Foveate model, but the checkpoint is a {config.model_type} model; leave the stage out")
     if stage.kind == "align" and config.weighs:
         raise FoveateError("kind align is for visual tokens, and the images of a vlora bridge become none; leave the stage out")
+    if stage.boxes and stage.kind != "align":
+        raise FoveateError("`boxes` say which tokens are to say which word, in a stage of kind align alone; leave them out")
+    if stage.boxes and config.tiling is not None:
+        raise FoveateError(f"`boxes` are of images that are seen whole, once, and the tiling {config.tiling} cuts them; leave them out")
     trained = trained_parts(stage, skeleton(config))
     check_positions(stage, config)
     check_image_size(config)
