@@ -51,7 +51,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def train(small: Path, steps: int = 4, work: str = "work", **options: Any) -> Path:
-    given = {"batch": 2, "seed": 0, "teachers": teachers(), "every": 1, "progress": False}
+    given: dict[str, Any] = {"batch": 2, "seed": 0, "teachers": teachers(), "every": 1, "progress": False}
     return distil(small / "pictures", steps=steps, work=small / work, **given | options)
 
 
@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_is_the_run(small: Path, monkeypatch: pytest.MonkeyPa
     whole = weights(train(small, work="whole"))
     step = Run.step
 
-    def stops(self: Run, *given: Tensor) -> float:
+    def stops(self: Run, *given: Any) -> float:
         if self.done == 2:
             raise KeyboardInterrupt
         return step(self, *given)
@@ -177,7 +177,8 @@ def test_a_run_that_goes_on_is_the_run(small: Path, monkeypatch: pytest.MonkeyPa
 
 def test_other_settings_are_told(small: Path) -> None:
     train(small, 2)
-    for options, message in (({"steps": 3}, "steps 2, now 3"), ({"steps": 2, "seed": 4}, "seed 0, now 4")):
+    changed: list[tuple[dict[str, Any], str]] = [({"steps": 3}, "steps 2, now 3"), ({"steps": 2, "seed": 4}, "seed 0, now 4")]
+    for options, message in changed:
         with pytest.raises(FoveateError, match=f"holds a training that was begun with {message}; name another --work"):
             train(small, **options)
     Image.new("RGB", (20, 20)).save(small / "pictures" / "new.png")

@@ -17,6 +17,7 @@ from foveate.errors import FoveateError
 from foveate.real import retrieval as module
 from foveate.real.retrieval import SIDE, encoded, markdown, open_tower, pixels, retrieval, share, shown
 from foveate.real.stock import Stock
+from foveate.real.things import hashed
 from tests.real.little_stock import little_stock
 from tests.real.towers import save_lite
 
@@ -38,7 +39,7 @@ def test_the_nearest_is_found_in_plain_loops(stock: Stock) -> None:
     for row in rows:
         assert row.n == 9
         common = sorted(name for name in stock.pictures if {row.sought, row.among} <= {one.style for one in stock.pictures[name]})
-        things = sorted(common, key=module.hashed)[:9]
+        things = sorted(common, key=hashed)[:9]
         colours = []
         for style in (row.sought, row.among):
             own = [np.asarray(shown(stock, style, name), dtype=np.float64).mean((0, 1)) for name in things]

@@ -130,8 +130,19 @@ def root(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny_training.save_backbones(tmp_path, image_token=False)
     stock = little_stock(tmp_path / "stock")
     ASKED.clear()
-    monkeypatch.setattr(rebuild, "prepare", lambda what: ASKED.append(what) if "faker" in what else prepare(what, progress=False))
-    monkeypatch.setattr(rebuild, "open_stock", lambda styles: ASKED.append(styles) or stock)
+
+    def prepared(what: Any) -> None:
+        if "faker" in what:
+            ASKED.append(what)
+        else:
+            prepare(what, progress=False)
+
+    def opened(styles: Any) -> Any:
+        ASKED.append(styles)
+        return stock
+
+    monkeypatch.setattr(rebuild, "prepare", prepared)
+    monkeypatch.setattr(rebuild, "open_stock", opened)
     monkeypatch.setattr(rebuild, "write_real", lambda out, stock: write_real(out, stock, 12, 2, progress=False, processes=1))
     (tmp_path / "vlm.yaml").write_text(RECIPE.format(name="vlm", root=tmp_path))
     return tmp_path

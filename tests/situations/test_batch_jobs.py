@@ -82,7 +82,7 @@ def test_rows_that_cannot_be_asked_are_counted_and_spoil_no_other(world: Path, t
         ({"image": "none.png", "question": "what?"}, "is missing"),
         ({"image": "torn.png"}, "has neither conversations nor a question"),
         ({"image": "torn.png", "question": "<image> <image>"}, "has 1 images but 2 <image> markers"),
-        ({"video": "a.mp4", "question": "what?"}, "clip is missing: there is no"),
+        ({"video": "a.mp4", "question": "what?"}, "it is missing: there is no"),
         ({"image": "test/000000.png", "conversations": [{"from": "gpt", "value": "a"}]}, "human and gpt must take turns"),
         ("what?", "is no object"),
     ]

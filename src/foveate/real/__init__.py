@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from foveate.errors import FoveateError, nearest
 from foveate.real.packages import cache_folder, made, package
@@ -56,7 +57,7 @@ def model_folder(name: str, cache: Path | None = None) -> Path:
     if name in TRAINED:
         return cache_folder(cache) / "models" / name
     if name not in MODELS:
-        every = {**MODELS, **TRAINED}
+        every: dict[str, Any] = {**MODELS, **TRAINED}
         known = ", ".join(f"{PREFIX}{one} ({model.holds})" for one, model in every.items())
         raise FoveateError(f"unknown model '{PREFIX}{name}'{nearest(name, every)}; there are {known}")
     model = MODELS[name]

@@ -156,8 +156,8 @@ def spread(batches: Iterator[dict[str, Tensor]]) -> dict[str, tuple[Tensor, Tens
     for batch in batches:
         for name, found in batch.items():
             rows.setdefault(name, []).append(found.flatten(0, 1))
-    found = {name: torch.cat(parts) for name, parts in rows.items()}
-    return {name: (x.mean(0), torch.where(x.std(0) > 1e-6, x.std(0), 1.0)) for name, x in found.items()}
+    whole = {name: torch.cat(parts) for name, parts in rows.items()}
+    return {name: (x.mean(0), torch.where(x.std(0) > 1e-6, x.std(0), 1.0)) for name, x in whole.items()}
 
 
 def loss(said: dict[str, Tensor], right: dict[str, Tensor], known: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
@@ -194,7 +194,7 @@ class Run:
             group["lr"] = 1e-3 * self.rate(self.done)
         self.optimiser.zero_grad()
         total = loss(self.student(pixels), right, self.known)
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimiser.step()
         self.done += 1
