@@ -220,9 +220,14 @@ def test_an_empty_grid_is_an_error(kind: str) -> None:
 @kinds
 def test_numbers_below_one_are_errors(kind: str) -> None:
     config = small(kind).config()
-    for name in [name for name, value in config.items() if isinstance(value, int)]:
+    for name in [name for name, value in config.items() if isinstance(value, int) and not isinstance(value, bool)]:
         with pytest.raises(FoveateError, match=rf"{name} must be a whole number of at least 1, got 0"):
             build_bridge({**config, name: 0})
+
+
+def test_a_word_is_no_yes_or_no() -> None:
+    with pytest.raises(FoveateError, match="norm must be true or false, got 'layer'"):
+        build_bridge({"kind": "mlp", "norm": "layer"})
 
 
 @pytest.mark.parametrize("kind", sorted(set(BRIDGES) - {"chain_of_sight"}))

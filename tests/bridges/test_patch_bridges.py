@@ -33,6 +33,18 @@ def test_mlp_equals_its_equation() -> None:
             close(out[image, patch], mlp(torch.cat([level[image, patch] for level in x]).numpy(), w))
 
 
+def test_mlp_normalises_each_level() -> None:
+    """Levels whose scales differ by a thousand count alike."""
+    bridge, x = MLP(norm=True, levels=2, vision_width=5, text_width=7).double(), features((2, 3), 2, 5)
+    for norm in bridge.norms:
+        nn.init.normal_(norm.weight)
+    w, out = weights_of(bridge), bridge(x, (2, 3))
+    for patch in range(6):
+        deep = [torch.as_tensor(layer_norm(level[1, patch].numpy(), w, f"norms.{i}")) for i, level in enumerate(x)]
+        close(out[1, patch], mlp(torch.cat(deep).numpy(), w))
+    torch.testing.assert_close(bridge([1000 * x[0], x[1]], (2, 3)), out, atol=1e-3, rtol=1e-3)
+
+
 def test_mlp_takes_llavas_weights() -> None:
     config = LlavaConfig(vision_config={"model_type": "clip_vision_model", "hidden_size": 8, "num_attention_heads": 2}, text_config=LLAMA)
     llava = LlavaMultiModalProjector(config)
