@@ -178,6 +178,25 @@ def test_prefill_and_decode_equal_torchs_counter(config: LlamaConfig) -> None:
     assert predict(config, text_tokens=11, mode="decode", new_tokens=4).total_flops == decoding
 
 
+def test_decoding_a_batch_equals_torchs_counter() -> None:
+    """Four tokens of each of three rows."""
+    config = LMS[0]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.arange(33).view(3, 11)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+
+        def decode() -> None:
+            for token in range(4):
+                model(torch.full((3, 1), token), past_key_values=cache, use_cache=True)
+
+        decoding = counted(decode)
+    predicted = predict(config, inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}, mode="decode", new_tokens=4)
+    assert predicted == observed(config, [[0] * 3] * 3, [[11] * 3] * 3, mode="decode", new_tokens=4)
+    assert predicted.total_flops == decoding
+    assert predicted.total_tokens == (3 * 15,) * 3
+
+
 @pytest.mark.parametrize(("factor", "trained"), [(2, Trained(bridge=True)), (3, Trained(bridge=True, lm=True))])
 def test_training_step_equals_torchs_counter(factor: int, trained: Trained) -> None:
     """Behind a trained bridge: a frozen LM needs no gradients of its weights, but both operands of attention's products need theirs."""
@@ -280,6 +299,16 @@ def test_observed_equals_predicted_and_takes_rows_apart() -> None:
     assert both.kv_bytes == tuple(a + b for a, b in zip(predicted.kv_bytes, text.kv_bytes, strict=True))
 
 
+@given(st.lists(st.tuples(st.integers(0, 16), st.integers(1, 20)), min_size=1, max_size=4), st.integers(0, 5))
+def test_decoding_a_batch_is_decoding_its_rows(rows: list[tuple[int, int]], new: int) -> None:
+    """Of other lengths, with fewer and fewer visual tokens layer by layer."""
+    visual = [[n >> layer for n, _ in rows] for layer in range(3)]
+    total = [[n + text for n, (_, text) in zip(left, rows, strict=True)] for left in visual]
+    each = zip(zip(*visual, strict=True), zip(*total, strict=True), strict=True)
+    alone = [observed(LMS[0], own, tokens, mode="decode", new_tokens=new) for own, tokens in each]
+    assert observed(LMS[0], visual, total, mode="decode", new_tokens=new) == cost.together(alone)
+
+
 @pytest.mark.parametrize("spelling", ["none", "vcc:layer=1,stride=4", "vcc:layer=0,stride=2+vcc:layer=2,stride=4", "random:keep=0.5"])
 def test_predicted_equals_what_an_attached_model_did(spelling: str) -> None:
     """Tokens as recorded, and FLOPs as torch counts them (one row, so that nothing is padding)."""
@@ -338,6 +367,8 @@ def test_errors_name_the_thing() -> None:
         schedule_tokens([(Fraction(1, 2), TWO), (Fraction(1, 3), FULL)])
     with pytest.raises(FoveateError, match=r"counts of 2 layers.*has 3"):
         observed(LMS[0], [1, 1], [1, 1])
+    with pytest.raises(FoveateError, match=r"counts of 0 layers.*has 3"):
+        observed(LMS[0], [], [], mode="decode", new_tokens=1)
     with pytest.raises(FoveateError, match=r"q_prj are not in.*q_proj"):
         cost.lora_per_layer(LMS[0], 4, ["q_prj"])
     with pytest.raises(FoveateError, match="size 10 is smaller than one patch of 14"):
