@@ -29,6 +29,7 @@ from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 from tests import tiny
 from tests.test_conventions import TERA
+from tests.test_learned import with_weights
 
 VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "patch_size": 14}
@@ -429,6 +430,18 @@ def test_predicted_scores_are_counted_wherever_they_are_computed() -> None:
         predicted = predict(model.config, images=2, text_tokens=ids.shape[1] - 2 * tiny.PATCHES, reducers=parse(reducer))
         assert predicted.flops["scores"] == run.ledger.flops["scores"] == seen.flops["scores"] > 0
         assert predict(model.config, text_tokens=5, images=0, reducers=parse(reducer)).flops["scores"] == 0
+
+
+@pytest.mark.parametrize("reducers", ["atpllava:layers=1-2-3", "atpllava:layers=1+fastv:layer=2", "atpllava:layers=1+pmod"])
+def test_scores_are_those_of_the_tokens_that_were_there(reducers: str) -> None:
+    """Where content decides, what is predicted is the most that may be; what is observed is what a counter sees."""
+    model = with_weights(tiny.llava(attn="eager"), reducers)
+    ids = torch.tensor([tiny.prompt(2, [4, 5])])
+    with torch.no_grad(), foveate.attach(model, reducers) as run, Counter(model) as seen:
+        model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32))
+    predicted = predict(model.config, images=2, text_tokens=ids.shape[1] - 2 * tiny.PATCHES, reducers=parse(reducers))
+    assert sum(run.last.visual_tokens) < sum(predicted.visual_tokens)
+    assert 0 < run.ledger.flops["scores"] == seen.flops["scores"] < predicted.flops["scores"]
 
 
 @pytest.mark.parametrize(
