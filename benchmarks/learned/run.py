@@ -105,6 +105,7 @@ def of(rows: Sequence[dict[str, Any]], arm: str, was_tuned: bool) -> dict[str, A
             for i, (picture, right) in enumerate(zip(row["pictures"], row["correct"], strict=True))
         ],
         "each": [100 * mean(row["correct"]) for row in own],
+        "families": {name: 100 * mean(row["families"][name] for row in own) for name in own[0]["families"]},
     }
 
 
@@ -119,13 +120,14 @@ def difference(one: dict[str, Any], other: dict[str, Any], seeds: Sequence[int])
 
 def table(report: dict[str, Any]) -> str:
     rows = report["rows"]
-    count = len(rows[0]["correct"])
+    count, families = len(rows[0]["correct"]), list(rows[0]["families"])
     lines = [
         f"{count:,} held-out questions; every training {report['steps']} steps of 16 samples, on {report['scenes']:,} scenes. "
         f"{report['machine']}.",
         "",
-        "| method | tuned with the model | visual tokens a layer | correct, % | less the learned one, points | seeds |",
-        "|---|---|---:|---:|---:|---|",
+        "| method | tuned with the model | visual tokens a layer | correct, % | less the learned one, points | "
+        f"{' | '.join(families)} | seeds |",
+        f"|---|---|---:|---:|---:|{'---:|' * len(families)}---|",
     ]
 
     def line(arm: str, was_tuned: bool, against: dict[str, Any] | None) -> None:
@@ -136,7 +138,8 @@ def table(report: dict[str, Any]) -> str:
         told = difference(own, against, both) if against is not None and both else ""
         spread = f" ± {stdev(own['each']):.1f}" if len(own["each"]) > 1 else ""
         seeds = ", ".join(map(str, own["seeds"]))
-        cells = [arm, "yes" if was_tuned else "no", f"{own['tokens']:.1f}", f"{mean(own['each']):.1f}{spread}", told, seeds]
+        cells = [arm, "yes" if was_tuned else "no", f"{own['tokens']:.1f}", f"{mean(own['each']):.1f}{spread}", told]
+        cells += [*(f"{own['families'][family]:.0f}" for family in families), seeds]
         lines.append(f"| {' | '.join(cells)} |")
 
     line(NONE, True, None)
@@ -166,7 +169,8 @@ def plot(report: dict[str, Any]) -> Figure:
                 colour = COLOURS[kinds.index(kind) % len(COLOURS)]
                 label = f"{kind}{'' if was_tuned else ', not tuned with'}"
                 face = colour if was_tuned else "none"
-                axes.plot([own["tokens"]] * len(own["each"]), own["each"], "o", color=colour, markerfacecolor=face, label=label)
+                marker = "*" if kind == NONE else "s" if kind in LEARNED else "o"
+                axes.plot([own["tokens"]] * len(own["each"]), own["each"], marker, color=colour, markerfacecolor=face, label=label)
     axes.set_xlabel("visual tokens in a layer, mean")
     axes.set_ylabel("correct answers, %")
     handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
