@@ -29,6 +29,7 @@ from foveate.errors import FoveateError
 from foveate.reducers import parse, visual_tokens
 from tests import tiny
 from tests.test_conventions import TERA
+from tests.test_learned import with_weights
 
 VICUNA = LlamaConfig()  # the 7B shape: 32 layers, 4096, 11008, 32 heads of 128
 CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16, "patch_size": 14}
@@ -178,6 +179,25 @@ def test_prefill_and_decode_equal_torchs_counter(config: LlamaConfig) -> None:
     assert predict(config, text_tokens=11, mode="decode", new_tokens=4).total_flops == decoding
 
 
+def test_decoding_a_batch_equals_torchs_counter() -> None:
+    """Four tokens of each of three rows."""
+    config = LMS[0]
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.arange(33).view(3, 11)
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+
+        def decode() -> None:
+            for token in range(4):
+                model(torch.full((3, 1), token), past_key_values=cache, use_cache=True)
+
+        decoding = counted(decode)
+    predicted = predict(config, inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)}, mode="decode", new_tokens=4)
+    assert predicted == observed(config, [[0] * 3] * 3, [[11] * 3] * 3, mode="decode", new_tokens=4)
+    assert predicted.total_flops == decoding
+    assert predicted.total_tokens == (3 * 15,) * 3
+
+
 @pytest.mark.parametrize(("factor", "trained"), [(2, Trained(bridge=True)), (3, Trained(bridge=True, lm=True))])
 def test_training_step_equals_torchs_counter(factor: int, trained: Trained) -> None:
     """Behind a trained bridge: a frozen LM needs no gradients of its weights, but both operands of attention's products need theirs."""
@@ -280,6 +300,16 @@ def test_observed_equals_predicted_and_takes_rows_apart() -> None:
     assert both.kv_bytes == tuple(a + b for a, b in zip(predicted.kv_bytes, text.kv_bytes, strict=True))
 
 
+@given(st.lists(st.tuples(st.integers(0, 16), st.integers(1, 20)), min_size=1, max_size=4), st.integers(0, 5))
+def test_decoding_a_batch_is_decoding_its_rows(rows: list[tuple[int, int]], new: int) -> None:
+    """Of other lengths, with fewer and fewer visual tokens layer by layer."""
+    visual = [[n >> layer for n, _ in rows] for layer in range(3)]
+    total = [[n + text for n, (_, text) in zip(left, rows, strict=True)] for left in visual]
+    each = zip(zip(*visual, strict=True), zip(*total, strict=True), strict=True)
+    alone = [observed(LMS[0], own, tokens, mode="decode", new_tokens=new) for own, tokens in each]
+    assert observed(LMS[0], visual, total, mode="decode", new_tokens=new) == cost.together(alone)
+
+
 @pytest.mark.parametrize("spelling", ["none", "vcc:layer=1,stride=4", "vcc:layer=0,stride=2+vcc:layer=2,stride=4", "random:keep=0.5"])
 def test_predicted_equals_what_an_attached_model_did(spelling: str) -> None:
     """Tokens as recorded, and FLOPs as torch counts them (one row, so that nothing is padding)."""
@@ -338,6 +368,8 @@ def test_errors_name_the_thing() -> None:
         schedule_tokens([(Fraction(1, 2), TWO), (Fraction(1, 3), FULL)])
     with pytest.raises(FoveateError, match=r"counts of 2 layers.*has 3"):
         observed(LMS[0], [1, 1], [1, 1])
+    with pytest.raises(FoveateError, match=r"counts of 0 layers.*has 3"):
+        observed(LMS[0], [], [], mode="decode", new_tokens=1)
     with pytest.raises(FoveateError, match=r"q_prj are not in.*q_proj"):
         cost.lora_per_layer(LMS[0], 4, ["q_prj"])
     with pytest.raises(FoveateError, match="size 10 is smaller than one patch of 14"):
@@ -398,6 +430,18 @@ def test_predicted_scores_are_counted_wherever_they_are_computed() -> None:
         predicted = predict(model.config, images=2, text_tokens=ids.shape[1] - 2 * tiny.PATCHES, reducers=parse(reducer))
         assert predicted.flops["scores"] == run.ledger.flops["scores"] == seen.flops["scores"] > 0
         assert predict(model.config, text_tokens=5, images=0, reducers=parse(reducer)).flops["scores"] == 0
+
+
+@pytest.mark.parametrize("reducers", ["atpllava:layers=1-2-3", "atpllava:layers=1+fastv:layer=2", "atpllava:layers=1+pmod"])
+def test_scores_are_those_of_the_tokens_that_were_there(reducers: str) -> None:
+    """Where content decides, what is predicted is the most that may be; what is observed is what a counter sees."""
+    model = with_weights(tiny.llava(attn="eager"), reducers)
+    ids = torch.tensor([tiny.prompt(2, [4, 5])])
+    with torch.no_grad(), foveate.attach(model, reducers) as run, Counter(model) as seen:
+        model(input_ids=ids, pixel_values=torch.randn(2, 3, 32, 32))
+    predicted = predict(model.config, images=2, text_tokens=ids.shape[1] - 2 * tiny.PATCHES, reducers=parse(reducers))
+    assert sum(run.last.visual_tokens) < sum(predicted.visual_tokens)
+    assert 0 < run.ledger.flops["scores"] == seen.flops["scores"] < predicted.flops["scores"]
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ def plan(
     overrides: Overrides = None,
     json: Annotated[bool, typer.Option(help="Print JSON.")] = False,
     text_tokens: Annotated[int, typer.Option(min=0, help="Text tokens a sample, counted beside the visual ones.")] = 0,
+    answer_tokens: Annotated[int | None, typer.Option(min=0, help="How many of these are supervised. Default: all.")] = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Width and height of an image, such as 1000x500; of a tiling more than once: one prompt.")
     ] = None,
@@ -71,7 +72,8 @@ def plan(
     if tiling_named(recipe):
         views(recipe, sizes or [(1000, 500)], json=json)
     else:
-        run(recipe, overrides or [], json=json, text_tokens=text_tokens, image=sizes[-1] if sizes else None)
+        size = sizes[-1] if sizes else None
+        run(recipe, overrides or [], json=json, text_tokens=text_tokens, answer_tokens=answer_tokens, image=size)
 
 
 @data_app.command()

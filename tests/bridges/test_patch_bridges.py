@@ -36,8 +36,8 @@ def test_mlp_equals_its_equation() -> None:
 def test_mlp_normalises_each_level() -> None:
     """Levels whose scales differ by a thousand count alike."""
     bridge, x = MLP(norm=True, levels=2, vision_width=5, text_width=7).double(), features((2, 3), 2, 5)
-    for norm in bridge.norms:
-        nn.init.normal_(norm.weight)
+    for weight in bridge.norms.parameters():
+        nn.init.normal_(weight)
     w, out = weights_of(bridge), bridge(x, (2, 3))
     for patch in range(6):
         deep = [torch.as_tensor(layer_norm(level[1, patch].numpy(), w, f"norms.{i}")) for i, level in enumerate(x)]

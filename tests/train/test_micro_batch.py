@@ -21,11 +21,12 @@ from foveate.data.conversations import Conversations
 from foveate.errors import FoveateError
 from foveate.train import micro_batch
 from foveate.train.loading import Loading
-from foveate.train.micro_batch import candidates, longest_of, per_sample, runs
+from foveate.train.micro_batch import candidates, head_of, longest_of, most_logits, per_sample, runs, wordiest_of
 from foveate.train.mixture import Mixture, Part
 from foveate.train.opening import Opened, open_model
 from foveate.train.recipe import load_recipe
 from foveate.train.run import main
+from foveate.train.supervised import SupervisedRows
 
 AUTO = ["stages.0.micro_batch=auto", "stages.0.batch_size=8"]
 
@@ -39,15 +40,27 @@ def losses(final: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (final.parent / "log.jsonl").read_text().splitlines()]
 
 
-def mixture(root: Path) -> Mixture:
-    return Mixture([Part("data", Conversations.open(root / "data.json", root / "images"), "stop", None)])
+def mixture(root: Path, images: Path | None = None) -> Mixture:
+    return Mixture([Part("data", Conversations.open(root / "data.json", images or root / "images"), "stop", None)])
 
 
-def estimate(opened: Opened, root: Path, recipe: Path, overrides: list[str], items: list[int]) -> float:
-    batch = Loading(mixture(root), Collator(opened.processor, 2048), "stop", root / "skipped")(items)
-    found = per_sample(load_recipe(recipe, overrides).stages[0], opened, batch)
+def loaded(opened: Opened, root: Path, items: list[int]) -> dict[str, Any]:
+    found: dict[str, Any] = Loading(mixture(root), Collator(opened.processor, 2048), "stop", root / "skipped")(items)
+    return found
+
+
+def estimate(opened: Opened, root: Path, recipe: Path, overrides: list[str], *items: list[int]) -> float:
+    """What a sample takes by the first of the batches, with as many logits as one of any of them gets."""
+    stage, batches = load_recipe(recipe, overrides).stages[0], [loaded(opened, root, own) for own in items]
+    found = per_sample(stage, opened, batches[0], most_logits(head_of(stage, opened), batches))
     assert found is not None
     return found
+
+
+def supervised(batch: dict[str, Any]) -> list[int]:
+    """Tokens of each sample whose next one is supervised."""
+    counts: list[int] = (batch["labels"][:, 1:] >= 0).sum(1).tolist()
+    return counts
 
 
 @given(samples=st.integers(1, 4096))
@@ -65,7 +78,7 @@ def test_what_fits_is_taken_and_losses_are_the_same(
     recipe = recipe_file("auto-estimate", ONE)
     opened = open_model(load_recipe(recipe, plain), 0, None)
     longest = longest_of(mixture(root), 8, 10)
-    sample = estimate(opened, root, recipe, [*plain, *AUTO], longest)
+    sample = estimate(opened, root, recipe, [*plain, *AUTO], longest, wordiest_of(mixture(root), 8))
     beside = 3 * sum(4 * parameter.numel() for parameter in opened.model.parameters() if parameter.requires_grad)
     given_ = losses(main(recipe_file("auto-given", ONE), [*plain, "stages.0.batch_size=8"]))
     for room, micro in ((8.01, 8), (7.99, 4), (2.5, 2), (0.5, 1)):
@@ -106,15 +119,21 @@ def test_a_run_that_goes_on_divides_as_before(recipe_file: Write, monkeypatch: p
 
 
 def test_the_estimate_by_hand(recipe_file: Write, root: Path) -> None:
-    """Decoder layers by the ledger, and three times the logits in float32."""
+    """Decoder layers by the ledger, and three times the logits in float32: of supervised tokens, or of all where several passes are
+    compared or the model needs them."""
     recipe = recipe_file("by-hand", ONE)
     opened = open_model(load_recipe(recipe), 0, None)
-    batch = Loading(mixture(root), Collator(opened.processor, 2048), "stop", root / "skipped")([0])
+    batch = loaded(opened, root, [0])
     length, config = batch["input_ids"].shape[1], opened.model.config
     (plan,) = batch["plans"][0]
     ledger = predict(config, images=(plan,), text_tokens=length - plan.tokens, mode="train", dtype_bytes=4)
-    logits = 3 * 4 * length * config.text_config.vocab_size
+    assert 0 < sum(supervised(batch)) < length - plan.tokens
+    each = 3 * 4 * config.text_config.vocab_size
+    logits = sum(supervised(batch)) * each
     assert estimate(opened, root, recipe, [], [0]) == sum(ledger.activation_bytes) + logits
+    compared = ["stages.0.losses=[mdist]", "stages.0.reducers=[{share: 1, reducer: 'uniform:keep=1.0'}]"]
+    assert estimate(opened, root, recipe, compared, [0]) == sum(ledger.activation_bytes) + length * each
+    assert most_logits(SupervisedRows(None), [batch]) == length
     checkpointed = 4 * 2 * length * 32 + max(ledger.activation_bytes) + logits
     assert estimate(opened, root, recipe, ["stages.0.gradient_checkpointing=true"], [0]) == checkpointed
 
@@ -139,16 +158,37 @@ def test_images_make_samples_long(root: Path) -> None:
     assert len(longest_of(data, 60, 1000)) == 60
 
 
+def test_what_gets_logits_is_told_by_those_with_most_text(
+    recipe_file: Write, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where images make others longer."""
+    turns = [("<image>\n<image>\nWhat?", "No."), ("And?", "yes" * 14)]
+    rows = [{"id": said, "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": said}]} for ask, said in turns]
+    (tmp_path / "data.json").write_text(json.dumps([{**rows[0], "image": ["5-0.png", "5-1.png"]}, rows[1]]))
+    recipe = load_recipe(recipe_file("wordy", ONE), AUTO)
+    opened, data = open_model(recipe, 0, None), mixture(tmp_path, root / "images")
+    assert (longest_of(data, 1, 10), wordiest_of(data, 1), wordiest_of(data, 3)) == ([0], [1], [1, 0, 1])
+    seen = []
+
+    def noted(stage: Any, opened: Any, batch: Any, logits: int) -> float:
+        seen.append(logits)
+        return 1.0
+
+    monkeypatch.setattr(micro_batch, "per_sample", noted)
+    micro_batch.decide(recipe, recipe.stages[0], data, opened, None, 1, PartialState())
+    assert seen == [43]  # letters, and the end of the answer
+
+
 # ---- the trial --------------------------------------------------------------------------------------------------------------------------
 
 
 def test_the_trial_halves_where_memory_runs_out(recipe_file: Write, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: a step of more than two samples runs out of memory."""
-    loaded = load_recipe(recipe_file("trial", ONE), AUTO)
-    opened = open_model(loaded, 0, None)
+    recipe = load_recipe(recipe_file("trial", ONE), AUTO)
+    opened = open_model(recipe, 0, None)
     tried = []
 
-    def tiny(stage: Any, model: Any, batch: dict[str, Any], device: torch.device) -> bool:
+    def tiny(stage: Any, model: Any, batch: dict[str, Any], device: torch.device, rows: SupervisedRows) -> bool:
         tried.append(len(batch["input_ids"]))
         forward = model.forward
 
@@ -159,21 +199,33 @@ def test_the_trial_halves_where_memory_runs_out(recipe_file: Write, root: Path, 
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model, "forward", full)
-            return runs(stage, model, batch, torch.device("cpu"))
+            return runs(stage, model, batch, torch.device("cpu"), rows)
 
     before, random = {name: value.clone() for name, value in opened.model.state_dict().items()}, torch.get_rng_state()
     monkeypatch.setattr(micro_batch, "runs", tiny)
     monkeypatch.setattr(micro_batch, "free_memory", lambda device: 2**50)
     monkeypatch.setattr(micro_batch, "tries", lambda device: True)
-    found = micro_batch.decide(loaded, loaded.stages[0], mixture(root), opened, None, 8, PartialState())
-    assert (found.micro_batch, tried) == (2, [8, 4, 2])
+    found = micro_batch.decide(recipe, recipe.stages[0], mixture(root), opened, None, 8, PartialState())
+    assert (found.micro_batch, tried) == (2, [8, 4, 2, 2])  # the longest, and those with most text
     assert "a step was tried" in found.reason
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in opened.model.state_dict().items())
     assert all(parameter.grad is None for parameter in opened.model.parameters())
     monkeypatch.setattr(micro_batch, "runs", lambda *args: False)
     with pytest.raises(FoveateError, match="not even one sample fits into a step: a sample takes about"):
-        micro_batch.decide(loaded, loaded.stages[0], mixture(root), opened, None, 8, PartialState())
+        micro_batch.decide(recipe, recipe.stages[0], mixture(root), opened, None, 8, PartialState())
+
+
+def test_the_trial_computes_the_logits_that_a_step_computes(recipe_file: Write, root: Path) -> None:
+    stage = load_recipe(recipe_file("trial-rows", ONE)).stages[0]
+    opened = open_model(load_recipe(recipe_file("trial-rows", ONE)), 0, None)
+    batch, seen = loaded(opened, root, [0, 1, 2]), list[int]()
+    rows = head_of(stage, opened)
+    hook = opened.model.get_output_embeddings().register_forward_hook(lambda *given: seen.append(given[2].shape[:2].numel()))
+    assert runs(stage, opened.model, batch, torch.device("cpu"), rows)
+    assert runs(stage, opened.model, batch, torch.device("cpu"), SupervisedRows(None))
+    hook.remove()
+    assert seen == [sum(supervised(batch)), batch["labels"].numel()]
 
 
 @pytest.mark.parametrize("wrong", ["0", "-1", "most", "1.5", "true"])

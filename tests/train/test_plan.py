@@ -1,6 +1,7 @@
 """`foveate plan` on the papers' own recipes: every number is from the papers or follows from their definitions."""
 
 import json
+from collections.abc import Callable
 from fractions import Fraction
 from io import StringIO
 from pathlib import Path
@@ -13,11 +14,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from foveate.accounting import Trained, predict, trainable
+from foveate.data.collate import IGNORED, Collator
+from foveate.data.conversations import Conversations
 from foveate.errors import FoveateError
 from foveate.model import FoveateConfig, FoveateForConditionalGeneration
+from foveate.train.account import Costs
+from foveate.train.opening import open_model
+from foveate.train.passes import passes_of
 from foveate.train.plan import StagePlan, main, plan, print_plan
 from foveate.train.recipe import load_recipe
+from foveate.train.run import main as train
+from foveate.train.schedule import reducer_at
 from foveate.train.settings import LoraOf
+from foveate.train.stages import read_config, walk
+from foveate.train.supervised import SupervisedRows
 
 PAPERS = Path(__file__).parents[2] / "recipes" / "papers"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -206,7 +216,9 @@ def tiny_recipe(folder: Path, **stage: object) -> Path:
 
 
 def test_plan_equals_the_model_that_is_built(tmp_path: Path) -> None:
-    (stage,) = plan(tiny_recipe(tmp_path, train={"bridge": True, "tower": True, "lm": True}), text_tokens=5).stages
+    """Of five tokens of text three are supervised, and get logits."""
+    recipe = tiny_recipe(tmp_path, train={"bridge": True, "tower": True, "lm": True})
+    (stage,) = plan(recipe, text_tokens=5, answer_tokens=3).stages
     used = CLIPVisionConfig(**{**VISION.to_dict(), "num_hidden_layers": 3})
     config = FoveateConfig(vision_config=used, text_config=TEXT, bridge=BRIDGE, vision_feature_layer=[1, 3], image_token_id=63)
     config._attn_implementation = "eager"
@@ -218,10 +230,27 @@ def test_plan_equals_the_model_that_is_built(tmp_path: Path) -> None:
     assert stage.trainable["lm"] == model.num_parameters() - sum(tower.values()) - stage.trainable["bridge"]
     assert stage.tokens_per_image == 6
     ids = torch.tensor([[1] + [63] * 6 + [2, 3, 4, 5]])
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # fused attention is not counted
-        model(input_ids=ids, pixel_values=torch.randn(1, 3, 32, 32))
+    inputs = {"input_ids": ids, "labels": torch.tensor([[IGNORED] * 8 + [3, 4, 5]]), "pixel_values": torch.randn(1, 3, 32, 32)}
+    rows = SupervisedRows(model.get_output_embeddings())
+    unfused = sdpa_kernel(SDPBackend.MATH)  # else attention is not counted
+    with torch.no_grad(), unfused, rows.alone(inputs) as given, FlopCounterMode(display=False) as counter:
+        model(**given)
     assert sum(stage.forward_flops.values()) == counter.get_total_flops()
     assert sum(stage.training_flops.values()) == 3 * counter.get_total_flops()
+
+
+def test_the_head_is_counted_at_what_is_supervised_or_said_not_to_be(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, train={"bridge": True, "lm": True})
+    none, text, some = plan(recipe), plan(recipe, text_tokens=5), plan(recipe, text_tokens=5, answer_tokens=3)
+    assert [found.stages[0].training_flops["head"] for found in (none, text, some)] == [3 * 2 * rows * 48 * 64 for rows in (0, 5, 3)]
+    assert [found.answer_tokens for found in (none, text, some)] == [0, 5, 3]
+    out = StringIO()
+    for found in (none, text, some):
+        print_plan(found, Console(file=out, width=300))
+    assert [line.split()[1] for line in out.getvalue().splitlines() if line.startswith("Head: ")] == ["left", "logits", "logits"]
+    assert "--answer-tokens says how many" in text.head
+    with pytest.raises(FoveateError, match="answer_tokens=6, but a sample has text_tokens=5"):
+        plan(recipe, text_tokens=5, answer_tokens=6)
 
 
 def test_a_cycle_shares_its_part(tmp_path: Path) -> None:
@@ -233,6 +262,108 @@ def test_a_cycle_shares_its_part(tmp_path: Path) -> None:
         (Fraction(1, 4), [3, 3, 3]),
     ]
     assert stage.mean_tokens == Fraction(12, 2) + Fraction(18, 4) + Fraction(9, 4)
+
+
+# ---- several passes in a step
+
+HALVES = [{"share": "1/2", "reducer": "random:keep=0.5"}, {"share": "1/2", "cycle": ["random:keep=0.5,layer=1", "random:keep=0.25"]}]
+
+
+def by_account(path: Path, steps: int, text: int) -> float:
+    """FLOPs of a stage's steps by what the trainer counts of each, for a sample with one image and so much text."""
+    recipe = load_recipe(path)
+    ((setup,), (stage,)) = walk(recipe, read_config), recipe.stages
+    costs, passes, spent = Costs(setup.used, setup.trained), passes_of(recipe, stage, steps), 0.0
+    assert passes is not None
+    for number in range(steps):
+        made = passes.plan(number, reducer_at(stage.parts, number, steps))
+        spent += sum(costs.of(reducers, (setup.image,), text) for reducers in made.students)
+        spent += sum(costs.of(reducers, (setup.image,), text, teaches=True) for reducers in made.teachers)
+    return spent
+
+
+@pytest.mark.parametrize(
+    ("losses", "trained", "taught"),
+    [
+        (["mdist", {"loss": "rdist", "weight": 0.5}], 1, 1),
+        (["dualspeed:slow=0.5"], 1, None),
+        (["epic"], 1, 1),
+        (["matryoshka:budgets=1/0.5/0.25"], 3, 0),
+        (["matryoshka:budgets=0.5/0.25,draw=one", "mdist"], 1, 1),
+    ],
+)
+def test_the_plan_has_the_passes_of_the_trainers_account(losses: list[object], trained: int, taught: int | None, tmp_path: Path) -> None:
+    path = tiny_recipe(tmp_path, steps=8, losses=losses, reducers=HALVES)
+    (stage,) = plan(path, text_tokens=5, answer_tokens=2).stages
+    assert 8 * sum(stage.training_flops.values()) == by_account(path, 8, 5)
+    assert sum(part.share for part in stage.parts if part.trained) == trained
+    shares = sum(part.share for part in stage.parts if not part.trained)
+    assert shares == taught if taught is not None else 0 < shares < 1
+    assert all(part.training_flops == part.forward_flops for part in stage.parts if not part.trained)
+    assert all(sum(part.training_flops.values()) > 1.5 * sum(part.forward_flops.values()) for part in stage.parts if part.trained)
+    assert [note.startswith("`losses` make several passes in a step, a line each") for note in stage.notes] == [True]
+    assert stage.mean_tokens == sum(part.share * part.tokens for part in stage.parts if part.trained) / trained
+    out = StringIO()
+    print_plan(plan(path), Console(file=out, width=300))
+    assert out.getvalue().count(", no gradient") == sum(not part.trained for part in stage.parts)
+
+
+def test_where_more_is_drawn_than_counted_it_is_said(tmp_path: Path) -> None:
+    """Also where the number of steps is not known, and with it what is drawn."""
+    path = tiny_recipe(tmp_path, steps=60, losses=["epic"], reducers=[{"share": 1, "reducer": "random:keep=0.5"}])
+    (stage,) = plan(path, text_tokens=5).stages
+    assert len([part for part in stage.parts if part.trained]) == 8
+    assert "the passes of a step are drawn" in stage.notes[-1]
+    assert 60 * float(sum(stage.training_flops.values())) == pytest.approx(by_account(path, 60, 5), rel=0.02)
+    slow = ["stages.0.losses=['dualspeed:slow=0.1']"]
+    assert len(plan(path, slow).stages[0].notes) == 1  # 60 steps are all looked at
+    (stage,) = plan(path, [*slow, "stages.0.steps=null", "stages.0.epochs=1"]).stages
+    assert (stage.steps, sum(part.share for part in stage.parts if part.trained)) == (None, 1)
+    assert next(float(part.share) for part in stage.parts if not part.trained) == pytest.approx(0.1, abs=0.02)
+    assert "the passes of a step are drawn" in stage.notes[-1]
+
+
+@pytest.mark.parametrize("losses", ["[]", "['dualspeed:slow=0.5']"])
+def test_a_run_logs_what_its_plan_says(losses: str, recipe_file: Callable[..., Path], root: Path) -> None:
+    """Of samples that are all alike: each pass of each step, and logits where they are computed."""
+    row = json.loads((root / "data.json").read_text())[1]
+    (root / "alike.json").write_text(json.dumps([{**row, "id": str(number)} for number in range(4)]))
+    name = f"planned-{len(losses)}"
+    path = recipe_file(name, ALIKE)
+    overrides = [f"stages.0.losses={losses}"]
+    opened = open_model(load_recipe(path, overrides), 0, None)
+    sample = Conversations.open(root / "alike.json", root / "images")[0]
+    batch = Collator(opened.processor, 2048)([sample])
+    (image,), labels = sample.plans, batch["labels"]
+    text, answers = labels.shape[1] - image.tokens, int((labels[:, 1:] != IGNORED).sum())
+    assert 0 < answers < text
+    (stage,) = plan(path, overrides, text_tokens=text, answer_tokens=answers).stages
+    log = (train(path, overrides).parent / "log.jsonl").read_text().splitlines()
+    assert stage.cost == json.loads(log[-1])["flops"]
+
+
+ALIKE = """
+name: alike
+output: {root}/{output}
+model:
+  vision: {root}/tower
+  text: {root}/lm
+  vision_feature_layer: [-1]
+  bridge: {{kind: mlp}}
+log_steps: 1
+workers: 0
+stages:
+  - name: one
+    data: {{conversations: {root}/alike.json, images: {root}/images}}
+    train: {{bridge: true, lm: true}}
+    steps: 4
+    batch_size: 2
+    learning_rate: 1.0e-2
+    reducers: [{{share: 1, reducer: "random:keep=0.5,layer=1"}}]
+"""
+
+
+# ---- the rest
 
 
 def test_steps_come_from_the_data_where_it_is(tmp_path: Path) -> None:
@@ -253,7 +384,7 @@ def test_a_checkpoint_of_another_family(tmp_path: Path) -> None:
     (stage,) = plan(recipe, text_tokens=3).stages
     assert stage.tokens_per_image == 16
     assert stage.trainable["bridge"] == trainable(config, Trained())["bridge"] == 32 * 48 + 48 * 48 + 2 * 48
-    expected = predict(config, text_tokens=3, mode="train", trained=Trained())
+    expected = predict(config, text_tokens=3, mode="train", trained=Trained(), head_tokens=3)
     assert sum(stage.training_flops.values()) == expected.total_flops
     with pytest.raises(FoveateError, match=r"`bridge` needs a Foveate model.*llava"):
         plan(recipe, ["stages.0.bridge={scales: [[4, 2]]}"])

@@ -109,6 +109,11 @@ def test_overrides(recipe_file: Write) -> None:
         ("share: 1/3, reducer: none", "share: 1/3", "stages.1.reducers.2: a part of the schedule has either `reducer` or `cycle`"),
         ("vcc:layer=1,stride=4", "vcd:layer=1", "stages.1.reducers.0.reducer: 'vcd:layer=1': unknown reducer 'vcd' (did you mean 'vcc'?)"),
         ("micro_batch: 2", "micro_batch: 3", "stages.0: batch_size 4 is no multiple of micro_batch 3"),
+        (
+            "micro_batch: 2",
+            "micro_batch: auto\n    losses: [mdist]",
+            "stages.0: `micro_batch: auto` tries one pass, and `losses` keep several",
+        ),
         ("train: {{bridge: true}}", "train: {{bridge: false}}", "stages.0.train: nothing is trained"),
         ("name: grow", "name: pretrain", "recipe: two stages are called pretrain"),
         ("  vision: {root}/tower", "  checkpoint: x", "model: give either `checkpoint` or `vision`, `text` and `bridge`, not both"),

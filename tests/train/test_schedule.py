@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.train.schedule import Part, boundaries, part_at, reducer_at, stage_steps
+from foveate.train.schedule import Part, boundaries, part_at, reducer_at, spread, stage_steps, steps_by_reducer
 
 
 @st.composite
@@ -47,8 +47,25 @@ def test_a_cycle_takes_turns_from_the_start_of_its_part(shares: list[Fraction], 
         count[index] = count.get(index, 0) + 1
 
 
+@given(shares=shares(), total=st.integers(1, 200), length=st.integers(1, 4))
+def test_steps_by_reducer_are_those_that_have_it(shares: list[Fraction], total: int, length: int) -> None:
+    parts = [Part(share, tuple(f"{i}.{k}" for k in range(length))) for i, share in enumerate(shares)]
+    found = dict(zip((name for part in parts for name in part.cycle), steps_by_reducer(parts, total), strict=True))
+    assert sorted(step for steps in found.values() for step in steps) == list(range(total))
+    assert all(reducer_at(parts, step, total) == name for name, steps in found.items() for step in steps)
+
+
 def test_no_schedule_is_no_reducer() -> None:
     assert reducer_at([], 3, 5) == "none"
+    assert steps_by_reducer([], 5) == [range(5)]
+
+
+@given(count=st.integers(0, 300), most=st.integers(1, 20))
+def test_what_is_spread_is_in_order_and_alike_from_both_ends(count: int, most: int) -> None:
+    found = list(spread(range(count), most))
+    assert len(found) == min(count, most)
+    assert found == sorted(found)
+    assert all(abs(a + b - (count - 1)) <= 1 for a, b in zip(found, reversed(found), strict=True))
 
 
 @pytest.mark.parametrize("step", [-1, 5])

@@ -159,6 +159,8 @@ def test_a_model_that_needs_all_rows_keeps_them_and_says_so_once(kind: str, capl
         rows = tried(Own(kind), batch.inputs | {"labels": batch.labels()}, False)
     assert rows.head is None
     assert [record.getMessage().startswith("logits are computed for all tokens") for record in caplog.records] == [True]
+    assert tried(Own(kind), batch.inputs | {"labels": batch.labels()}, False, tell=False).head is None
+    assert len(caplog.records) == 1
     inputs = {"labels": batch.labels()}
     with rows.alone(inputs) as given:
         assert given is inputs

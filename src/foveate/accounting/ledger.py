@@ -34,8 +34,10 @@ class Trained:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Tokens, KV bytes and FLOPs of one forward pass, one training step, or some decoding; per layer where a list.
+    """Tokens, KV bytes and FLOPs of one forward pass, one training step, or some decoding, all rows of the batch together; per layer where
+    a list.
 
+    flops             by part; "scores" of a run by the tokens that were there, predicted ones where content decides by those that may be
     kv_bytes          of the tokens that ran, `visual_kv_bytes` of those of images among them
     kv_stays          where a cache policy acts and it is known: what is left of them after the pass; () without one. `kv_peak`: the most
                       that there was at a time, each layer's cache being thinned once it has run

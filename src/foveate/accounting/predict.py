@@ -49,8 +49,10 @@ def predict(
     image is what the vision tower takes at once: where a processor cuts a picture into tiles, each of them is one of `images`. A Foveate
     model may be asked for images of `image_size` pixels square or of a (rows, columns) `grid` of patches, others have a size of their own.
     A bare text config has no tower and takes `per_image` visual tokens as given.
-    `mode`: "prefill" (logits of one token), "decode" (`new_tokens` forwards of one token each after that prefill, whose own cost is not
-    in it), "train" (forward and backward by the rule in CONVENTION, logits of all tokens; `trained` says what is updated).
+    `mode`: "prefill" (logits of one token of each prompt), "decode" (`new_tokens` forwards of one token of each prompt after that prefill,
+    whose own cost is not in it), "train" (forward and backward by the rule in CONVENTION, logits of all tokens unless `head_tokens` says
+    of how many; `trained` says what is updated). Where content decides what a reducer leaves (`Reducer.exact`), tokens and what follows
+    from them, scores among it, are the most that may be.
     `cache`: what thins the caches after the prompt, in "prefill" and "decode"; where what stays depends on more than sizes, the ledger of
     a prefill leaves it out, and decoding is refused.
     FoveateError where the configuration does not say what becomes of an image, as in families whose images keep their size.
@@ -114,10 +116,11 @@ def observed(
     """From token counts as they were: `visual` and `total` hold, for each decoder layer, one count or one count per row of the batch.
 
     Attention's cost needs the rows apart: a layer given as one number is taken for one sequence. `mode` "decode": `new_tokens` forwards of
-    one token each after a prefill of these tokens, whose own cost is not in it. `head_tokens`: how many got logits;
+    one token of each row after a prefill of these tokens, whose own cost is not in it. `head_tokens`: how many got logits;
     unless given, one per row in "prefill" and the tokens of the first layer in "train". `encoded`: the calls that encoded the images,
     each with the share of it that is theirs; without them `images` images of `grid` patches are counted, as in `predict`. `reducers`
-    acted on `prompts`; what their scores took follows from the sizes of these, and what the policy `cache` took from those of the layers.
+    acted on `prompts`; what their scores took follows from the sizes of these and from what was `left` of them, and what the policy `cache`
+    took from those of the layers.
     `unseen`: by layer and row, (query, key) pairs that a rule hides; without it none. `in_tower`: of each crop that the tower saw, by block
     in front of which something was cut, the tokens that were left; without it as many as the reducers say.
     """
@@ -144,9 +147,7 @@ def _ledger(
     decided: tuple[int, int],
     unseen: Sequence[Sequence[int]],
 ) -> Ledger:
-    stack = decoder(config)
-    if len(total) != len(stack.linear):
-        raise FoveateError(f"token counts of {len(total)} layers, but the language model has {len(stack.linear)}")
+    stack = _fitting(config, total)
     trained = (trained or Trained()) if mode == "train" else Trained(bridge=False)
     before = trained.tower or trained.bridge
     flows = before or trained.lm or trained.lora_rank > 0 or trained.reducers
@@ -186,6 +187,14 @@ def _ledger(
     )
 
 
+def _fitting(config: Any, total: list[list[int]]) -> Stack:
+    """The decoder's layers. FoveateError where tokens of another number of layers are given."""
+    stack = decoder(config)
+    if len(total) != len(stack.linear):
+        raise FoveateError(f"token counts of {len(total)} layers, but the language model has {len(stack.linear)}")
+    return stack
+
+
 def _weights(config: Any, images: Any, times: int = 1) -> list[int]:
     """By layer, multiply-adds per token in the weights that images become, each of whose products costs so many forwards; none without
     images."""
@@ -221,12 +230,14 @@ def _kept(stack: Stack) -> list[int]:
 
 
 def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_tokens: int, dtype_bytes: int, images: bool) -> Ledger:
-    """`new_tokens` forwards of one token; the i-th (from 1) attends to the prefilled tokens of its layer and to i new ones."""
-    stack = decoder(config)
-    linear = [2 * new_tokens * (macs + own) for macs, own in zip(stack.linear, _weights(config, images), strict=True)]
+    """`new_tokens` forwards of one token of each row; the i-th (from 1) attends to the prefilled tokens of its row in that layer and to i
+    new ones."""
+    stack = _fitting(config, total)
+    new = new_tokens * len(total[0])
+    linear = [2 * new * (macs + own) for macs, own in zip(stack.linear, _weights(config, images), strict=True)]
     seen = [sum(n * new_tokens + new_tokens * (new_tokens + 1) // 2 for n in rows) for rows in total]
     attention = [4 * n * width for n, width in zip(seen, stack.attention_width, strict=True)]
-    after = [sum(rows) + new_tokens for rows in total]
+    after = [sum(rows) + new for rows in total]
     return Ledger(
         "decode",
         tuple(sum(rows) for rows in visual),
@@ -239,7 +250,7 @@ def _decode(config: Any, visual: list[list[int]], total: list[list[int]], new_to
             "bridge": 0,
             "lm_linear": sum(linear),
             "lm_attention": sum(attention),
-            "head": 2 * new_tokens * stack.head,
+            "head": 2 * new * stack.head,
             "scores": 0,
         },
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -27,10 +27,14 @@ WAY_OUT = "give what its processor makes of the prompt: predict(config, inputs=.
 
 @dataclass(frozen=True)
 class Prompt:
-    """The images and videos of one prompt, and how many tokens beside their patches (text, newlines)."""
+    """The images and videos of one prompt, and how many tokens beside their patches (text, newlines).
+
+    left  as in `foveate.reducers.base.passing`, where it was recorded what was left of the images
+    """
 
     images: list[ImageSize]
     text: int
+    left: Mapping[tuple[int, bool], Sequence[int]] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

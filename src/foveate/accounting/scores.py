@@ -72,11 +72,12 @@ def _asked(signal: Signal, slots: int, arrived: Arrived) -> int:
 
 
 def _in_lm(config: Any, reducers: Sequence[Reducer], prompt: Prompt, tower_width: int) -> int:
-    """FLOPs of the scores of one prompt in front of and inside the language model."""
+    """FLOPs of the scores of one prompt in front of and inside the language model: of the tokens that were there, where that is known, else
+    of those that may be there at most."""
     stack, text = decoder(config), config.get_text_config()
     counts = [[image.tokens for image in prompt.images]] * len(stack.linear)
     score = 0
-    for site, reducer, stage in passing(reducers, prompt.images, counts):
+    for site, reducer, stage in passing(reducers, prompt.images, counts, prompt.left):
         at, before = site.layer, max(0, site.layer - 1)
         if site.effect.place == "decoder":
             sizes = Workload(

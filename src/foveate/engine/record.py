@@ -111,12 +111,17 @@ class Record:
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The sizes of what entered the language model, row by row."""
+        """The sizes of what entered the language model, row by row, and of what was left of it."""
         layout = self.entered
         found = []
-        for visual, place, length in zip(layout.visual, layout.place, layout.valid.sum(1).tolist(), strict=True):
-            images = [ImageSize.of(place[visual & (place[:, 0] == i)][:, 1:]) for i in place[visual][:, 0].unique().tolist()]
-            found.append(Prompt(images, length - int(visual.sum())))
+        cuts = {(layer, True): cut.target for layer, cut in self.maps.items()} | {
+            (at, False): by.target for at, by in self.bypasses.items()
+        }
+        for row, (visual, place, length) in enumerate(zip(layout.visual, layout.place, layout.valid.sum(1).tolist(), strict=True)):
+            numbers = place[visual][:, 0].unique().tolist()
+            images = [ImageSize.of(place[visual & (place[:, 0] == i)][:, 1:]) for i in numbers]
+            left = {at: [int((after.visual[row] & (after.image[row] == i)).sum()) for i in numbers] for at, after in cuts.items()}
+            found.append(Prompt(images, length - int(visual.sum()), left))
         return found
 
     def provenance(self, layer: int) -> TokenMap:

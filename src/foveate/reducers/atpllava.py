@@ -7,7 +7,9 @@ d_n = 1 - 3 / z^2                     z: the largest of 8, 4, 2 of which the row
 theta_r, theta_d = sigmoid(W [mean s_self, mean s_cross] + b)         for each layer and image; W and b begin at 0
 n stays where  m_n = max(r_n - theta_r, d_n - theta_d) > 0            looked at, or in one of an image's evenly spaced rasters
 
-in front of layers 5, 15 and 25 (after layers 4, 14 and 24) of 32. How many stay follows from picture and question, one of each at least.
+in front of layers 5, 15 and 25 (after layers 4, 14 and 24) of 32. How many stay follows from picture and question, one of each at least:
+what is predicted of tokens, bytes and scores (`predict`, `foveate plan`) is the most that may be, as if all stayed; the ledger of a run has
+what was.
 
 While the thresholds are trained all tokens stay, their states multiplied by the soft mask sigmoid(10 m_n). The loss is how far the tokens,
 mean over the decoder layers and over the rows of a batch that have images, are from `keep` of all. It counts those that would be there,
@@ -105,6 +107,8 @@ class ATPLLaVA(Learned):
         return replace(self, keep=1.0)
 
     def score_flops(self, sizes: Workload, stage: int = 0) -> int:
+        """Every row of attention in the layer before: of the tokens that arrive, which sizes alone do not tell but for the first of its
+        layers. Where all are taken to arrive, the most that it may be."""
         return 0 if self._keeps_all else sizes.rows(sizes.slots)
 
     @property

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 from PIL.Image import Image
@@ -166,20 +167,30 @@ def acting(reducers: Sequence[Reducer], num_layers: int) -> list[Step]:
     return [(site, reducers[i], stage) for site, i, stage in sorted(sites, key=order)]
 
 
-def passing(reducers: Sequence[Reducer], images: Sequence[ImageSize], counts: list[list[int]]) -> Iterator[Step]:
+def passing(
+    reducers: Sequence[Reducer],
+    images: Sequence[ImageSize],
+    counts: list[list[int]],
+    known: Mapping[tuple[int, bool], Sequence[int]] = MappingProxyType({}),
+) -> Iterator[Step]:
     """The steps in the order in which they act. `counts` are, by decoder layer, the tokens of each image of one prompt that go through it:
-    after each step what it has left."""
+    after each step what it has left. `known`: by decoder layer, from it on (True) or in it alone (False), what all that acted there left
+    of each image; without it, and between two that act there, what `count` says."""
     crops = [image.crops if len(image.crops) > 1 else image.frames for image in images]  # each is one sequence in the tower
     whole = tuple(ImageSize.whole(tokens) for parts in crops for tokens in parts)
     in_tower = [size.tokens for size in whole]
-    for site, reducer, stage in acting(reducers, len(counts)):
+    steps = acting(reducers, len(counts))
+    last = {(site.layer, site.effect.lasts): number for number, (site, _, _) in enumerate(steps)}
+    for number, (site, reducer, stage) in enumerate(steps):
         yield site, reducer, stage
+        place = site.layer, site.effect.lasts
         if site.effect.place == "tower":
             in_tower = reducer.count(Workload(whole, tuple(in_tower)), stage)
             each = iter(in_tower)
             left = [sum(next(each) for _ in parts) for parts in crops]
         else:
             left = reducer.count(Workload(tuple(images), tuple(counts[site.layer]), layers=len(counts)), stage)
+        left = list(known.get(place, left)) if last[place] == number else left
         end = len(counts) if site.effect.lasts else site.layer + 1
         counts[site.layer : end] = [left] * (end - site.layer)
 

@@ -1,6 +1,7 @@
 """`micro_batch: auto`: the most samples that fit into a forward and backward pass, by an estimate, and on a GPU by trying.
 
-The longest samples of the stage, as many as a process has in a step, stand for all; the estimate is high rather than low."""
+The longest samples of the stage, as many as a process has in a step, stand for all, and those with most text for what gets logits: the
+supervised tokens alone, where the trainer computes no others. The estimate is high rather than low."""
 
 from __future__ import annotations
 
@@ -35,6 +36,8 @@ from foveate.train.schedule import NONE
 from foveate.train.settings import Recipe, Stage
 from foveate.train.sizes import written
 from foveate.train.stages import is_assembled, naming
+from foveate.train.supervised import SupervisedRows
+from foveate.train.trials import try_rows
 
 RECORD = "micro-batch.json"
 PART = 0.8  # of the free memory; the rest is for what is not counted
@@ -96,12 +99,12 @@ def decide(
     """The first of the candidates that the estimate, and on a GPU a step, has room for."""
     skipped, _ = notes(recipe, stage)
     load = Loading(samples, make_collator(opened, stage.max_length, features=features), samples.policy, skipped)
-    longest = longest_of(samples, share, image_of(opened).tokens)
+    most = [longest_of(samples, share, image_of(opened).tokens), wordiest_of(samples, share)]
     device = torch.device(state.device)
     opened.model.to(device)
     room = PART * free_memory(device.type) - to_come(stage, opened.model)
-    batch = load(longest)
-    taken = per_sample(stage, opened, batch)
+    rows, batches = head_of(stage, opened), list(map(load, most))
+    taken = per_sample(stage, opened, batches[0], most_logits(rows, batches))
     if taken is None and not tries(device):
         raise FoveateError("micro_batch: auto does not know what a sample of this model takes; give a number of samples")
     fitting = [micro for micro in candidates(share) if taken is None or micro * taken <= room] or [1]
@@ -109,7 +112,7 @@ def decide(
     if not tries(device):
         return Decision(fitting[0], share, said)
     for micro in fitting:
-        if runs(stage, opened.model, load(longest[:micro]), device):
+        if all(runs(stage, opened.model, load(items[:micro]), device, rows) for items in most):
             return Decision(micro, share, f"{said}; a step was tried" if said else "a step was tried")
     raise FoveateError(f"not even one sample fits into a step: {said}. Take gradient_checkpointing, fewer tokens, or LoRA")
 
@@ -129,6 +132,24 @@ def longest_of(samples: Mixture, count: int, image: int) -> list[int]:
     return (found * count)[:count]
 
 
+def wordiest_of(samples: Mixture, count: int) -> list[int]:
+    """Those with most text, likewise."""
+    found = np.argsort(-samples.sizes(), kind="stable")[:count].tolist()
+    return (found * count)[:count]
+
+
+def head_of(stage: Stage, opened: Opened) -> SupervisedRows:
+    """Which tokens get logits in a step, as in `FoveateTrainer.compute_loss`."""
+    if stage.losses or stage.kind == "align":
+        return SupervisedRows(None)
+    return try_rows(opened, True, tell=False)  # where a loss takes no number of items, all tokens: rather too many
+
+
+def most_logits(rows: SupervisedRows, batches: Sequence[dict[str, Any]]) -> int:
+    """The most tokens of a sample that get logits."""
+    return max(batch["labels"].shape[1] if count is None else count for batch in batches for count in rows.count(batch["labels"]))
+
+
 def image_of(opened: Opened) -> ImagePlan:
     config = opened.model.config
     if is_assembled(config):
@@ -144,11 +165,11 @@ def to_come(stage: Stage, model: torch.nn.Module) -> int:
     return 3 * trained + copy
 
 
-def per_sample(stage: Stage, opened: Opened, batch: dict[str, Any]) -> float | None:
+def per_sample(stage: Stage, opened: Opened, batch: dict[str, Any], logits: int) -> float | None:
     """Bytes that autograd keeps of a sample, mean of a batch, under the schedule's most expensive reducer; None if that is not known.
 
     Of the language model by `Ledger.activation_bytes`, or with gradient checkpointing one state a layer and one layer's; of a trained
-    tower, as much as of as many tokens in such a layer of its own width; of the head its logits."""
+    tower, as much as of as many tokens in such a layer of its own width; of the head the `logits` of so many tokens."""
     config: Any = opened.model.config
     rows, length = batch["input_ids"].shape
     text, size = config.get_text_config(), 2 if stage.precision in ("bf16", "fp16", "bf16-copy") else 4
@@ -169,7 +190,7 @@ def per_sample(stage: Stage, opened: Opened, batch: dict[str, Any]) -> float | N
         patches = math.prod(batch["pixel_values"].shape[-2:]) / getattr(vision, "patch_size", 14) ** 2
         width = 8 * vision.hidden_size + 2 * getattr(vision, "intermediate_size", 4 * vision.hidden_size)
         tower = crops * patches * width * vision.num_hidden_layers * size
-    return most + tower + LOGITS * 4 * length * text.vocab_size
+    return most + tower + LOGITS * 4 * logits * text.vocab_size
 
 
 def decoder(
@@ -183,8 +204,9 @@ def decoder(
     return sum(ledger.activation_bytes)
 
 
-def runs(stage: Stage, model: Any, batch: dict[str, Any], device: torch.device) -> bool:
-    """Whether a forward and backward pass of the batch has room. The model, its gradients and the random numbers are as before."""
+def runs(stage: Stage, model: Any, batch: dict[str, Any], device: torch.device, rows: SupervisedRows) -> bool:
+    """Whether a forward and backward pass of the batch has room, with logits of the `rows` that get them. The model, its gradients and the
+    random numbers are as before."""
     inputs = {name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)}
     halves = {"bf16": torch.bfloat16, "bf16-copy": torch.bfloat16, "fp16": torch.float16}
     training = model.training
@@ -192,8 +214,8 @@ def runs(stage: Stage, model: Any, batch: dict[str, Any], device: torch.device) 
         model.gradient_checkpointing_enable()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            with torch.autocast(device.type, halves.get(stage.precision), enabled=stage.precision in halves):
-                loss = model.train()(**inputs)["loss"]
+            with torch.autocast(device.type, halves.get(stage.precision), enabled=stage.precision in halves), rows.alone(inputs) as given:
+                loss = model.train()(**given)["loss"]
             if loss.requires_grad:  # nothing is trained by a batch of text alone, where only the bridge is
                 loss.backward()
     except torch.OutOfMemoryError:

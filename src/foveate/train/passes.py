@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +15,15 @@ from torch import Tensor, nn
 
 from foveate.engine.run import Run
 from foveate.losses import Loss, Plan, Seen, Step, Whole, plan_step
+from foveate.reducers import parse, visual_tokens
 from foveate.tokens import TokenMap
-from foveate.train.schedule import NONE
+from foveate.train.order import seed_of
+from foveate.train.schedule import COUNTED, NONE, spread, steps_by_reducer
+from foveate.train.settings import Recipe, Stage
+from foveate.train.stages import Setup
 
 ANSWERS = "answers"  # the students' cross entropy among the terms of the loss
+LOOKED_AT = 2**12  # steps under one reducer of a schedule, where their passes are told beforehand
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,50 @@ class Passes:
     def _seen(self, run: Run, outputs: Any) -> Seen:
         left: TokenMap | None = run.last.left if run.passes and run.last.maps else None
         return Seen(outputs["logits"], left)
+
+
+def passes_of(recipe: Recipe, stage: Stage, steps: int) -> Passes | None:
+    """The passes of a stage's steps, where it has losses over several of them."""
+    if not stage.losses:
+        return None
+    weights = [term.weight for term in stage.losses]
+    return Passes(stage.terms, weights, seed_of(recipe.seed, stage.name, "losses"), steps, stage.batch_size)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the passes that a stage's steps make: its reducers, whether it is trained, and the share of the steps that make it."""
+
+    reducers: str
+    trained: bool = True
+    share: Fraction = Fraction(1)
+
+
+def passes_made(setup: Setup, steps: int, passes: Passes | None) -> tuple[list[Pass], bool]:
+    """The passes that so many steps of a stage make, and whether they are those of all of them. Where more kinds of steps are drawn than
+    are counted, some stand for all, evenly spread by their visual tokens."""
+    found, whole = list[Pass](), True
+    for (share, reducers), numbers in zip(setup.slots, steps_by_reducer(setup.stage.parts, steps), strict=True):
+        if passes is None:
+            found.append(Pass(reducers, share=share))
+            continue
+        plans = [passes.plan(number, reducers) for number in spread(numbers or [0], LOOKED_AT)]
+        kinds = Counter((plan.students, plan.teachers) for plan in plans)
+        whole &= len(kinds) == 1 or (len(kinds) <= COUNTED and len(numbers) <= LOOKED_AT)
+        if len(kinds) > COUNTED:
+            tokens = {kind: sum(_tokens(setup, spelled) for spelled in (*kind[0], *kind[1])) for kind in kinds}
+            kinds = Counter(spread(sorted(kinds.elements(), key=tokens.__getitem__)))
+        shares: dict[tuple[str, bool], Fraction] = {}
+        for (students, teachers), count in kinds.items():
+            for made in [*((student, True) for student in students), *((teacher, False) for teacher in teachers)]:
+                shares[made] = shares.get(made, Fraction(0)) + share * Fraction(count, kinds.total())
+        found += [Pass(*made, shares[made]) for made in sorted(shares, key=lambda made: not made[1])]
+    return found, whole
+
+
+def _tokens(setup: Setup, reducers: str) -> int:
+    """Visual tokens of an image, all decoder layers together."""
+    return sum(visual_tokens(parse(reducers), setup.image.visual, setup.config.get_text_config().num_hidden_layers))
 
 
 def _add(terms: dict[str, Tensor], name: str, value: Tensor) -> None:

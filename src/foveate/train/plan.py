@@ -25,11 +25,13 @@ from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, PreTrained
 from foveate.accounting import CONVENTION, image_shape, parameters, predict, trainable
 from foveate.accounting.conventions import compression_ratio, schedule_tokens
 from foveate.data.rows import open_rows
+from foveate.errors import FoveateError
 from foveate.reducers import parse
 from foveate.train import align
 from foveate.train.order import apportion
+from foveate.train.passes import Pass, Passes, passes_made, passes_of
 from foveate.train.recipe import load_recipe
-from foveate.train.schedule import stage_steps
+from foveate.train.schedule import spread, stage_steps
 from foveate.train.settings import Source, Stage
 from foveate.train.stages import Setup, naming, read_config, walk
 
@@ -49,19 +51,24 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-COUNTED = 8  # of the numbers of visual tokens that a stage draws from
+STEPS = 2**20  # of a stage of which they are not known, for what is drawn in them
 
 ALIGNED = "no language model runs: of it, head is the product of the visual tokens with its table of embeddings"
-SEVERAL = "`losses` make several passes in a step; one under the stage's reducers is counted here, all of them in the log"
+SEVERAL = (
+    "`losses` make several passes in a step, a line each: those without gradient cost a forward, and all get logits of all tokens; FLOPs "
+    "are those of all passes of a step, tokens and KV the mean of the trained ones"
+)
+DRAWN = "the passes of a step are drawn; they are counted at some steps, evenly spread, in the log at each"
 CACHED = "training reads the tower's features from a cache: the tower costs one forward an image, once, which is not counted"
 
 
 @dataclass(frozen=True)
 class PartPlan:
-    """One part of a stage's schedule. FLOPs by part of the model and bytes are of one sample with one image."""
+    """One pass in one part of a stage's schedule. FLOPs by part of the model and bytes are of one sample with one image."""
 
-    share: Fraction
+    share: Fraction  # of the steps
     reducers: str
+    trained: bool  # False: a pass without gradient, of which training takes a forward
     view_tokens: int | None  # that is drawn; None where nothing is
     visual_tokens: list[int]  # in each decoder layer
     tokens: int  # their sum, LLaVolta's #Tokens
@@ -85,7 +92,8 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage: means over its schedule, weighted by share, and the parts themselves."""
+    """A stage: means over its schedule, weighted by share, and the parts themselves. Where a step has several passes, FLOPs are those of
+    all of them, tokens and bytes the mean of those that are trained."""
 
     name: str
     image_size: int
@@ -115,6 +123,8 @@ class StagePlan:
 class Plan:
     name: str
     text_tokens: int
+    answer_tokens: int  # of them that get logits, where a step has one pass
+    head: str  # the same in words
     convention: str
     stages: list[StagePlan]
 
@@ -122,14 +132,25 @@ class Plan:
         return jsonlib.dumps(asdict(self), indent=2, default=lambda x: int(x) if x.denominator == 1 else float(x))
 
 
-def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens: int = 0, image: tuple[int, int] | None = None) -> Plan:
-    """The plan of a recipe. `text_tokens`: of text in each sample, beside its one image; the default counts visual tokens alone. `image`:
-    its (width, height), on which a tiling depends; one view's unless given."""
+def plan(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    text_tokens: int = 0,
+    answer_tokens: int | None = None,
+    image: tuple[int, int] | None = None,
+) -> Plan:
+    """The plan of a recipe. `text_tokens`: of text in each sample, beside its one image; the default counts visual tokens alone.
+    `answer_tokens`: how many of these are supervised and so get logits, all unless given, since no visual token is. `image`: its (width,
+    height), on which a tiling depends; one view's unless given. FoveateError for more answer than text."""
+    answer, head = supervised(text_tokens, answer_tokens)
     recipe = load_recipe(recipe_path, overrides)
     stages = []
     for setup in walk(recipe, partial(read_config, known=KNOWN)):
         with naming(setup.stage):
-            stages.append(plan_stage(replace(setup, size=image), text_tokens))
+            steps = count_steps(setup.stage)
+            passes = passes_of(recipe, setup.stage, steps or STEPS)
+            stages.append(plan_stage(replace(setup, size=image), text_tokens, answer, steps, passes))
     costs = [stage.cost for stage in stages]
     if known := [cost for cost in costs if cost is not None]:
         whole = len(known) == len(costs)
@@ -137,28 +158,47 @@ def plan(recipe_path: str | Path, overrides: Sequence[str] = (), *, text_tokens:
             replace(stage, share=float(cost / sum(known)) if whole and cost is not None else None)
             for stage, cost in zip(stages, costs, strict=True)
         ]
-    return Plan(recipe.name, text_tokens, CONVENTION, stages)
+    return Plan(recipe.name, text_tokens, answer, head, CONVENTION, stages)
 
 
-def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
+def supervised(text_tokens: int, answer_tokens: int | None) -> tuple[int, str]:
+    """How many tokens of a sample are taken to get logits, and what is to be said of it."""
+    if answer_tokens is not None and answer_tokens > text_tokens:
+        raise FoveateError(
+            f"answer_tokens={answer_tokens}, but a sample has text_tokens={text_tokens}, which the answers are among; give more of these"
+        )
+    more = "; a model whose loss needs all tokens, which is tried when its stage begins, has them of all"
+    if not text_tokens:
+        return 0, "left out, since logits are those of supervised text and none is counted; --text-tokens and --answer-tokens say how much"
+    if answer_tokens is None:
+        return text_tokens, f"logits of all text, though only its supervised tokens get them; --answer-tokens says how many these are{more}"
+    return answer_tokens, f"logits of {answer_tokens} supervised tokens{more}"
+
+
+def plan_stage(setup: Setup, text_tokens: int, answer_tokens: int, steps: int | None, passes: Passes | None) -> StagePlan:
     config, stage, trained = setup.used, setup.stage, setup.trained
     (size, _), grid = image_shape(config)
     per_image, layers = setup.image.visual, config.get_text_config().num_hidden_layers
     drawn = spread(setup.budgets)
     ways: list[tuple[int | None, Setup]] = [(each, setup.asking_for(each)) for each in drawn]
     ways = ways or [(None, setup)]
+    made, whole = passes_made(setup, steps or STEPS, passes)
+    head_tokens = answer_tokens if passes is None else None
     parts = [
-        part_plan(way, share / len(ways), spelled, text_tokens=text_tokens, per_image=per_image, drawn=each)
-        for share, spelled in setup.slots
+        part_plan(way, replace(one, share=one.share / len(ways)), text_tokens, head_tokens, per_image=per_image, drawn=each)
+        for one in made
         for each, way in ways
     ]
-    mean = schedule_tokens((part.share, part.visual_tokens) for part in parts)
+    learning = [part for part in parts if part.trained]
+    in_a_step = sum((part.share for part in learning), Fraction(0))
+    mean = schedule_tokens((part.share / in_a_step, part.visual_tokens) for part in learning)
     counted, notes = resized(setup, size)
     notes += tiled(setup) + weighed(setup)
     if len(drawn) < len(setup.budgets):
         notes.append(f"view_tokens are drawn of {len(setup.budgets)} numbers; what they cost is the mean of {len(drawn)}, evenly spread")
-    samples = None if (steps := count_steps(stage)) is None else steps * stage.batch_size
-    remarks = {CACHED: stage.features is not None, ALIGNED: stage.kind == "align", SEVERAL: bool(stage.losses)}
+    samples = None if steps is None else steps * stage.batch_size
+    remarks = {CACHED: stage.features is not None, ALIGNED: stage.kind == "align", SEVERAL: passes is not None}
+    remarks[DRAWN] = not whole
     return StagePlan(
         name=stage.name,
         image_size=size,
@@ -172,7 +212,7 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
         compression=float(compression_ratio(mean, per_image, layers)) if mean else None,
         forward_flops=weighted([(part.share, part.forward_flops) for part in parts]),
         training_flops=weighted([(part.share, part.training_flops) for part in parts]),
-        visual_kv_bytes=sum((part.share * part.visual_kv_bytes for part in parts), Fraction(0)),
+        visual_kv_bytes=sum((part.share * part.visual_kv_bytes for part in learning), Fraction(0)) / in_a_step,
         steps=steps,
         samples=samples,
         share=None,
@@ -181,20 +221,16 @@ def plan_stage(setup: Setup, text_tokens: int) -> StagePlan:
     )
 
 
-def spread(budgets: Sequence[int]) -> Sequence[int]:
-    """At most COUNTED of the numbers, evenly spread and as far from the one end as from the other."""
-    count = len(budgets)
-    return budgets if count <= COUNTED else [budgets[round((2 * i + 1) * (count - 1) / (2 * COUNTED))] for i in range(COUNTED)]
-
-
 def part_plan(
-    setup: Setup, share: Fraction, spelled: str, *, text_tokens: int, per_image: int | None = None, drawn: int | None = None
+    setup: Setup, made: Pass, text_tokens: int, head_tokens: int | None, *, per_image: int | None = None, drawn: int | None = None
 ) -> PartPlan:
-    """`per_image`: visual tokens of an image before any is left out, those of `setup` unless given; `drawn`: of a view in such a step."""
-    reducers, per_image = parse(spelled), per_image or setup.image.visual
+    """`head_tokens`: that get logits, None: all; `per_image`: visual tokens of an image before any is left out, those of `setup` unless
+    given; `drawn`: of a view in such a step."""
+    reducers, per_image = parse(made.reducers), per_image or setup.image.visual
     given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
-    head_tokens = setup.image.tokens + text_tokens
-    forward, training = (predict(setup.used, **given, mode=mode, head_tokens=head_tokens) for mode in ("prefill", "train"))
+    given["head_tokens"] = setup.image.tokens + text_tokens if head_tokens is None else head_tokens
+    forward = predict(setup.used, **given, mode="prefill")
+    training = predict(setup.used, **given, mode="train") if made.trained else forward
     counts, spent, first, kv = list(forward.visual_tokens), training.flops, forward.flops, sum(forward.visual_kv_bytes)
     if setup.stage.kind == "align":
         first, spent = (align.flops(ledger, setup.used, [setup.image]) for ledger in (forward, training))
@@ -202,7 +238,7 @@ def part_plan(
     if setup.stage.features is not None:
         spent = {**spent, "tower": 0}
     ratio = float(compression_ratio(counts, per_image, len(counts))) if any(counts) else None
-    return PartPlan(share, spelled, drawn, counts, sum(counts), ratio, first, spent, kv)
+    return PartPlan(made.share, made.reducers, made.trained, drawn, counts, sum(counts), ratio, first, spent, kv)
 
 
 def resized(setup: Setup, size: int) -> tuple[Any, list[str]]:
@@ -289,10 +325,16 @@ def weighted(parts: Sequence[tuple[Fraction, dict[str, int]]]) -> dict[str, Frac
 
 
 def main(
-    recipe: str | Path, overrides: Sequence[str] = (), *, json: bool = False, text_tokens: int = 0, image: tuple[int, int] | None = None
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    json: bool = False,
+    text_tokens: int = 0,
+    answer_tokens: int | None = None,
+    image: tuple[int, int] | None = None,
 ) -> None:
     """`foveate plan`."""
-    found = plan(recipe, overrides, text_tokens=text_tokens, image=image)
+    found = plan(recipe, overrides, text_tokens=text_tokens, answer_tokens=answer_tokens, image=image)
     if json:
         print(found.to_json())
     else:
@@ -339,7 +381,7 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
                 *(
                     stage.name,
                     str(part.share),
-                    part.reducers if part.view_tokens is None else f"{part.reducers}, drawn",
+                    part.reducers + ("" if part.view_tokens is None else ", drawn") + ("" if part.trained else ", no gradient"),
                     runs(part.visual_tokens),
                     f"{part.tokens:,}",
                     percent(part.compression),
@@ -357,6 +399,7 @@ def print_plan(found: Plan, console: Console | None = None) -> None:
     for stage in found.stages:
         for note in stage.notes:
             console.print(f"{stage.name}: {note}", highlight=False)
+    console.print(f"Head: {found.head}.", highlight=False)
     console.print(f"FLOPs: {found.convention}. KV of visual tokens alone, 2 bytes a value.", highlight=False)
 
 

@@ -41,8 +41,8 @@ from foveate.train.features import Wanted, look_through, open_features
 from foveate.train.loading import Loading
 from foveate.train.micro_batch import choose
 from foveate.train.opening import Opened, open_model
-from foveate.train.order import Items, division, seed_of
-from foveate.train.passes import Passes
+from foveate.train.order import Items, division
+from foveate.train.passes import passes_of
 from foveate.train.progress import StageInfo
 from foveate.train.recipe import load_recipe
 from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
@@ -218,14 +218,6 @@ def make_trainer(
     if (keep := keep_of(stage)) is not None:
         trainer.add_callback(LetGo(keep))
     return trainer
-
-
-def passes_of(recipe: Recipe, stage: Stage, steps: int) -> Passes | None:
-    """The passes of a stage's steps, where it has losses over several of them."""
-    if not stage.losses:
-        return None
-    weights = [term.weight for term in stage.losses]
-    return Passes(stage.terms, weights, seed_of(recipe.seed, stage.name, "losses"), steps, stage.batch_size)
 
 
 def trains_any_budget(stage: Stage) -> bool:

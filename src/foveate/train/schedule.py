@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
+from typing import Any
 
 NONE = "none"
+COUNTED = 8  # of what a stage draws from for each step, where what it costs is told beforehand
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,22 @@ def reducer_at(parts: Sequence[Part], step: int, total: int) -> str:
     index, since = part_at(parts, step, total)
     cycle = parts[index].cycle
     return cycle[since % len(cycle)]
+
+
+def steps_by_reducer(parts: Sequence[Part], total: int) -> list[range]:
+    """The optimiser steps of `total` that each reducer has, part by part and in the order of their cycles. Without parts there is one."""
+    parts = parts or [Part(Fraction(1))]
+    edges = [0, *boundaries([part.share for part in parts], total), total]
+    found = []
+    for part, begin, end in zip(parts, edges, edges[1:], strict=False):
+        found += [range(begin + turn, end, len(part.cycle)) for turn in range(len(part.cycle))]
+    return found
+
+
+def spread(numbers: Sequence[Any], most: int = COUNTED) -> Sequence[Any]:
+    """At most so many of them, evenly spread and as far from the one end as from the other."""
+    count = len(numbers)
+    return numbers if count <= most else [numbers[round((2 * i + 1) * (count - 1) / (2 * most))] for i in range(most)]
 
 
 def stage_steps(samples: int, batch_size: int, *, epochs: float | None, steps: int | None) -> int:

@@ -339,6 +339,8 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _losses_fit(self) -> Stage:
+        if self.losses and self.micro_batch == "auto":
+            raise ValueError("`micro_batch: auto` tries one pass, and `losses` keep several in memory: give a number of samples")
         if self.losses and (self.pack or isinstance(self.data, list) or self.kind == "align"):
             raise ValueError(
                 "`losses` compare passes sample by sample, of one source, at logits: leave out `pack`, lists of data, kind align"

@@ -65,14 +65,16 @@ class SupervisedRows:
         return (next_tokens(labels) != IGNORED).sum(1).tolist()
 
 
-def tried(model: Any, batch: Mapping[str, Tensor], scaled: bool) -> SupervisedRows:
+def tried(model: Any, batch: Mapping[str, Tensor], scaled: bool, tell: bool = True) -> SupervisedRows:
     """What cuts the head of `model` to supervised rows, if on `batch` logits and losses are then what they are without; else what leaves it
-    as it is, and says why once. `scaled`: whether its loss takes `num_items_in_batch`, by which it is tried as well."""
+    as it is, and says why once. `scaled`: whether its loss takes `num_items_in_batch`, by which it is tried as well. `tell`: whether to say
+    it."""
     rows = SupervisedRows(model.get_output_embeddings())
     reason = "it has no output embeddings" if rows.head is None else _difference(model, rows, batch, scaled)
     if not reason:
         return rows
-    log.warning("logits are computed for all tokens, not for the supervised ones alone: %s: %s", type(model).__name__, reason)
+    if tell:
+        log.warning("logits are computed for all tokens, not for the supervised ones alone: %s: %s", type(model).__name__, reason)
     return SupervisedRows(None)
 
 

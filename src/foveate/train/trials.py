@@ -108,11 +108,11 @@ def rehearse(recipe: Recipe, index: int, opened: Opened, state: PartialState) ->
     model.train(training)
 
 
-def try_rows(opened: Opened, scaled: bool) -> SupervisedRows:
+def try_rows(opened: Opened, scaled: bool, tell: bool = True) -> SupervisedRows:
     """Whether this model's head and loss can do with the supervised rows, as `foveate.train.supervised.tried` says."""
     device = next(opened.model.parameters()).device
     batch = {name: value.to(device) for name, value in make_collator(opened, sys.maxsize)([shown()]).items()}
-    return tried(opened.model, batch, scaled)
+    return tried(opened.model, batch, scaled, tell)
 
 
 def try_packing(stage: Stage, opened: Opened, costs: Costs) -> Packing:
