@@ -332,15 +332,16 @@ def test_elastic_bridges_are_compared_on_the_same_questions() -> None:
 
 def test_learned_methods_are_compared_at_as_many_tokens_and_on_the_same_questions() -> None:
     def row(arm: str, seed: int, tuned: bool, *correct: int) -> dict[str, Any]:
-        return {"arm": arm, "seed": seed, "tuned": tuned, "tokens": 35.0, "pictures": ["a", "a", "b", "b"], "correct": list(correct)}
+        found = {"arm": arm, "seed": seed, "tuned": tuned, "tokens": 35.0, "pictures": ["a", "a", "b", "b"], "correct": list(correct)}
+        return {**found, "families": {"count": sum(correct[:2]) / 2, "reading": sum(correct[2:]) / 2}}
 
     rows = [row("none", 0, True, 1, 1, 1, 1), row("pmod", 0, True, 1, 0, 1, 0), row("pmod", 1, True, 1, 0, 0, 0)]
     rows += [row("divprune as pmod", 0, True, 1, 1, 1, 1), row("divprune as pmod", 0, False, 1, 0, 0, 0)]
     report = {"rows": rows, "steps": 3, "scenes": 9, "machine": "here"}
     shown = learned(report)
-    assert "| pmod | yes | 35.0 | 37.5 ± 17.7 |  | 0, 1 |" in shown
-    assert "| divprune as pmod | yes | 35.0 | 100.0 | +50.0 (+50.0 to +50.0) | 0 |" in shown  # of the seed that both have
-    assert "| divprune as pmod | no | 35.0 | 25.0 | −25.0 (−50.0 to +0.0) | 0 |" in shown
+    assert "| pmod | yes | 35.0 | 37.5 ± 17.7 |  | 50 | 25 | 0, 1 |" in shown
+    assert "| divprune as pmod | yes | 35.0 | 100.0 | +50.0 (+50.0 to +50.0) | 100 | 100 | 0 |" in shown  # of the seed that both have
+    assert "| divprune as pmod | no | 35.0 | 25.0 | −25.0 (−50.0 to +0.0) | 50 | 0 | 0 |" in shown
     assert len(draw_learned(report).axes[0].lines) == 4
     for arm, spelling in LEARNED.items():
         stage = load_recipe(RECIPE, [f"stages.0.reducers=[{{share: 1, reducer: '{spelling}'}}]", "stages.0.train.reducers=true"]).stages[0]

@@ -342,9 +342,7 @@ class Stage(Strict):
         if self.losses and self.micro_batch == "auto":
             raise ValueError("`micro_batch: auto` tries one pass, and `losses` keep several in memory: give a number of samples")
         if self.losses and (self.pack or isinstance(self.data, list) or self.kind == "align"):
-            raise ValueError(
-                "`losses` compare passes sample by sample, of one source, at logits: leave out `pack`, lists of data, kind align"
-            )
+            raise ValueError("`losses` compare passes sample by sample, of one source, at logits: leave out `pack`, lists, kind align")
         try:
             check_together(self.terms, [spelled for part in self.parts or [Part(Fraction(1))] for spelled in part.cycle])
         except FoveateError as error:
