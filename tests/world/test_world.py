@@ -20,7 +20,7 @@ from transformers import (
 
 from foveate.errors import FoveateError
 from foveate.evaluation.evaluate import evaluate
-from foveate.world import asset, language, resolve
+from foveate.world import asset, language, resolve, training
 from foveate.world.exercises import EXERCISES, asked, crossed, exercise, plain
 from foveate.world.language import score_lm, train_lm
 from foveate.world.pictures import render, scene
@@ -98,8 +98,19 @@ def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: 
     assert "held out" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("has", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_backbones_are_trained_in_what_the_processor_has(has: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "has_bfloat16", lambda device: has)
+    module = torch.nn.Linear(2, 2)
+    optimiser = training.Optimiser(module, 0.1, steps=3)
+    assert (module.weight.dtype, optimiser.masters[0].dtype) == (dtype, torch.float32)
+    before = module.weight.detach().clone()
+    optimiser.step(module(torch.ones(1, 2, dtype=dtype)).float().sum())
+    assert not torch.equal(module.weight, before)
+
+
 def test_language_model_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_lm(tmp_path / "whole", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+    train_lm(tmp_path / "whole", steps=4, seed=1, batch=2, held_out=2, save_steps=2)
 
     def stopped(*_: Any) -> dict[str, float]:
         if (tmp_path / "parts" / "state.pt").is_file():
@@ -109,8 +120,8 @@ def test_language_model_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(language, "score_lm", stopped)
         with pytest.raises(KeyboardInterrupt):
-            train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
-    train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=8, save_steps=2)
+            train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=2, save_steps=2)
+    train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=2, save_steps=2)
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     assert not (tmp_path / "parts" / "state.pt").exists()

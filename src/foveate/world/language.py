@@ -2,8 +2,8 @@
 
 Scenes are described in two ways. In words, a thing's properties are a token each, and what belongs together has to be found out first.
 *Bound*, each thing is one token, whose embedding is the sum of those of its words and its place: what a vision tower and its bridge make
-of a thing, so that a model which answers about such descriptions knows its tasks before it has seen a picture. Computed in bfloat16 on
-float32 masters, saved in float16. Same seed and steps, same batches.
+of a thing, so that a model which answers about such descriptions knows its tasks before it has seen a picture. Computed in bfloat16 (in
+float32 where a processor has no instructions for it) on float32 masters, saved in float16. Same seed and steps, same batches.
 """
 
 import random

@@ -2,8 +2,8 @@
 
 The tower (CLIPVisionModel, 64 px, patch 8) is supervised densely: each patch names the thing on it (kind, colour, size, glyph), the
 thing's box and whether its centre is here; [CLS] names the shapes, their number and the word. Pictures are of 64 px, later some of 128 px
-with interpolated position embeddings, so that one tower serves both. Computed in bfloat16 on float32 masters, saved in float16. Same seed
-and steps, same batches.
+with interpolated position embeddings, so that one tower serves both. Computed in bfloat16 (in float32 where a processor has no instructions
+for it) on float32 masters, saved in float16. Same seed and steps, same batches.
 """
 
 import math
@@ -113,7 +113,7 @@ def train_tower(out: Path, steps: int, seed: int, batch: int = 32, learning_rate
         return tower_batch([scene(f"tower/{seed}/{i}/{j}") for j in range(batch // 4 if large else batch)], IMAGE * 2 if large else IMAGE)
 
     for i, data in enumerate(batches(make, steps, "tower")):
-        hidden = _features(model, data["pixels"].bfloat16())
+        hidden = _features(model, data["pixels"].to(model.dtype))
         loss = _tower_loss(heads[0](hidden[-1]), data) + 0.3 * _tower_loss(heads[1](hidden[-3]), data)
         optimiser.step(loss)
         if i % 250 == 249 or i == steps - 1:

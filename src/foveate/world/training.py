@@ -10,9 +10,12 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from foveate.machine import has_bfloat16
+
 
 class Optimiser:
-    """AdamW with warm-up and a cosine, on float32 masters of a module whose weights are bfloat16.
+    """AdamW with warm-up and a cosine, on float32 masters of a module whose weights are bfloat16, or float32 where the processor has no
+    instructions for it.
 
     With `matrices` the weight matrices have Muon instead (Jordan et al. 2024; embeddings and norms keep AdamW), and the rate is constant
     until the last third of the steps, over which it falls to nothing.
@@ -21,7 +24,7 @@ class Optimiser:
     def __init__(self, module: nn.Module, learning_rate: float, steps: int, weight_decay: float = 0.02, matrices: bool = False) -> None:
         self.weights = list(module.parameters())
         self.masters = [weight.detach().float().clone() for weight in self.weights]
-        module.to(torch.bfloat16)
+        module.to(torch.bfloat16 if has_bfloat16("cpu") else torch.float32)
         embeddings = {id(weight) for part in module.modules() if isinstance(part, nn.Embedding) for weight in part.parameters()}
         flat = [matrices and weight.ndim == 2 and id(weight) not in embeddings for weight in self.weights]
         rest = [master for master, muon in zip(self.masters, flat, strict=True) if not muon]
