@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
     CLIPVisionModel,
     LlamaForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from foveate.errors import FoveateError
@@ -26,7 +27,7 @@ from foveate.world.language import score_lm, train_lm
 from foveate.world.pictures import render, scene
 from foveate.world.questions import FAMILIES, at, parse_box
 from foveate.world.scenes import in_turns, write_world
-from foveate.world.text import document
+from foveate.world.text import build_tokenizer, document
 from foveate.world.tower import tower_batch, train_tower
 
 SHIPPED = ("tower", "lm", "vlm", "begun")
@@ -88,7 +89,15 @@ def test_finished_model_answers(tmp_path: Path) -> None:
     )
 
 
-def test_training_is_deterministic_and_saves_what_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer()
+
+
+def test_training_is_deterministic_and_saves_what_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(language, "build_tokenizer", lambda: tokenizer)
     for name in ("a", "b"):
         train_tower(tmp_path / "tower" / name, steps=3, seed=1, batch=4, held_out=4)
         train_lm(tmp_path / "lm" / name, steps=2, seed=1, batch=2, held_out=1)
@@ -109,8 +118,11 @@ def test_backbones_are_trained_in_what_the_processor_has(has: bool, dtype: torch
     assert not torch.equal(module.weight, before)
 
 
-def test_language_model_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_lm(tmp_path / "whole", steps=4, seed=1, batch=2, held_out=2, save_steps=2)
+def test_language_model_goes_on_where_it_was_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    monkeypatch.setattr(language, "build_tokenizer", lambda: tokenizer)
+    train_lm(tmp_path / "whole", steps=2, seed=1, batch=2, held_out=2, save_steps=1)
 
     def stopped(*_: Any) -> dict[str, float]:
         if (tmp_path / "parts" / "state.pt").is_file():
@@ -120,8 +132,8 @@ def test_language_model_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(language, "score_lm", stopped)
         with pytest.raises(KeyboardInterrupt):
-            train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=2, save_steps=2)
-    train_lm(tmp_path / "parts", steps=4, seed=1, batch=2, held_out=2, save_steps=2)
+            train_lm(tmp_path / "parts", steps=2, seed=1, batch=2, held_out=2, save_steps=1)
+    train_lm(tmp_path / "parts", steps=2, seed=1, batch=2, held_out=2, save_steps=1)
     whole, parts = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
     assert not (tmp_path / "parts" / "state.pt").exists()
