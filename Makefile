@@ -24,8 +24,8 @@ demo: $(READY)
 	$(RUN)/python -m foveate.demo demo
 
 test: $(READY)
-	$(RUN)/python -m pytest -n 2 --ignore tests/conformance
-	$(RUN)/python -m pytest -n 2 tests/conformance
+	$(RUN)/python -m pytest -n 2 --dist worksteal --ignore tests/conformance
+	$(RUN)/python -m pytest -n 2 --dist worksteal tests/conformance
 
 # Real pre-trained parts, fetched and converted into the Hugging Face cache, and the tests that need them.
 real: $(READY)
