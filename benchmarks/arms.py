@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import torch
 from matplotlib.figure import Figure
 
+from foveate.evaluation.evaluate import Result
 from foveate.files import write_json
 from foveate.machine import environment
 from foveate.world.scenes import write_world
@@ -39,7 +41,7 @@ def run(given: argparse.Namespace, measure: Measure, table: Callable[[Report], s
     rows, each with its `arm` and `seed`."""
     path = given.output / "results.json"
     settings = {name: getattr(given, name) for name in SETTINGS}
-    report: Report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {**settings, "rows": []}
+    report: Report = whole(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {**settings, "rows": []}
     if not given.table:
         if any(report[name] != value for name, value in settings.items()):
             raise SystemExit(f"{path} was made with other settings; move it away, or give another --output")
@@ -49,9 +51,30 @@ def run(given: argparse.Namespace, measure: Measure, table: Callable[[Report], s
                 if not any((row["arm"], row["seed"]) == (arm, seed) for row in report["rows"]):
                     report["rows"] += measure(arm, seed, given, report["rows"])
                     report |= {"machine": environment(), "threads": torch.get_num_threads()}
-                    given.output.mkdir(parents=True, exist_ok=True)
-                    write_json(path, report, indent=None)
+                    keep(path, report)
     (given.output / "table.md").write_text(table(report), encoding="utf-8")
     figure = plot(report)
-    figure.savefig(given.output / "plot.svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": "foveate"}):  # the same marks, the same file
+        figure.savefig(given.output / "plot.svg", metadata={"Date": None})
     figure.savefig(given.output / "plot.png", dpi=120)
+
+
+def answers(result: Result) -> dict[str, Any]:
+    """Of what a row holds: accuracy by family, and of each question the picture and whether it was answered rightly."""
+    families = {family: score.accuracy for family, score in result.families.items()}
+    return {"families": families, "pictures": [row.image for row in result.rows], "correct": [int(row.correct) for row in result.rows]}
+
+
+def whole(kept: Report) -> Report:
+    """The report of what `keep` wrote."""
+    rest = {name: value for name, value in kept.items() if name != "pictures"}
+    return {**rest, "rows": [{**row, "pictures": kept["pictures"]} for row in kept["rows"]]}
+
+
+def keep(path: Path, report: Report) -> None:
+    """Writes a report. All rows are of the same questions, so that their pictures stand in it once."""
+    pictures = report["rows"][0]["pictures"]
+    if any(row["pictures"] != pictures for row in report["rows"]):
+        raise ValueError(f"{path}: rows of other questions than the first")
+    rows = [{name: value for name, value in row.items() if name != "pictures"} for row in report["rows"]]
+    write_json(path, {**report, "pictures": pictures, "rows": rows}, indent=None)

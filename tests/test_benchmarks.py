@@ -10,6 +10,7 @@ from typing import Any
 
 import benchmarks.common as common
 import pytest
+from benchmarks.arms import keep, whole
 from benchmarks.common import Usage, before, busy, command, earlier, measured
 from benchmarks.depth.flex.run import table as flex
 from benchmarks.depth.show import table as depth
@@ -45,6 +46,9 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 TABLES = {
     "depth": depth,
     "depth/flex": flex,
+    "elastic": lambda kept: elastic(whole(kept)),
+    "elastic/longer": lambda kept: elastic(whole(kept)),
+    "learned": lambda kept: learned(whole(kept)),
     "overhead": overhead,
     "prefill": prefill,
     "serving": serving,
@@ -56,16 +60,10 @@ STEPS = FOLDER / "training_step" / "results.json"
 RESULTS = [path for name in TABLES for path in sorted((FOLDER / name).glob("*.json"))]
 
 
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_committed_tables_are_made_of_committed_numbers(path: Path) -> None:
-    table, written = (
-        (steps, path.with_name("table.md"))
-        if path == STEPS
-        else (
-            TABLES[path.parent.relative_to(FOLDER).as_posix()],
-            path.with_suffix(".md"),
-        )
-    )
+    table = steps if path == STEPS else TABLES[path.parent.relative_to(FOLDER).as_posix()]
+    written = path.with_suffix(".md") if path.with_suffix(".md").is_file() else path.with_name("table.md")
     assert table(json.loads(path.read_text(encoding="utf-8"))) == written.read_text(encoding="utf-8")
 
 
@@ -328,6 +326,16 @@ def test_elastic_bridges_are_compared_on_the_same_questions() -> None:
     assert [parts(arm) for arm in ("mqt", "chain-of-sight-20")] == [("mqt", None), ("chain-of-sight", 20)]
     for name in ("mqt", "chain-of-sight"):
         assert load_recipe(RECIPES / f"{name}.yaml", ["stages.0.view_tokens=4"]).stages[0].view_tokens == 4
+
+
+def test_pictures_are_kept_once(tmp_path: Path) -> None:
+    rows = [{"arm": arm, "pictures": ["a", "b"], "correct": [1, 0]} for arm in ("one", "other")]
+    keep(tmp_path / "results.json", {"steps": 3, "rows": rows})
+    kept = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert "pictures" not in kept["rows"][0]
+    assert whole(kept) == {"steps": 3, "rows": rows}
+    with pytest.raises(ValueError, match="rows of other questions"):
+        keep(tmp_path / "results.json", {"steps": 3, "rows": [*rows, {**rows[0], "pictures": ["a", "c"]}]})
 
 
 def test_learned_methods_are_compared_at_as_many_tokens_and_on_the_same_questions() -> None:

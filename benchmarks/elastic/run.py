@@ -33,7 +33,7 @@ from foveate.train.run import train
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository: what the benchmarks share lies in benchmarks/
 
-from benchmarks.arms import options, run  # noqa: E402
+from benchmarks.arms import answers, options, run  # noqa: E402
 
 RECIPES = HERE.parent.parent / "recipes" / "elastic"
 READ = {"mqt": (1, 2, 4, 8, 16, 32, 64), "chain-of-sight": (4, 20, 52)}
@@ -68,9 +68,7 @@ def asked(arm: str, seed: int, given: argparse.Namespace, _: Sequence[dict[str, 
         processor.set_view_tokens(read)
         result = evaluate(model, given.work / "data", processor=processor, limit=given.questions)
         assert result.visual_tokens == read
-        families = {family: score.accuracy for family, score in result.families.items()}
-        pictures, correct = [row.image for row in result.rows], [int(row.correct) for row in result.rows]
-        found.append({"arm": arm, "seed": seed, "tokens": read, "families": families, "pictures": pictures, "correct": correct})
+        found.append({"arm": arm, "seed": seed, "tokens": read, **answers(result)})
     return found
 
 

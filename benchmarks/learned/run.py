@@ -33,7 +33,7 @@ from foveate.train.run import train
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # the repository: what the benchmarks share lies in benchmarks/
 
-from benchmarks.arms import options, run  # noqa: E402
+from benchmarks.arms import answers, options, run  # noqa: E402
 
 RECIPE = HERE.parent.parent / "recipes" / "learned" / "tuned.yaml"
 LEARNED = {
@@ -66,9 +66,7 @@ def tuned(name: str, seed: int, given: argparse.Namespace, reducer: str, start: 
 def asked(model: Path, reducer: str, given: argparse.Namespace) -> dict[str, Any]:
     result = evaluate(str(model), given.work / "data", reducers=reducer, limit=given.questions)
     tokens = result.visual_tokens if result.layer_tokens is None else mean(result.layer_tokens)
-    families = {family: score.accuracy for family, score in result.families.items()}
-    pictures, correct = [row.image for row in result.rows], [int(row.correct) for row in result.rows]
-    return {"reducer": reducer, "tokens": tokens, "families": families, "pictures": pictures, "correct": correct}
+    return {"reducer": reducer, "tokens": tokens, **answers(result)}
 
 
 def measure(arm: str, seed: int, given: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

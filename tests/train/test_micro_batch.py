@@ -119,8 +119,7 @@ def test_a_run_that_goes_on_divides_as_before(recipe_file: Write, monkeypatch: p
 
 
 def test_the_estimate_by_hand(recipe_file: Write, root: Path) -> None:
-    """Decoder layers by the ledger, and three times the logits in float32: of supervised tokens, or of all where several passes are
-    compared or the model needs them."""
+    """Decoder layers by the ledger, and three times the logits in float32: of supervised tokens, or of all where the model needs them."""
     recipe = recipe_file("by-hand", ONE)
     opened = open_model(load_recipe(recipe), 0, None)
     batch = loaded(opened, root, [0])
@@ -131,8 +130,6 @@ def test_the_estimate_by_hand(recipe_file: Write, root: Path) -> None:
     each = 3 * 4 * config.text_config.vocab_size
     logits = sum(supervised(batch)) * each
     assert estimate(opened, root, recipe, [], [0]) == sum(ledger.activation_bytes) + logits
-    compared = ["stages.0.losses=[mdist]", "stages.0.reducers=[{share: 1, reducer: 'uniform:keep=1.0'}]"]
-    assert estimate(opened, root, recipe, compared, [0]) == sum(ledger.activation_bytes) + length * each
     assert most_logits(SupervisedRows(None), [batch]) == length
     checkpointed = 4 * 2 * length * 32 + max(ledger.activation_bytes) + logits
     assert estimate(opened, root, recipe, ["stages.0.gradient_checkpointing=true"], [0]) == checkpointed

@@ -140,7 +140,7 @@ def wordiest_of(samples: Mixture, count: int) -> list[int]:
 
 def head_of(stage: Stage, opened: Opened) -> SupervisedRows:
     """Which tokens get logits in a step, as in `FoveateTrainer.compute_loss`."""
-    if stage.losses or stage.kind == "align":
+    if stage.kind == "align":
         return SupervisedRows(None)
     return try_rows(opened, True, tell=False)  # where a loss takes no number of items, all tokens: rather too many
 
