@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from tests.train.test_run import ONE
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
@@ -78,7 +79,7 @@ def test_chain_of_sight_cost(
     giga = {part: float(value) / 1e9 for part, value in found.forward_flops.items()}
     assert found.tokens_per_image == tokens
     assert giga["bridge"] == pytest.approx(bridge, abs=0.05)
-    assert giga["tower"] == pytest.approx(tower, abs=0.5)
+    assert giga["tower"] * 23 / 24 == pytest.approx(tower, abs=0.5)  # the table's ends with the deepest level, the last block runs as well
     assert giga["lm_linear"] == pytest.approx(lm, abs=0.5)
     assert found.visual_kv_bytes == mib * MiB == tokens * 512 * 1024
 
@@ -216,11 +217,10 @@ def tiny_recipe(folder: Path, **stage: object) -> Path:
 
 
 def test_plan_equals_the_model_that_is_built(tmp_path: Path) -> None:
-    """Of five tokens of text three are supervised, and get logits."""
+    """Of five tokens of text three are supervised, and get logits. The tower's last block runs, but nothing comes back through it."""
     recipe = tiny_recipe(tmp_path, train={"bridge": True, "tower": True, "lm": True})
     (stage,) = plan(recipe, text_tokens=5, answer_tokens=3).stages
-    used = CLIPVisionConfig(**{**VISION.to_dict(), "num_hidden_layers": 3})
-    config = FoveateConfig(vision_config=used, text_config=TEXT, bridge=BRIDGE, vision_feature_layer=[1, 3], image_token_id=63)
+    config = FoveateConfig(vision_config=VISION, text_config=TEXT, bridge=BRIDGE, vision_feature_layer=[1, 3], image_token_id=63)
     config._attn_implementation = "eager"
     model = FoveateForConditionalGeneration(config)
     unused = set(model.model.unused_tower_parameters())
@@ -235,8 +235,12 @@ def test_plan_equals_the_model_that_is_built(tmp_path: Path) -> None:
     unfused = sdpa_kernel(SDPBackend.MATH)  # else attention is not counted
     with torch.no_grad(), unfused, rows.alone(inputs) as given, FlopCounterMode(display=False) as counter:
         model(**given)
+    last = model.model.vision_tower.encoder.layers[3]
+    with torch.no_grad(), unfused, FlopCounterMode(display=False) as above:
+        last(torch.randn(1, 17, VISION.hidden_size), None)
+    assert above.get_total_flops() > 0
     assert sum(stage.forward_flops.values()) == counter.get_total_flops()
-    assert sum(stage.training_flops.values()) == 3 * counter.get_total_flops()
+    assert sum(stage.training_flops.values()) == 3 * counter.get_total_flops() - 2 * above.get_total_flops()
 
 
 def test_the_head_is_counted_at_what_is_supervised_or_said_not_to_be(tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def by_account(path: Path, steps: int, text: int) -> float:
     """FLOPs of a stage's steps by what the trainer counts of each, for a sample with one image and so much text."""
     recipe = load_recipe(path)
     ((setup,), (stage,)) = walk(recipe, read_config), recipe.stages
-    costs, passes, spent = Costs(setup.used, setup.trained), passes_of(recipe, stage, steps), 0.0
+    costs, passes, spent = Costs(setup.config, setup.trained), passes_of(recipe, stage, steps), 0.0
     assert passes is not None
     for number in range(steps):
         made = passes.plan(number, reducer_at(stage.parts, number, steps))
@@ -329,8 +333,9 @@ def test_a_run_logs_what_its_plan_says(losses: str, recipe_file: Callable[..., P
     row = json.loads((root / "data.json").read_text())[1]
     (root / "alike.json").write_text(json.dumps([{**row, "id": str(number)} for number in range(4)]))
     name = f"planned-{len(losses)}"
-    path = recipe_file(name, ALIKE)
-    overrides = [f"stages.0.losses={losses}"]
+    path = recipe_file(name, ONE)
+    overrides = [f"stages.0.data.conversations={root}/alike.json", "stages.0.train.lm=true", "stages.0.batch_size=2"]
+    overrides += ["stages.0.reducers=[{share: 1, reducer: 'random:keep=0.5,layer=1'}]", f"stages.0.losses={losses}"]
     opened = open_model(load_recipe(path, overrides), 0, None)
     sample = Conversations.open(root / "alike.json", root / "images")[0]
     batch = Collator(opened.processor, 2048)([sample])
@@ -340,27 +345,6 @@ def test_a_run_logs_what_its_plan_says(losses: str, recipe_file: Callable[..., P
     (stage,) = plan(path, overrides, text_tokens=text, answer_tokens=answers).stages
     log = (train(path, overrides).parent / "log.jsonl").read_text().splitlines()
     assert stage.cost == json.loads(log[-1])["flops"]
-
-
-ALIKE = """
-name: alike
-output: {root}/{output}
-model:
-  vision: {root}/tower
-  text: {root}/lm
-  vision_feature_layer: [-1]
-  bridge: {{kind: mlp}}
-log_steps: 1
-workers: 0
-stages:
-  - name: one
-    data: {{conversations: {root}/alike.json, images: {root}/images}}
-    train: {{bridge: true, lm: true}}
-    steps: 4
-    batch_size: 2
-    learning_rate: 1.0e-2
-    reducers: [{{share: 1, reducer: "random:keep=0.5,layer=1"}}]
-"""
 
 
 # ---- the rest

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from foveate.accounting.dry_run import encode
 from foveate.accounting.ledger import Ledger, Trained
 from foveate.accounting.pairs import unseen as unseen_by
-from foveate.accounting.prompts import Calls, Prompt, encodings_of, planned, prompt_of, read_prompts
+from foveate.accounting.prompts import Calls, Prompt, encodings_of, planned, prompt_of, reached, read_prompts
 from foveate.accounting.scores import decided
 from foveate.accounting.stack import Stack, decoder, lora_per_layer, low_rank
 from foveate.cache_policies import CachePolicy
@@ -173,7 +173,10 @@ def _ledger(
     counted = [(encode(config, call), share) for call, share in calls]
     for part in ("tower", "bridge"):
         flops[part] = round(sum(one.flops[part] * share for one, share in counted))
-    flops["tower"] = (flops["tower"] - saved) * (3 if trained.tower else 1)
+    flops["tower"] -= saved
+    if trained.tower:
+        deep = reached(config)
+        flops["tower"] += 2 * (round(sum(encode(deep, call).flops["tower"] * share for call, share in calls)) - saved)
     flops["bridge"] *= 3 if trained.bridge else 2 if trained.tower else 1
     return Ledger(
         mode,

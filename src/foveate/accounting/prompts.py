@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,21 @@ def read_prompts(config: Any, inputs: Mapping[str, Any]) -> tuple[list[Prompt], 
 def image_tokens(config: Any) -> int:
     """Visual tokens that the model makes of one image, as in `predict`; 0 for a bare text config."""
     return sum(image.tokens for call, _ in encodings_of(config, None, None, 1) for image, _ in encode(config, call).items)
+
+
+def reached(config: Any) -> Any:
+    """The configuration of one of Foveate's own models without the tower's blocks above its deepest feature level: they run, but no visual
+    token depends on them, and none of their weights gets a gradient. As it is where there are none, of a tower whose configuration does not
+    count its blocks (convolutions), and of the library's models."""
+    blocks = getattr(config.vision_config, "num_hidden_layers", None) if isinstance(config, FoveateConfig) else None
+    if blocks is None:
+        return config
+    levels = [level if level >= 0 else blocks + 1 + level for level in config.vision_feature_layer]
+    if max(1, *levels) == blocks:
+        return config
+    found = copy.deepcopy(config)
+    found.vision_feature_layer, found.vision_config.num_hidden_layers = levels, max(1, *levels)
+    return found
 
 
 def image_shape(config: Any) -> tuple[tuple[int, int], tuple[int, int]]:

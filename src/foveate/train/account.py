@@ -40,10 +40,11 @@ class Since:
 
 class Costs:
     """FLOPs of a training step by `foveate.accounting`; real tokens are counted, padding is not. NaN where they cannot be counted: that is
-    no reason to stop a run. `tower`: whether it runs, or its features are read; `align`: of a stage that runs no language model."""
+    no reason to stop a run. `tower`: whether it runs, or its features are read; `align`: of a stage that runs no language model,
+    with `words` of how many its softmax goes over."""
 
-    def __init__(self, config: Any, trained: Any, tower: bool = True, align: bool = False) -> None:
-        self.config, self.trained, self.tower, self.align = config, trained, tower, align
+    def __init__(self, config: Any, trained: Any, tower: bool = True, align: bool = False, words: int | None = None) -> None:
+        self.config, self.trained, self.tower, self.align, self.words = config, trained, tower, align, words
         self._known: dict[tuple[str, tuple[ImagePlan, ...], int, bool], Ledger | None] = {}
 
     def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None, teaches: bool = False) -> float:
@@ -53,7 +54,7 @@ class Costs:
         if ledger is None:
             return math.nan
         if self.align:
-            spent = flops(ledger, self.config, images)
+            spent = flops(ledger, self.config, images, self.words)
             return float(sum(spent.values()) - (0 if self.tower else spent["tower"]))
         head = text + sum(plan.tokens for plan in images) if head is None else head
         tower = 0 if self.tower else ledger.flops["tower"]

@@ -4,12 +4,13 @@ Of a sample, W are the different word pieces of its answers (a caption, or answe
 v_1 … v_T the visual tokens of all its images, and e_u the rows of the language model's input embeddings. Nobody knows which token ought to
 say which word, so each word is sought in all of them, and the best token carries it (multiple instances, by log-sum-exp):
 
-    p(u | t) = softmax over u of cos(v_t, e_u) / 0.07            over the whole vocabulary
+    p(u | t) = softmax over u of cos(v_t, e_u) / 0.07            over the whole vocabulary, or with `contrast: data` over all W of the data
     loss     = mean over w in W of -log( mean over t of p(w | t) ) + mean over t of log(|v_t| / r)²
 
 with r the mean length of a row of the table: the cosine alone would leave the tokens' length open, and a language model that has met only
 embeddings expects theirs. A batch's loss is the sum over its samples divided by its size; samples without image or words add nothing. Each
-word counts once, however common it is.
+word counts once, however common it is. Over a vocabulary of tens of thousands the softmax is most of what such a stage takes; the data's
+own words are often a few thousand of them.
 
 Where rows say what is where in their image (`boxes: true`, `foveate.data.boxes`), W are the pairs of a box and a word piece of its name;
 each is sought in the tokens of its box alone: those that stand for half of the box or more, and those of whose patches half or more lie in
@@ -36,11 +37,18 @@ TEMPERATURE = 0.07
 
 
 class Align:
-    """The loss of a stage of kind `align` for `model`, whose language model is frozen. ignored: ids that are no words."""
+    """The loss of a stage of kind `align` for `model`, whose language model is frozen. ignored: ids that are no words; among: those that
+    the softmax goes over, None: all that there are."""
 
-    def __init__(self, model: Any, ignored: Sequence[int]) -> None:
+    def __init__(self, model: Any, ignored: Sequence[int], among: Tensor | None = None) -> None:
         self.model, self.ignored = model, torch.tensor(sorted({*ignored, model.config.image_token_id}))
+        self.among = None if among is None else self.wordly(among.unique())
         self._table: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def contrasted(self) -> int | None:
+        """How many words the softmax goes over; None: the whole vocabulary."""
+        return None if self.among is None else len(self.among)
 
     def __call__(self, called: Any, inputs: dict[str, Any]) -> tuple[Tensor, int]:
         """(sum of the samples' losses, how many have one). `called` is the model as the stage calls it."""
@@ -56,8 +64,12 @@ class Align:
         for row, tokens in enumerate(output.image_hidden_states.float().split(per_row)):
             words, where = self.placed(boxes[row], len(tokens)) if boxes[row] else (self.words(labels[row]), None)
             if len(tokens) and len(words):
-                total, count = total + loss(tokens, table, words, length, where), count + 1
+                total, count = total + loss(tokens, table, self.rows(words), length, where), count + 1
         return total, count
+
+    def rows(self, words: Tensor) -> Tensor:
+        """(W,) where in the table the words are."""
+        return words if self.among is None else torch.searchsorted(self.among.to(words.device), words)
 
     def placed(self, boxes: Sequence[tuple[Tensor, Tensor]], count: int) -> tuple[Tensor, Tensor]:
         """Of the boxes of an image and their word pieces, all pairs of both: (W,) int64 pieces, and (W, T) bool where they are sought."""
@@ -72,16 +84,20 @@ class Align:
 
     def words(self, labels: Tensor) -> Tensor:
         """(W,) int64: the different word pieces of a row of labels (N,)."""
-        found = labels[labels >= 0].unique()
-        return found[~torch.isin(found, self.ignored.to(found.device))]
+        return self.wordly(labels[labels >= 0].unique())
+
+    def wordly(self, ids: Tensor) -> Tensor:
+        return ids[~torch.isin(ids, self.ignored.to(ids.device))]
 
     @torch.no_grad()
     def table(self) -> tuple[Tensor, Tensor]:
-        """(V, width) float32 embeddings of length 1, as the model looks them up, and their mean length."""
+        """(V, width) float32 embeddings of length 1 of the words that the softmax goes over, as the model looks them up, and the mean
+        length of all that there are."""
         if self._table is None:
             embeddings = self.model.get_input_embeddings()
             rows = embeddings(torch.arange(embeddings.weight.shape[0], device=embeddings.weight.device)).float()
-            self._table = normalize(rows, dim=-1), rows.norm(dim=-1).mean()
+            some = rows if self.among is None else rows[self.among.to(rows.device)]
+            self._table = normalize(some, dim=-1), rows.norm(dim=-1).mean()
         return self._table
 
 
@@ -112,10 +128,10 @@ def log_probability(tokens: Tensor, table: Tensor, words: Tensor) -> Tensor:
     return logits[:, words] - logits.logsumexp(-1, keepdim=True)
 
 
-def flops(ledger: Ledger, config: Any, images: Sequence[ImagePlan]) -> dict[str, int]:
-    """By part, what a stage of this kind takes of a ledger's; `head` is the product of the visual tokens with the table, and in training
-    the one back to the tokens. Where boxes say which tokens are looked at, it is less."""
+def flops(ledger: Ledger, config: Any, images: Sequence[ImagePlan], words: int | None = None) -> dict[str, int]:
+    """By part, what a stage of this kind takes of a ledger's; `head` is the product of the visual tokens with the table of so many words
+    (None: of the whole vocabulary), and in training the one back to the tokens. Where boxes say which tokens are looked at, it is less."""
     text = config.get_text_config()
-    product = 2 * sum(plan.visual for plan in images) * text.vocab_size * text.hidden_size
+    product = 2 * sum(plan.visual for plan in images) * (text.vocab_size if words is None else words) * text.hidden_size
     left = {part: count if part in ("tower", "bridge") else 0 for part, count in ledger.flops.items()}
     return left | {"head": product * (2 if ledger.mode == "train" else 1)}

@@ -54,6 +54,7 @@ KNOWN: dict[str, Callable[[], PreTrainedConfig]] = {
 STEPS = 2**20  # of a stage of which they are not known, for what is drawn in them
 
 ALIGNED = "no language model runs: of it, head is the product of the visual tokens with its table of embeddings"
+OWN_WORDS = "`contrast: data` makes that product smaller, by how much is in the log: the data are not read here"
 SEVERAL = (
     "`losses` make several passes in a step, a line each: those without gradient cost a forward, and all get logits of all tokens; FLOPs "
     "are those of all passes of a step, tokens and KV the mean of the trained ones"
@@ -198,7 +199,7 @@ def plan_stage(setup: Setup, text_tokens: int, answer_tokens: int, steps: int | 
         notes.append(f"view_tokens are drawn of {len(setup.budgets)} numbers; what they cost is the mean of {len(drawn)}, evenly spread")
     samples = None if steps is None else steps * stage.batch_size
     remarks = {CACHED: stage.features is not None, ALIGNED: stage.kind == "align", SEVERAL: passes is not None}
-    remarks[DRAWN] = not whole
+    remarks |= {OWN_WORDS: stage.contrast == "data", DRAWN: not whole}
     return StagePlan(
         name=stage.name,
         image_size=size,
@@ -229,11 +230,11 @@ def part_plan(
     reducers, per_image = parse(made.reducers), per_image or setup.image.visual
     given: dict[str, Any] = {"images": [setup.image], "text_tokens": text_tokens, "reducers": reducers, "trained": setup.trained}
     given["head_tokens"] = setup.image.tokens + text_tokens if head_tokens is None else head_tokens
-    forward = predict(setup.used, **given, mode="prefill")
-    training = predict(setup.used, **given, mode="train") if made.trained else forward
+    forward = predict(setup.config, **given, mode="prefill")
+    training = predict(setup.config, **given, mode="train") if made.trained else forward
     counts, spent, first, kv = list(forward.visual_tokens), training.flops, forward.flops, sum(forward.visual_kv_bytes)
     if setup.stage.kind == "align":
-        first, spent = (align.flops(ledger, setup.used, [setup.image]) for ledger in (forward, training))
+        first, spent = (align.flops(ledger, setup.config, [setup.image]) for ledger in (forward, training))
         counts, kv = [0] * len(counts), 0
     if setup.stage.features is not None:
         spent = {**spent, "tower": 0}

@@ -22,6 +22,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from transformers.utils import logging as transformers_logging
 
 from foveate.anatomy import read
+from foveate.data.collate import Collator
 from foveate.data.features import FeatureStore
 from foveate.data.library import image_plan
 from foveate.errors import FoveateError
@@ -45,7 +46,17 @@ from foveate.train.order import Items, division
 from foveate.train.passes import passes_of
 from foveate.train.progress import StageInfo
 from foveate.train.recipe import load_recipe
-from foveate.train.samples import StageData, facts_of, make_collator, notes, open_data, open_renderer, order_of, report_notes
+from foveate.train.samples import (
+    StageData,
+    facts_of,
+    make_collator,
+    notes,
+    open_data,
+    open_renderer,
+    order_of,
+    report_notes,
+    word_pieces,
+)
 from foveate.train.schedule import NONE, stage_steps
 from foveate.train.settings import Recipe, Stage
 from foveate.train.sharding import check_sharding
@@ -186,6 +197,7 @@ def make_trainer(
     order = order_of(recipe, stage, samples, budgets)
     again = order.drawn is not None or steps * stage.batch_size > len(samples)
     collator = make_collator(opened, stage.max_length, again, features)
+    aligned = align_of(stage, data, opened, collator)
     trainer = FoveateTrainer(
         model=opened.model,
         args=arguments,
@@ -203,14 +215,14 @@ def make_trainer(
             bf16_copy=stage.precision == "bf16-copy",
             cached=features is not None,
             sources=samples.names,
-            align=Align(opened.model, opened.processor.tokenizer.all_special_ids) if stage.kind == "align" else None,
+            align=aligned,
             passes=passes_of(recipe, stage, steps),
         ),
         totals=Totals(),
         log_file=files.RunLog(recipe.output / "log.jsonl"),
         log_steps=recipe.log_steps,
         save_steps=stage.save_steps,
-        costs=Costs(config, opened.trained, tower=features is None, align=stage.kind == "align"),
+        costs=Costs(config, opened.trained, features is None, aligned is not None, aligned.contrasted if aligned is not None else None),
         rates=stage.rates,
         validation=held,
         stand_in=StandIn(opened.model, opened.processor) if foreign and state.num_processes > 1 else None,
@@ -218,6 +230,17 @@ def make_trainer(
     if (keep := keep_of(stage)) is not None:
         trainer.add_callback(LetGo(keep))
     return trainer
+
+
+def align_of(stage: Stage, data: StageData, opened: Opened, collator: Collator) -> Align | None:
+    """The loss of a stage of kind align; None of other stages."""
+    if stage.kind != "align":
+        return None
+    among = None
+    if stage.contrast == "data":
+        among = word_pieces([part.samples for part in data.train.parts] + ([] if data.validation is None else [data.validation]), collator)
+        log.info("stage %s: the softmax goes over the %d word pieces of its data", stage.name, len(among))
+    return Align(opened.model, opened.processor.tokenizer.all_special_ids, among)
 
 
 def trains_any_budget(stage: Stage) -> bool:

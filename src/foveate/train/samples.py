@@ -11,15 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from torch import Tensor
 from transformers import AutoTokenizer
 
 from foveate.data.chat import Renderer
 from foveate.data.collate import Collator, Cut, Fit, told
-from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip
+from foveate.data.conversations import MARKER, Conversations, cache_file, find_bad, refuse_or_skip, turns_of
 from foveate.data.features import FeatureStore
 from foveate.data.footage import FRAMES
 from foveate.data.library import LibraryCollator, image_plan
@@ -132,6 +134,22 @@ def make_collator(opened: Opened, max_length: int, remember: bool = False, featu
     if isinstance(opened.processor, FoveateProcessor):
         return Collator(opened.processor, max_length, remember, features)
     return LibraryCollator(opened.processor, max_length, opened.model.config.image_token_id)
+
+
+def word_pieces(samples: Sequence[Conversations], collator: Collator) -> Tensor:
+    """(W,) int64: the different word pieces of all answers, and of the names in place of them in rows that say what is where."""
+    renderer, found = collator.renderer, set[int]()
+    rows = [(data.source, int(index)) for data in samples for index in data.index]
+    for source, index in track(rows, "reading words", console=Console(stderr=True), transient=True):
+        row = source.row(index)
+        boxes = source.boxes(row, len(source.images(row)))
+        for name, _ in boxes:
+            found.update(collator.pieces(name).tolist())
+        if not boxes:  # nothing that is asked reaches into an answer
+            turns = [(role, text if role == "assistant" else "?") for role, text in turns_of(row)]
+            tokens = renderer.encode(*renderer.render(turns))
+            found.update(tokens.ids[tokens.supervised].tolist())
+    return torch.tensor(sorted(found), dtype=torch.int64)
 
 
 def order_of(recipe: Recipe, stage: Stage, samples: Mixture, budgets: Sequence[int] = ()) -> Order:

@@ -260,6 +260,7 @@ class Stage(Strict):
     name: str = Field(pattern=NAME)
     kind: Literal["generate", "align"] = "generate"  # align: the bridge alone, by `foveate.train.align`
     boxes: bool | None = None  # of kind align: rows say what is where
+    contrast: Literal["vocabulary", "data"] | None = None  # of kind align: the words that the softmax goes over; default: vocabulary
     data: DataOrSources
     image_size: int | None = Field(default=None, gt=0)  # pixels; default: as it was
     tiling: TilingString | None = None  # default: as it was

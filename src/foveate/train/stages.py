@@ -22,6 +22,7 @@ from transformers import AutoConfig
 import foveate.model  # noqa: F401  registers the Auto classes
 from foveate.accounting import Trained, image_shape, image_tokens
 from foveate.accounting.dry_run import encode, skeleton
+from foveate.accounting.prompts import reached
 from foveate.anatomy import read
 from foveate.bridges import Bridge, build_bridge, complete_config
 from foveate.engine.attach import attach
@@ -96,15 +97,8 @@ class Setup:
 
     @property
     def used(self) -> Any:
-        """The configuration without the tower's blocks above the deepest feature level: no visual token depends on them. Of a tower whose
-        configuration does not count its blocks (convolutions) with all of it."""
-        blocks = getattr(self.config.vision_config, "num_hidden_layers", None) if self.assembled else None
-        if blocks is None:
-            return self.config
-        levels = [level if level >= 0 else blocks + 1 + level for level in self.config.vision_feature_layer]
-        config = deepcopy(self.config)
-        config.vision_feature_layer, config.vision_config.num_hidden_layers = levels, max(1, *levels)
-        return config
+        """The configuration of what can be trained: see `foveate.accounting.prompts.reached`."""
+        return reached(self.config) if self.assembled else self.config
 
     @property
     def slots(self) -> list[tuple[Fraction, str]]:
@@ -330,6 +324,8 @@ def check(stage: Stage, config: Any) -> Trained:
         raise FoveateError("kind align is for visual tokens, and the images of a vlora bridge become none; leave the stage out")
     if stage.boxes and stage.kind != "align":
         raise FoveateError("`boxes` say which tokens are to say which word, in a stage of kind align alone; leave them out")
+    if stage.contrast and stage.kind != "align":
+        raise FoveateError("`contrast` is of what a stage of kind align tells a word apart, and no other has it; leave it out")
     if stage.boxes and config.tiling is not None:
         raise FoveateError(f"`boxes` are of images that are seen whole, once, and the tiling {config.tiling} cuts them; leave them out")
     trained = trained_parts(stage, skeleton(config))
