@@ -64,6 +64,13 @@ every_reducer = pytest.mark.parametrize("reducer", REDUCERS)
 every_pair = pytest.mark.parametrize(("make", "reducer"), [pytest.param(MODELS[m], r, id=f"{m}-{r}") for m, r in SERVED])
 
 
+def every_pair_and(name: str, first: object, *others: object) -> pytest.MarkDecorator:
+    """Every pair with `first`, and each method's first spelling with `others`: the engine alone sees to these."""
+    once = {method.examples[0] for method in INSIDE}
+    cases = [(m, r, value) for value in (first, *others) for m, r in SERVED if value == first or r in once]
+    return pytest.mark.parametrize(("make", "reducer", name), [pytest.param(MODELS[m], r, v, id=f"{m}-{r}-{v}") for m, r, v in cases])
+
+
 def test_every_method_is_tested() -> None:
     for method in INSIDE:
         for spelling in (*method.examples[:1], *method.keeps_all[:1], *method.multiplies):
@@ -163,8 +170,7 @@ def test_keep_all_is_bit_identical(make: Any, attn: str, dtype: torch.dtype, sho
                 assert torch.equal(kept[name], value), (reducer, name)
 
 
-@every_pair
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@every_pair_and("attn", "sdpa", "eager")
 def test_a_sample_does_not_depend_on_its_batch(make: Any, attn: str, reducer: str) -> None:
     model = make(attn)
     with foveate.attach(model, reducer), torch.no_grad():
@@ -230,8 +236,7 @@ def check_decoding(model: Any, reducers: str | list[Reducer], side: str) -> tupl
     return maps, found[-1][0]
 
 
-@every_pair
-@pytest.mark.parametrize("side", ["left", "right"])
+@every_pair_and("side", "left", "right")
 def test_decoding_with_the_cache_is_the_whole_run_again(make: Any, side: str, reducer: str) -> None:
     model = make()
     maps, whole = check_decoding(model, reducer, side)
@@ -330,8 +335,7 @@ def test_maps_do_not_depend_on_the_answer(reducer: str) -> None:
         check_same(run.maps, maps)
 
 
-@every_pair
-@pytest.mark.parametrize("reentrant", [False, True])
+@every_pair_and("reentrant", False, True)
 def test_gradient_checkpointing_changes_nothing(make: Any, reentrant: bool, reducer: str) -> None:
     grads = []
     for checkpointing in (False, True):
