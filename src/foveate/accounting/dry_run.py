@@ -11,7 +11,9 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -23,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModelForImageTextToText
 
+from foveate.accounting.alike import one_for_all
 from foveate.accounting.counter import Counter
 from foveate.anatomy import Anatomy, blocks, read
 from foveate.contract import ImageSize, Signal, TowerKeys
@@ -43,7 +46,21 @@ class Told:
 
     @classmethod
     def by(cls, config: Any) -> Told:
-        return cls(config.to_json_string(use_diff=False), config)
+        known = _settled.get().get(id(config))
+        return known if known is not None else cls(config.to_json_string(use_diff=False), config)
+
+
+_settled: ContextVar[dict[int, Told]] = ContextVar("settled", default={})  # noqa: B039  nothing is ever written into it
+
+
+@contextmanager
+def settled(*told: Told) -> Iterator[None]:
+    """Until the `with` block is left, these configurations are as they were told, and are not written out again."""
+    token = _settled.set({id(one.thing): one for one in told})
+    try:
+        yield
+    finally:
+        _settled.reset(token)
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ def _encode(told: Told, called: Told, needs: frozenset[Signal], inside: bool) ->
         try:
             if inside:
                 arriving = _Arriving(anatomy, anatomy.tower_of(anatomy.encodings.get(call.method, "image")))
-            with torch.no_grad(), Counter(model) as counted:
+            with torch.no_grad(), Counter(model) as counted, nullcontext() if needs or inside else one_for_all(model, counted):
                 _run(model, call)
         finally:
             encodings.remove()

@@ -157,6 +157,12 @@ class ImagePlan:
         return self.size[1], self.size[0], self.most
 
     @property
+    def cost(self) -> object:
+        """What it costs hangs on: equal for images that are cut into the same crops, whatever their own size."""
+        crops = tuple((crop.grid, crop.tokens, crop.cells, crop.kind, crop.pixels, crop.lens) for crop in self.crops)
+        return crops, self.marks, self.size is None, self.parts, self.most, self.each, self.mosaic
+
+    @property
     def tags(self) -> tuple[str, ...]:
         """Texts between the placeholders."""
         return tuple(part.text for part in self.parts if isinstance(part, Tag))

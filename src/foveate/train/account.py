@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.accounting import Ledger, predict
+from foveate.accounting.dry_run import Told, settled
 from foveate.reducers import parse
 from foveate.tokens import ImagePlan
 from foveate.train.align import flops
@@ -46,6 +47,8 @@ class Costs:
     def __init__(self, config: Any, trained: Any, tower: bool = True, align: bool = False, words: int | None = None) -> None:
         self.config, self.trained, self.tower, self.align, self.words = config, trained, tower, align, words
         self._known: dict[tuple[str, tuple[ImagePlan, ...], int, bool], Ledger | None] = {}
+        self._alike: dict[object, ImagePlan] = {}
+        self._told: tuple[Told, ...] = ()
 
     def of(self, reducer: str, images: tuple[ImagePlan, ...], text: int, head: int | None = None, teaches: bool = False) -> float:
         """Of one sample with `text` tokens beside those of its images, `head` of which get logits (None: all); `teaches`: of a pass without
@@ -62,13 +65,17 @@ class Costs:
 
     def ledger(self, reducer: str, images: tuple[ImagePlan, ...], text: int, teaches: bool = False) -> Ledger | None:
         """A step on such a sample, one of whose tokens gets logits. None where it cannot be counted."""
+        images = tuple(self._alike.setdefault(plan.cost, plan) for plan in images)
         key, mode = (reducer, images, text, teaches), "prefill" if teaches else "train"
         given: dict[str, Any] = {"config": self.config, "trained": self.trained, "mode": mode, "head_tokens": 1}
         if len(self._known) > MOST:  # where budgets are drawn, each step has others
             self._known.clear()
+            self._alike.clear()
         if key not in self._known:
             try:
-                self._known[key] = predict(images=images, text_tokens=text, reducers=parse(reducer), **given)
+                self._told = self._told or (Told.by(self.config), Told.by(self.config.get_text_config()))
+                with settled(*self._told):
+                    self._known[key] = predict(images=images, text_tokens=text, reducers=parse(reducer), **given)
             except Exception as error:  # whatever a configuration of another make brings about
                 if None not in self._known.values():
                     log.warning("FLOPs are not logged, they cannot be counted for this model: %s", error or type(error).__name__)
