@@ -17,6 +17,7 @@ from foveate.accounting.alike import made, one_for_all
 from foveate.accounting.counter import Counter
 from foveate.accounting.dry_run import Told, encode, settled, skeleton
 from foveate.accounting.prompts import image_of, plan_call
+from foveate.contract import ClsAttention, ReceivedAttention, Signal, TowerKeys
 from foveate.model import FoveateConfig
 from foveate.train.account import Costs
 from tests.tiny import assembled, llava
@@ -65,6 +66,30 @@ def test_one_block_runs_and_all_are_counted(make: Any, ran: list[nn.Module], mon
     assert encode(config, call) == found
     assert len(ran) == blocks > 1
     assert found.flops["tower"] > 0
+
+
+@pytest.mark.parametrize(
+    ("needs", "inside", "runs"),
+    [
+        ([TowerKeys(-2)], False, [0, 3]),
+        ([ClsAttention(-1), ReceivedAttention(1)], False, [0, 1, 4]),
+        ([], True, [0, 1]),  # the first one is watched for its heads
+        ([ClsAttention(0)], True, [0, 1]),
+    ],
+)
+def test_blocks_that_are_watched_are_run(
+    needs: list[Signal], inside: bool, runs: list[int], ran: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiled("internvl:tiles=6")
+    call = plan_call(config, config.plan_image(64, 90))
+    found = encode(config, call, needs, blocks=inside)
+    stack: Any = skeleton(config)
+    assert ran == [stack.model.vision_tower.encoder.layers[block] for block in runs]
+    dry_run._encode.cache_clear()
+    monkeypatch.setattr(dry_run, "one_for_all", lambda model, counted: nullcontext())
+    assert encode(config, call, needs, blocks=inside) == found
+    assert (found.flops["scores"] > 0) is any(not isinstance(signal, TowerKeys) for signal in needs)
+    assert bool(found.calls) is inside
 
 
 class Block(nn.Module):

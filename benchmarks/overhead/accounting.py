@@ -1,4 +1,4 @@
-"""What it takes to count FLOPs: CPU milliseconds that the trainer spends on one more sample's, whose image has another size than all before.
+"""What it takes to count FLOPs: CPU milliseconds of the trainer for one more sample, whose image has another size than all before it.
 
     python benchmarks/overhead/accounting.py --old ../older/src         # beside another tree of this library
 

@@ -2,7 +2,8 @@
 
 A dry run passes every operation through Python, which for a tower of two dozen blocks takes most of a second, of images of every other size
 again. A block stands for another one where both have the same modules, shapes of weights and settings (its number in the stack aside),
-and the call has tensors of the same shapes, and of those that have values the very same ones.
+and the call has tensors of the same shapes, and of those that have values the very same ones. A block whose attention is watched has a
+configuration of its own (`foveate.probes.layer`), so it is run.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -141,7 +141,7 @@ def _encode(told: Told, called: Told, needs: frozenset[Signal], inside: bool) ->
         try:
             if inside:
                 arriving = _Arriving(anatomy, anatomy.tower_of(anatomy.encodings.get(call.method, "image")))
-            with torch.no_grad(), Counter(model) as counted, nullcontext() if needs or inside else one_for_all(model, counted):
+            with torch.no_grad(), Counter(model) as counted, one_for_all(model, counted):
                 _run(model, call)
         finally:
             encodings.remove()
