@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -169,6 +171,22 @@ def test_images_that_are_cut_alike_cost_the_same(tiling: str, monkeypatch: pytes
         right = predict(config, images=[plan], text_tokens=9, mode="train", trained=costs.trained, head_tokens=4)
         assert costs.of("none", (plan,), 9, 4) == right.total_flops
     assert len(predicted) == len({plan.cost for plan in plans}) < len(set(plans)) == len(plans)
+
+
+def test_dry_runs_of_several_threads_do_not_meet() -> None:
+    config = tiled("anyres")
+    calls = [plan_call(config, config.plan_image(32 + 8 * n, 64)) for n in range(8)]
+    dry_run._encode.cache_clear()
+    alone = [encode(config, call) for call in calls]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(3):
+            dry_run._encode.cache_clear()
+            with ThreadPoolExecutor(8) as pool:
+                assert list(pool.map(lambda call: encode(config, call), calls)) == alone
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_a_settled_configuration_is_not_written_again() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,11 +48,13 @@ def one_for_all(model: nn.Module, counted: Counter) -> Iterator[None]:
             del block.forward
 
 
+@dataclass(frozen=True, eq=False)
 class _Known:
-    """What a call gave and took. `given` keeps alive what the call is known by."""
+    """What a call gave and took. `given`: what the call is known by, kept alive."""
 
-    def __init__(self, given: list[Any], output: Any, flops: dict[str, int]) -> None:
-        self.given, self.output, self.flops = given, output, flops
+    given: list[Any]
+    output: Any
+    flops: dict[str, int]
 
 
 def _standing(forward: Callable[..., Any], block: Hashable, known: dict[Hashable, _Known], counted: Counter) -> Callable[..., Any]:

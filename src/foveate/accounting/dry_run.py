@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
+from threading import RLock
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from foveate.probes.tower import probe_of
 from foveate.tokens import Kind
 
 _aten = torch.ops.aten
+_one_at_a_time = RLock()  # dry runs of several threads: they would see one another's, for a skeleton is shared and watched by hooks
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def encode(config: Any, call: Encoded, needs: Iterable[Signal] = (), *, blocks: 
 @lru_cache(maxsize=1024)
 def _encode(told: Told, called: Told, needs: frozenset[Signal], inside: bool) -> Counted:
     call: Encoded = called.thing
-    with torch.inference_mode(False):
+    with _one_at_a_time, torch.inference_mode(False):
         model = _skeleton(told)
         anatomy = read(model)
         seen: list[Item] = []
@@ -157,7 +159,7 @@ def trained_tower(config: Any, call: Encoded) -> int:
     """Parameters of the tower that get a gradient where `call` encodes images: not a pooling head, nor blocks above the last level."""
     model = skeleton(config)
     tower = read(model).tower_of("image")
-    with torch.inference_mode(False), torch.enable_grad():
+    with _one_at_a_time, torch.inference_mode(False), torch.enable_grad():
         made = tree_leaves(_run(model, call).pooler_output)
         parameters = list(tower.parameters())
         gradients = torch.autograd.grad([features.sum() for features in made], parameters, allow_unused=True)
