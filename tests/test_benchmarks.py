@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from benchmarks.learned.run import plot as draw_learned
 from benchmarks.learned.run import table as learned
 from benchmarks.overhead.run import table as overhead
 from benchmarks.prefill.show import table as prefill
+from benchmarks.pretraining.run import against
+from benchmarks.pretraining.sets import SECOND
 from benchmarks.serving.server.checkpoint import SHAPES, build
 from benchmarks.serving.server.run import wanted
 from benchmarks.serving.server.server import counted, read_metrics
@@ -39,6 +42,7 @@ from rich.console import Console
 from safetensors import safe_open
 from transformers import AutoProcessor
 
+from foveate.report.pretraining import write_comparison
 from foveate.train.recipe import load_recipe
 from foveate.train.values import fitting_precision
 
@@ -65,6 +69,15 @@ def test_committed_tables_are_made_of_committed_numbers(path: Path) -> None:
     table = steps if path == STEPS else TABLES[path.parent.relative_to(FOLDER).as_posix()]
     written = path.with_suffix(".md") if path.with_suffix(".md").is_file() else path.with_name("table.md")
     assert table(json.loads(path.read_text(encoding="utf-8"))) == written.read_text(encoding="utf-8")
+
+
+def test_the_tables_of_pretraining_are_made_of_its_runs(tmp_path: Path) -> None:
+    for name in ("runs.json", "questions.json"):
+        shutil.copy(FOLDER / "pretraining" / name, tmp_path)
+    write_comparison(tmp_path, tmp_path)
+    against(SECOND, tmp_path)
+    for name in ("table.md", f"against-{SECOND}.md"):
+        assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / "pretraining" / name).read_text(encoding="utf-8")
 
 
 def test_there_are_results() -> None:

@@ -31,7 +31,7 @@ import torch
 
 from foveate.files import write_json
 from foveate.machine import environment
-from foveate.report.pretraining import record, write_comparison
+from foveate.report.pretraining import Question, aggregate, markdown, record, write_comparison
 from foveate.report.runs import Arm
 from foveate.train.plan import count_steps
 from foveate.train.recipe import load_recipe
@@ -41,7 +41,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))  # the repository: what the benchmarks share lies in benchmarks/
 
 from benchmarks.common import Usage  # noqa: E402
-from benchmarks.pretraining.sets import SETS, Set  # noqa: E402
+from benchmarks.pretraining.sets import SECOND, SETS, Set  # noqa: E402
 
 
 def recipe_of(name: str, given: argparse.Namespace) -> Path:
@@ -166,6 +166,16 @@ def main() -> None:
             with records(given.output, own.names()) as found:
                 found.append(made)
     write_comparison(given.output, given.output)
+    against(SECOND, given.output)
+
+
+def against(first: str, output: Path) -> None:
+    """against-<first>.md: the table once more, all arms compared with this one."""
+    runs = json.loads((output / "runs.json").read_text(encoding="utf-8"))
+    runs.sort(key=lambda one: one["arm"] != first)  # stable: the others as they were
+    if runs and runs[0]["arm"] == first:
+        questions = [Question(*one) for one in json.loads((output / "questions.json").read_text(encoding="utf-8"))]
+        (output / f"against-{first}.md").write_text(markdown(aggregate(runs, questions)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from foveate.world.scenes import in_turns, write_world
 HERE = Path(__file__).parent
 RECIPES = HERE.parent.parent / "recipes" / "pretraining"
 FIRST = "resampler"  # the paper's baseline: the arm that all others are compared with
+SECOND = "mlp"  # LLaVA's bridge: the second one that all are compared with
 TURNS = 2  # questions of one sample
 SPLIT = "compositions"  # of real pictures: what the arms are asked about
 
