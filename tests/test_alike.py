@@ -18,9 +18,10 @@ from foveate.accounting import Trained, dry_run, predict
 from foveate.accounting.alike import made, one_for_all
 from foveate.accounting.counter import Counter
 from foveate.accounting.dry_run import Told, encode, settled, skeleton
-from foveate.accounting.prompts import image_of, plan_call
+from foveate.accounting.prompts import image_of, plan_call, reached
 from foveate.contract import ClsAttention, ReceivedAttention, Signal, TowerKeys
 from foveate.model import FoveateConfig
+from foveate.reducers import parse
 from foveate.train.account import Costs
 from tests.tiny import assembled, llava
 
@@ -171,6 +172,20 @@ def test_images_that_are_cut_alike_cost_the_same(tiling: str, monkeypatch: pytes
         right = predict(config, images=[plan], text_tokens=9, mode="train", trained=costs.trained, head_tokens=4)
         assert costs.of("none", (plan,), 9, 4) == right.total_flops
     assert len(predicted) == len({plan.cost for plan in plans}) < len(set(plans)) == len(plans)
+
+
+@pytest.mark.parametrize("reducers", ["", "tome:keep=0.5,site=tower,blocks=1"])
+@pytest.mark.parametrize("levels", [[-1], [-2], [1, 3]])
+def test_a_trained_tower_is_gone_back_through_as_far_as_its_deepest_level(levels: list[int], reducers: str) -> None:
+    """Forward through every block, and twice as much back through those that a visual token depends on; less what cuts in it save there."""
+    config = FoveateConfig(vision_config=VISION, text_config=TEXT, bridge={"kind": "mlp"}, vision_feature_layer=levels, image_token_id=90)
+    given: dict[str, Any] = {"text_tokens": 5, "reducers": parse(reducers)}
+    whole, deep = (predict(one, **given).flops["tower"] for one in (config, reached(config)))
+    assert (deep < whole) is (levels != [-1])
+    trained = predict(config, **given, mode="train", trained=Trained(bridge=True, tower=True))
+    assert trained.flops["tower"] == whole + 2 * deep
+    if reducers:
+        assert whole < predict(config, text_tokens=5).flops["tower"]
 
 
 def test_dry_runs_of_several_threads_do_not_meet() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import benchmarks.common as common
 import pytest
+from benchmarks.accounting.run import table as accounting
 from benchmarks.arms import keep, whole
 from benchmarks.common import Usage, before, busy, command, earlier, measured
 from benchmarks.depth.flex.run import table as flex
@@ -48,6 +49,7 @@ from foveate.train.values import fitting_precision
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 TABLES = {
+    "accounting": accounting,
     "depth": depth,
     "depth/flex": flex,
     "elastic": lambda kept: elastic(whole(kept)),

@@ -11,13 +11,14 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
 from threading import RLock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class Told:
         return known if known is not None else cls(config.to_json_string(use_diff=False), config)
 
 
-_settled: ContextVar[dict[int, Told]] = ContextVar("settled", default={})  # noqa: B039  nothing is ever written into it
+_settled: ContextVar[Mapping[int, Told]] = ContextVar("settled", default=MappingProxyType({}))
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def predict(
     unseen = unseen_by(reducers, prompts, layers)
     if cache is None or mode == "train":
         return _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)
-    scores = scores[0] + _thinning(config, cache, total), scores[1]
+    scores = scores[0] + _thinning(config, cache, total), *scores[1:]
     found = _ledger(config, visual, total, mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)
     return found if left is None else found.thinned({i: sum(rows) for i, rows in enumerate(left)}, {}, cache.together)
 
@@ -131,7 +131,7 @@ def observed(
     calls = encoded if encoded is not None else encodings_of(config, None, grid, images)
     scores = decided(config, reducers, prompts, calls, in_tower)
     if cache is not None:
-        scores = scores[0] + _thinning(config, cache, _rows(total)), scores[1]
+        scores = scores[0] + _thinning(config, cache, _rows(total)), *scores[1:]
     return _ledger(config, _rows(visual), _rows(total), mode, trained, head_tokens, dtype_bytes, calls, scores, unseen)
 
 
@@ -144,7 +144,7 @@ def _ledger(
     head_tokens: int | None,
     dtype_bytes: int,
     calls: Calls,
-    decided: tuple[int, int],
+    decided: tuple[int, int, int],
     unseen: Sequence[Sequence[int]],
 ) -> Ledger:
     stack = _fitting(config, total)
@@ -168,7 +168,7 @@ def _ledger(
     if head_tokens is None:
         head_tokens = sum(total[0]) if mode == "train" else len(total[0])
     head = weights * 2 * head_tokens * stack.head
-    scores, saved = decided
+    scores, saved, below = decided
     flops = {"tower": 0, "bridge": 0, "lm_linear": sum(linear), "lm_attention": sum(attention), "head": head, "scores": scores}
     counted = [(encode(config, call), share) for call, share in calls]
     for part in ("tower", "bridge"):
@@ -176,7 +176,7 @@ def _ledger(
     flops["tower"] -= saved
     if trained.tower:
         deep = reached(config)
-        flops["tower"] += 2 * (round(sum(encode(deep, call).flops["tower"] * share for call, share in calls)) - saved)
+        flops["tower"] += 2 * (round(sum(encode(deep, call).flops["tower"] * share for call, share in calls)) - below)
     flops["bridge"] *= 3 if trained.bridge else 2 if trained.tower else 1
     return Ledger(
         mode,

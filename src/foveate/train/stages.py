@@ -98,7 +98,7 @@ class Setup:
     @property
     def used(self) -> Any:
         """The configuration of what can be trained: see `foveate.accounting.prompts.reached`."""
-        return reached(self.config) if self.assembled else self.config
+        return reached(self.config)
 
     @property
     def slots(self) -> list[tuple[Fraction, str]]:

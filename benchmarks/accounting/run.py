@@ -1,9 +1,9 @@
 """What it takes to count FLOPs: CPU milliseconds of the trainer for one more sample, whose image has another size than all before it.
 
-    python benchmarks/overhead/accounting.py --old ../older/src         # beside another tree of this library
+    python benchmarks/accounting/run.py --old ../older/src         # beside another tree of this library
 
 CLIP-L at 336 px and a 7B language model, on shapes alone; pictures of 60 sizes, one length of text each. `whole`: a model without a tiling,
-for which all of them are alike. Each tree has a process of its own, one thread. Writes accounting.md.
+for which all of them are alike. Each tree has a process of its own, one thread. Writes results.json and results.md.
 """
 
 from __future__ import annotations
@@ -67,30 +67,37 @@ def main() -> None:
     if given.work:
         work()
         return
+    from foveate.files import write_json
     from foveate.machine import environment
 
     trees = {"old": given.old, "new": ROOT / "src"} if given.old else {"new": ROOT / "src"}
-    spent = {}
+    report: dict[str, Any] = {"machine": environment(), "milliseconds": {}}
     for name, tree in trees.items():
         command = [sys.executable, __file__, "--work"]
         done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(tree.resolve())}, check=True, stdout=subprocess.PIPE, text=True)
-        spent[name] = json.loads(done.stdout.splitlines()[-1])
+        report["milliseconds"][name] = json.loads(done.stdout.splitlines()[-1])
+    write_json(HERE / "results.json", report)
+    (HERE / "results.md").write_text(table(report), encoding="utf-8")
+    print(table(report))
+
+
+def table(report: dict[str, Any]) -> str:
+    spent = report["milliseconds"]
     lines = [
-        f"`python benchmarks/overhead/accounting.py{' --old OLD/src' if given.old else ''}`",
+        f"`python benchmarks/accounting/run.py{' --old OLD/src' if 'old' in spent else ''}`",
         "",
-        f"{environment()}. CPU ms a sample: the first, and the median and the sum of the other 59.",
+        f"{report['machine']}. CPU ms a sample: the first, and the median and the sum of the others.",
         "",
-        f"| | {' | '.join(f'{tree}: first | median | sum' for tree in trees)} |",
-        f"|---|{'---:|' * 3 * len(trees)}",
+        f"| | {' | '.join(f'{tree}: first | median | sum' for tree in spent)} |",
+        f"|---|{'---:|' * 3 * len(spent)}",
     ]
     for case in CASES:
         cells = [case]
-        for tree in trees:
-            first, *others = spent[tree][case]
+        for own in spent.values():
+            first, *others = own[case]
             cells += [f"{first:,.0f}", f"{statistics.median(others):,.2f}", f"{sum(others):,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    (HERE / "accounting.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    print("\n".join(lines))
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":
