@@ -74,7 +74,7 @@ def test_committed_tables_are_made_of_committed_numbers(path: Path) -> None:
 
 
 def test_the_tables_of_pretraining_are_made_of_its_runs(tmp_path: Path) -> None:
-    for name in ("runs.json", "questions.json"):
+    for name in ("runs.json", "questions.json", "times.json"):
         shutil.copy(FOLDER / "pretraining" / name, tmp_path)
     write_comparison(tmp_path, tmp_path)
     against(SECOND, tmp_path)

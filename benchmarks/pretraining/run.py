@@ -115,7 +115,7 @@ def seconds_of_a_step(name: str, number: int, given: argparse.Namespace) -> list
 
 
 def measure(given: argparse.Namespace, arms: Sequence[str]) -> None:
-    """times.json: of each arm the seconds of pre-training and fine-tuning, as steps times the median over the rounds."""
+    """times.json: of each arm the seconds of pre-training and fine-tuning in each round, as steps times the seconds of one."""
     path = given.output / "times.json"
     rounds: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rounds"] if path.is_file() else []
     for number in range(len(rounds), given.rounds):
@@ -125,9 +125,12 @@ def measure(given: argparse.Namespace, arms: Sequence[str]) -> None:
         found = {}
         for name in arms:
             counts = [count_steps(stage) or 0 for stage in load_recipe(recipe_of(name, given)).stages]
-            middle = [statistics.median(times) for times in zip(*(of["steps"][name] for of in rounds if name in of["steps"]), strict=True)]
-            total = [count * step for count, step in zip(counts, middle, strict=True)]
-            found[name] = [sum(total[:-1]), total[-1]]
+            totals = [
+                [count * step for count, step in zip(counts, of["steps"][name], strict=True)]
+                for of in rounds
+                if name in of["steps"]
+            ]
+            found[name] = [[sum(total[:-1]), total[-1]] for total in totals]
         told = {"machine": environment(), "threads": torch.get_num_threads(), **settings(given)}
         write_json(path, {**told, "seconds": found, "rounds": rounds})
 
@@ -175,7 +178,9 @@ def against(first: str, output: Path) -> None:
     runs.sort(key=lambda one: one["arm"] != first)  # stable: the others as they were
     if runs and runs[0]["arm"] == first:
         questions = [Question(*one) for one in json.loads((output / "questions.json").read_text(encoding="utf-8"))]
-        (output / f"against-{first}.md").write_text(markdown(aggregate(runs, questions)), encoding="utf-8")
+        times = output / "times.json"
+        seconds = json.loads(times.read_text(encoding="utf-8"))["seconds"] if times.is_file() else None
+        (output / f"against-{first}.md").write_text(markdown(aggregate(runs, questions, seconds)), encoding="utf-8")
 
 
 if __name__ == "__main__":

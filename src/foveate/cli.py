@@ -182,13 +182,14 @@ def evaluate(
     blind: Annotated[bool, typer.Option(help="Show a grey image instead: what can be guessed without looking.")] = False,
     strategy: Annotated[str | None, typer.Option(help='Answer in several passes, such as "zoomeye:nodes=20" or "vcd".')] = None,
     frames: Annotated[str, typer.Option(help="Of clips: which frames are shown, see docs/video.md.")] = "uniform:frames=8",
+    dtype: DtypeOption = "float32",
     output: Annotated[Path | None, typer.Option(help="Write all answers to this JSON file.")] = None,
 ) -> None:
     """Accuracy per family of questions, beside the majority answer."""
     from foveate.evaluation.evaluate import evaluate as run
     from foveate.evaluation.evaluate import print_result
 
-    how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "blind": blind, "strategy": strategy, "frames": frames}
+    how: dict[str, Any] = {"limit": limit, "batch_size": batch_size, "blind": blind, "strategy": strategy, "frames": frames, "dtype": dtype}
     result = run(model, data, reducers=reducers, **how)
     if output is not None:
         result.save(output)
@@ -212,6 +213,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only about so many questions of each task.")] = None,
     tiling: TilingOption = None,
+    dtype: Annotated[str | None, typer.Option(help="bfloat16 or float16. Default: float32; vllm's is an engine option.")] = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     engine_options: EngineOptions = None,
     push_to_model_card: Annotated[
@@ -225,7 +227,7 @@ def bench(
     from foveate.report.bench import write_bench_report
 
     how: dict[str, Any] = {"seeds": seeds, "baselines": baselines, "blind": blind, "batch_size": batch_size, "limit": limit}
-    how |= {"tiling": tiling, "cache": cache or ()}
+    how |= {"tiling": tiling, "dtype": dtype, "cache": cache or ()}
     found = run(_asked(model, engine, _json(engine_options, "--engine-options")), tasks, reduce or [], budgets(keep), out, **how)
     if push_to_model_card is not None:
         push(found, push_to_model_card)
@@ -292,12 +294,13 @@ def search(
     samples: Annotated[int, typer.Option(min=1, help="About so many questions of each task.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of psigmoid's optimiser.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    dtype: DtypeOption = "float32",
 ) -> None:
     """The best schedule of visual tokens over a model's layers, within a budget or without loss, as a reducer to attach."""
     from foveate.search.run import main as run
 
     how = {"method": method, "signal": signal, "positions": positions, "trials": trials, "samples": samples, "seed": seed}
-    print(run(model, tasks, out, tokens=tokens, flops=flops, loss=loss, batch_size=batch_size, **how))
+    print(run(model, tasks, out, tokens=tokens, flops=flops, loss=loss, batch_size=batch_size, dtype=dtype, **how))
 
 
 @app.command()

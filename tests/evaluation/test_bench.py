@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,6 +321,24 @@ def test_another_model_or_other_data_or_settings_are_refused(given: tuple[Any, A
     with pytest.raises(FoveateError, match="another data_hash of task scenes"):
         run(given, world, out, [], [1])
     assert files(out) == before
+
+
+def test_weights_are_loaded_as_told_and_a_folder_has_one_kind_of_them(given: tuple[Any, Any], world: Path, tmp_path: Path) -> None:
+    ask_vlm = partial(bench, "asset:vlm", [str(world)], [], [1.0], baselines=False, limit=4, progress=False)
+    found = ask_vlm(tmp_path / "half", dtype="bfloat16")
+    whole = ask_vlm(tmp_path / "whole")
+    assert (found.meta["dtype"], whole.meta["dtype"]) == ("bfloat16", "float32")
+    assert found.meta["command"].endswith(" --dtype bfloat16")
+    assert "--dtype" not in whole.meta["command"]
+    (half_cell,), (whole_cell,) = found.cells, whole.cells
+    assert half_cell.kv_bytes * 2 == whole_cell.kv_bytes > 0
+    assert half_cell.flops == whole_cell.flops
+    with pytest.raises(FoveateError, match=r"another dtype \(there bfloat16, now float32\)"):
+        ask_vlm(tmp_path / "half")
+    with pytest.raises(FoveateError, match="dtype=int8 is not possible; choose one of float32, bfloat16, float16"):
+        ask_vlm(tmp_path / "none", dtype="int8")
+    with pytest.raises(FoveateError, match="loaded already has its own"):
+        run(given, world, tmp_path / "loaded", [], [1.0], dtype="bfloat16")
 
 
 def test_a_model_is_known_by_its_files_or_weights(tmp_path: Path, vlm: tuple[Any, Any]) -> None:

@@ -145,6 +145,7 @@ def test_an_engine_answers_in_the_place_of_a_model(processor: Any, tmp_path: Pat
     [
         (["uniform", "divprune"], {}, "a parrot cannot prune"),
         (["uniform"], {"tiling": "anyres"}, "leave them out beside the engine parrot"),
+        (["uniform"], {"dtype": "bfloat16"}, "leave them out beside the engine parrot"),
         (["uniform"], {"processor": 1}, "leave them out beside the engine parrot"),
     ],
 )

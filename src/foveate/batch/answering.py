@@ -21,11 +21,10 @@ from foveate.data.footage import FRAMES, Still, framed, opened
 from foveate.data.pixels import Picture
 from foveate.engine.attach import attach
 from foveate.errors import FoveateError
-from foveate.inference import answering, ask, load_model, model_hash, prepared, shrunk
+from foveate.inference import answering, ask, checked_dtype, load_model, model_hash, prepared, shrunk
 from foveate.reducers import Reducer, in_model, parse, prepare, saved_reducers, spell
 from foveate.world import resolve
 
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Job:
     reducers        a spelling; None: what the model's `foveate.json` says, if it has one
     max_new_tokens  of an answer
     batch_size      rows that are asked together, and written together
-    dtype           one of `DTYPES`
+    dtype           one of `inference.loading.DTYPES`
     frames          the sampling that says which frames of clips are shown; None: `FRAMES`
     """
 
@@ -55,8 +54,7 @@ class Job:
             raise FoveateError(f"batch_size and max_new_tokens must be at least 1, got {self.batch_size} and {self.max_new_tokens}")
         if self.frames is not None:
             sampling(self.frames)
-        if self.dtype not in DTYPES:
-            raise FoveateError(f"dtype={self.dtype} is not possible; choose one of {', '.join(DTYPES)}")
+        checked_dtype(self.dtype)
 
     def questions(self) -> Questions:
         return Questions(self.data, self.images, FRAMES if self.frames is None else self.frames)

@@ -151,9 +151,9 @@ class Here(Engine):
 
     name = "transformers"
 
-    def __init__(self, given: Any, processor: Any, call: str, device: str | None) -> None:
-        self._given = given
-        self.loaded, self.processor, self.model = loaded(given, processor, call, device)
+    def __init__(self, given: Any, processor: Any, call: str, device: str | None, dtype: str | None = None) -> None:
+        self._given, self.told = given, [] if dtype is None else ["--dtype", dtype]
+        self.loaded, self.processor, self.model = loaded(given, processor, call, device, dtype)
         self.dtype, self.device = str(self.loaded.dtype).removeprefix("torch."), self.loaded.device.type
 
     def hash(self) -> str:

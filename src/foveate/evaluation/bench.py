@@ -138,12 +138,14 @@ def bench(
     batch_size: int = 64,
     limit: int | None = None,
     device: str | None = None,
+    dtype: str | None = None,
     tiling: str | None = None,
     progress: bool = True,
 ) -> Bench:
     """Answers every task under every reducer at every budget, and leaves cells, summary.csv, summary.json and table.md in `out`.
 
-    model: a folder, hub name or "asset:" name (loaded in float32), a loaded model together with its `processor`, or an `Engine`.
+    model: a folder, hub name or "asset:" name (loaded in float32, or another `dtype`), a loaded model together with its `processor`,
+    or an `Engine`.
     tasks: what `load_task` reads, or Tasks. reducers: spellings; what says how many tokens stay is set by each budget of `keep`.
     cache: spellings of cache policies, each by itself, beside the reducers; `keep` of those that have one is set by each budget too.
     seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers. blind: the bare model on grey pictures,
@@ -156,7 +158,7 @@ def bench(
     if batch_size < 1:
         raise FoveateError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(model, Engine):
-        _check(model, arms, processor, device, tiling)
+        _check(model, arms, processor, device, dtype, tiling)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise FoveateError(f"{folder} is a file; name a folder for the bench run")
@@ -164,7 +166,7 @@ def bench(
     names = [task.name for task in asked]
     if not names or len(set(names)) < len(names):
         raise FoveateError(f"a bench run needs at least one task, and each of them once; got {', '.join(names) or 'none'}")
-    engine = model if isinstance(model, Engine) else Here(model, processor, "bench(model, …, processor=...)", device)
+    engine = model if isinstance(model, Engine) else Here(model, processor, "bench(model, …, processor=...)", device, dtype)
     if isinstance(engine, Here):
         retiled(engine.loaded, engine.processor, tiling)
     _begin(
@@ -206,7 +208,7 @@ def bench(
 def _check(engine: Engine, arms: Sequence[Arm], *beside: Any) -> None:
     """FoveateError for what an engine cannot be given beside it, and for methods that it cannot run."""
     if any(option is not None for option in beside):
-        raise FoveateError(f"processor, device and tiling are of a model in this process; leave them out beside the engine {engine.name}")
+        raise FoveateError(f"processor, device, dtype and tiling are of a model in this process; leave them out beside the engine {engine.name}")
     for arm in arms:
         engine.check(arm.reducers, arm.cache)
 

@@ -101,13 +101,15 @@ def evaluate(
     max_new_tokens: int = 8,
     blind: bool = False,
     device: str | None = None,
+    dtype: str | None = None,
     progress: bool = True,
     strategy: str | Strategy | None = None,
     frames: str = FRAMES,
 ) -> Result:
     """The answers to `data_dir`/test.json, greedy, scored per family.
 
-    `model_or_dir`: a folder, hub name or "asset:" name (loaded in float32), or a loaded model together with its `processor`.
+    `model_or_dir`: a folder, hub name or "asset:" name (loaded in float32, or another `dtype`), or a loaded model together with its
+    `processor`.
     `reducers`: what `foveate.attach` takes; left out, those that the model was saved with, if any ("none" is the bare model).
     `blind`: every image is replaced by a plain grey one of its size, which shows what the questions give away by themselves.
     `limit`: at most that many questions, all families in turn.
@@ -118,7 +120,7 @@ def evaluate(
     if batch_size < 1 or max_new_tokens < 1:
         raise FoveateError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
     task = Task(str(data_dir), tuple(world_samples(data_dir, limit, str(sampling(frames)))), Scenes(), max_new_tokens, hash="")
-    model, processor, name = loaded(model_or_dir, processor, "evaluate(model, data_dir, processor=...)", device)
+    model, processor, name = loaded(model_or_dir, processor, "evaluate(model, data_dir, processor=...)", device, dtype)
     if reducers is None:
         reducers = saved_reducers(model.config.name_or_path)
     elif isinstance(reducers, str):

@@ -16,6 +16,7 @@ from foveate.model.weights import load_weights, reading
 from foveate.tilings import parse
 from foveate.world import resolve
 
+DTYPES = ("float32", "bfloat16", "float16")
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
@@ -40,13 +41,23 @@ def load_model(name: str | Path, device: str | None = None, **options: Any) -> t
     return model, processor
 
 
-def loaded(model: Any, processor: Any, call: str, device: str | None = None) -> tuple[Any, Any, str]:
+def checked_dtype(name: str) -> str:
+    """FoveateError for a name that is not one of `DTYPES`."""
+    if name not in DTYPES:
+        raise FoveateError(f"dtype={name} is not possible; choose one of {', '.join(DTYPES)}")
+    return name
+
+
+def loaded(model: Any, processor: Any, call: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any, str]:
     """(model, processor, name) of a model that is named, which `load_model` loads, or given with its `processor`.
 
-    FoveateError where a given model comes alone; `call` is how to give both, such as "bench(model, …, processor=...)".
+    dtype: one of `DTYPES`; float32 unless given. FoveateError where a given model comes alone, or with a dtype; `call` is how to give
+    both, such as "bench(model, …, processor=...)".
     """
     if isinstance(model, str | Path):
-        return *load_model(model, device), str(model)
+        return *load_model(model, device, dtype=checked_dtype(dtype or "float32")), str(model)
+    if dtype is not None:
+        raise FoveateError(f"dtype={dtype} is of a model that is named; one that is loaded already has its own: model.to(torch.{dtype})")
     if processor is None:
         raise FoveateError(f"{call.partition('(')[0]} needs the processor of a model that is already loaded: {call}")
     return model, processor, str(model.config.name_or_path or type(model).__name__)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -33,8 +33,8 @@ from foveate.report.runs import Arm, Mark, StageLog, marks, read_log, split_stag
 NUMBERS = ("pretrain_seconds", "finetune_seconds", "pretrain_flops", "finetune_flops", "pretrain_tokens", "finetune_tokens")
 FIELDS = ("arm", "seed", *NUMBERS, "accuracy", "majority", "n", "learned", "right")
 
-Seconds = Mapping[str, tuple[float, float]]
-"""By arm, the seconds of pre-training and of fine-tuning, measured by themselves."""
+Seconds = Mapping[str, Sequence[tuple[float, float]]]
+"""By arm, the seconds of pre-training and of fine-tuning of each round, measured by themselves."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Spread:
 @dataclass(frozen=True)
 class ArmSummary:
     """One arm over the seeds that it shares with the first. `ratio` and `difference` are to the first arm, seed by seed; accuracies are
-    shares; `interval` is that of the difference of the mean, None for the first."""
+    shares; `interval` is that of the difference of the mean, None for the first. Seconds that were measured by themselves have their spread
+    over the rounds."""
 
     arm: str
     seeds: list[int]
@@ -83,19 +84,19 @@ class ArmSummary:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All arms, the first one being what the others are compared with. `timed`: whether the seconds were measured by themselves; `clock`:
-    what the runs' logs say of their own."""
+    """All arms, the first one being what the others are compared with. `rounds`: in how many the seconds were measured by themselves, 0
+    where they are the runs' own; `clock`: what the runs' logs say of these."""
 
     arms: list[ArmSummary]
     learned: list[str]  # families that count in the mean: at least one arm is above the majority answer in every one of its seeds
     majority: dict[str, float]
     n: dict[str, int]
-    timed: bool
+    rounds: int
     clock: Clock
 
     @property
     def compares_seconds(self) -> bool:
-        return self.timed or self.clock.quiet
+        return self.rounds > 0 or self.clock.quiet
 
 
 def record(arm: Arm, seed: int) -> dict[str, Any]:
@@ -131,9 +132,11 @@ def aggregate(records: Sequence[dict[str, Any]], questions: Sequence[Question], 
     """Means, spreads, ratios, differences and their intervals. The first record's arm is the one to compare with; arms that share no seed
     with it are left out. `questions`: those that all runs were asked. `seconds`: measured by themselves, instead of those of the runs.
 
-    FoveateError for a record without its fields, two records of one arm and seed, other questions, or an arm without measured seconds.
+    FoveateError for a record without its fields, two records of one arm and seed, other questions, or an arm without measured seconds, or
+    with other rounds than the first.
     """
     table: dict[str, dict[int, dict[str, Any]]] = {}
+    rounds = 0 if not seconds else max(map(len, seconds.values()))
     for number, one in enumerate(records):
         if missing := [key for key in FIELDS if key not in one]:
             raise FoveateError(f"record {number} lacks {', '.join(missing)}")
@@ -142,10 +145,8 @@ def aggregate(records: Sequence[dict[str, Any]], questions: Sequence[Question], 
             raise FoveateError(f"two records of arm {one['arm']!r} with seed {one['seed']}")
         if len(one["right"]) != len(questions):
             raise FoveateError(f"arm {one['arm']!r}, seed {one['seed']}: {len(one['right'])} answers to {len(questions)} questions")
-        if seconds is not None:
-            if one["arm"] not in seconds:
-                raise FoveateError(f"no seconds were measured for arm {one['arm']!r}")
-            one = {**one, "pretrain_seconds": seconds[one["arm"]][0], "finetune_seconds": seconds[one["arm"]][1]}
+        if seconds is not None and len(seconds.get(one["arm"], [])) != rounds:
+            raise FoveateError(f"seconds of arm {one['arm']!r} were measured in {len(seconds.get(one['arm'], []))} rounds, not in {rounds}")
         own[one["seed"]] = one
     if not table:
         raise FoveateError("no records to put together")
@@ -160,9 +161,10 @@ def aggregate(records: Sequence[dict[str, Any]], questions: Sequence[Question], 
     arms, runs = [], []
     for arm, own in table.items():
         if seeds := sorted(set(own) & set(first)):
-            arms.append(_summary(arm, [own[seed] for seed in seeds], [first[seed] for seed in seeds], families, learned, questions))
+            summary = _summary(arm, [own[seed] for seed in seeds], [first[seed] for seed in seeds], families, learned, questions)
+            arms.append(summary if not seconds else _timed(summary, seconds[arm], seconds[records[0]["arm"]]))
             runs += [(f"{arm}, seed {seed}", [read_pace(pace) for pace in own[seed].get("pace", [])]) for seed in seeds]
-    return Comparison(arms, learned, dict(one["majority"]), dict(one["n"]), seconds is not None, clock(runs))
+    return Comparison(arms, learned, dict(one["majority"]), dict(one["n"]), rounds, clock(runs))
 
 
 def _summary(
@@ -197,6 +199,19 @@ def _summary(
         difference={family: Spread.of(values) for family, values in differences.items()},
         interval=None if own[0]["arm"] == base[0]["arm"] else _interval(pairs, counted, questions),
     )
+
+
+def _timed(arm: ArmSummary, own: Sequence[tuple[float, float]], base: Sequence[tuple[float, float]]) -> ArmSummary:
+    """The summary with the seconds of the rounds in place of the runs'."""
+
+    def told(rounds: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
+        before, after = zip(*rounds, strict=True)
+        return {"pretrain_seconds": list(before), "finetune_seconds": list(after), "seconds": [sum(both) for both in rounds]}
+
+    mine, first = told(own), told(base)
+    ratios = {name: Spread.of([x / y for x, y in zip(mine[name], first[name], strict=True)]) for name in mine}
+    numbers = {name: Spread.of(mine[name]) for name in mine if name in NUMBERS}
+    return replace(arm, numbers={**arm.numbers, **numbers}, ratio={**arm.ratio, **ratios})
 
 
 def _interval(
@@ -236,7 +251,9 @@ def markdown(comparison: Comparison) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     seconds = (
-        "Seconds were measured in a run of their own, arms in turns on an idle machine." if comparison.timed else comparison.clock.told
+        f"Seconds were measured by themselves, arms in turns on an idle machine; ± over {comparison.rounds} rounds."
+        if comparison.rounds
+        else comparison.clock.told
     )
     counts = ", ".join(f"{family} {count}" for family, count in comparison.n.items())
     notes = [
@@ -330,7 +347,7 @@ def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | No
 
 def write_comparison(results: str | Path, out: str | Path) -> Comparison:
     """Reads the folder `results` (runs.json: a list of records; questions.json: a list of [image, family]; where it is there, times.json:
-    {"seconds": {arm: [pre-training, fine-tuning]}}) and writes table.md, plot.svg and plot.png into the folder `out`, and where runs were
+    {"seconds": {arm: [[pre-training, fine-tuning] of each round]}}) and writes table.md, plot.svg and plot.png into the folder `out`, and where runs were
     asked on their way curves.svg and curves.png too."""
 
     def read(name: str) -> Any:

@@ -79,11 +79,12 @@ def search(
     seed: int = 0,
     batch_size: int = 64,
     device: str | None = None,
+    dtype: str | None = None,
     progress: bool = True,
 ) -> Found:
     """Finds a schedule, and leaves it in `out`.
 
-    model: a folder, hub name or "asset:" name (loaded in float32), or a loaded model together with its `processor`.
+    model: a folder, hub name or "asset:" name (loaded in float32, or another `dtype`), or a loaded model together with its `processor`.
     tasks: what `load_task` reads, or Tasks; of each about `samples` questions are asked.
     One of three: `tokens`, the budget as a share of the visual tokens, mean over layers; `flops`, as a share of the decoder layers' FLOPs
     in the prefill; `loss`, points of the score that may be lost, while tokens are to be as few as possible.
@@ -104,10 +105,11 @@ def search(
     if not asked:
         raise FoveateError("a search needs at least one task to ask its questions")
     given = model
-    model, processor, _ = loaded(model, processor, "search(model, …, processor=...)", device)
+    model, processor, _ = loaded(model, processor, "search(model, …, processor=...)", device, dtype)
     settings = {"method": method, "tokens": tokens, "flops": flops, "loss": loss, "signal": signal, "positions": positions, "seed": seed}
     data = [{"name": task.name, "samples": len(task.samples), "data_hash": task.hash} for task in asked]
-    _begin(folder, {"model_hash": model_hash(given), "tasks": data, **settings})
+    weights = str(model.dtype).removeprefix("torch.")
+    _begin(folder, {"model_hash": model_hash(given), "dtype": weights, "tasks": data, **settings})
     with answering(model), progress_bar(progress) as bar:
         trial = _Trials(model, processor, asked, batch_size, folder / TRIALS, bar)
         bare = trial([])
@@ -179,6 +181,7 @@ def _begin(folder: Path, meta: dict[str, Any]) -> None:
     if path.is_file():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
+            before.setdefault("dtype", "float32")  # searches of before there was a choice
             differs = [f"{name} (there {before.get(name)}, now {value})" for name, value in meta.items() if before.get(name) != value]
         except (ValueError, AttributeError) as error:
             raise FoveateError(f"{path} cannot be read: {error}; remove the folder, or choose another one") from error
