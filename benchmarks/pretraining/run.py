@@ -115,24 +115,24 @@ def seconds_of_a_step(name: str, number: int, given: argparse.Namespace) -> list
 
 
 def measure(given: argparse.Namespace, arms: Sequence[str]) -> None:
-    """times.json: of each arm the seconds of pre-training and fine-tuning in each round, as steps times the seconds of one."""
+    """times.json: of each arm the seconds of pre-training and fine-tuning in each round, as steps times the seconds of one; and of each
+    stage the steps, and the median seconds of one over the rounds."""
     path = given.output / "times.json"
     rounds: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rounds"] if path.is_file() else []
     for number in range(len(rounds), given.rounds):
         began = Usage()
         one = {name: seconds_of_a_step(name, number, given) for name in arms}
         rounds.append({"granted": began.granted(), "steps": one})
-        found = {}
+        found, told = {}, {}
         for name in arms:
-            counts = [count_steps(stage) or 0 for stage in load_recipe(recipe_of(name, given)).stages]
-            totals = [
-                [count * step for count, step in zip(counts, of["steps"][name], strict=True)]
-                for of in rounds
-                if name in of["steps"]
-            ]
+            stages = load_recipe(recipe_of(name, given)).stages
+            counts = [count_steps(stage) or 0 for stage in stages]
+            totals = [[count * step for count, step in zip(counts, of["steps"][name], strict=True)] for of in rounds if name in of["steps"]]
             found[name] = [[sum(total[:-1]), total[-1]] for total in totals]
-        told = {"machine": environment(), "threads": torch.get_num_threads(), **settings(given)}
-        write_json(path, {**told, "seconds": found, "rounds": rounds})
+            middle = [statistics.median(times) for times in zip(*(of["steps"][name] for of in rounds if name in of["steps"]), strict=True)]
+            told[name] = [[stage.name, count, step] for stage, count, step in zip(stages, counts, middle, strict=True)]
+        how = {"machine": environment(), "threads": torch.get_num_threads(), **settings(given)}
+        write_json(path, {**how, "seconds": found, "stages": told, "rounds": rounds})
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foveate.errors import FoveateError
-from foveate.report.pretraining import Question, aggregate, markdown, plot, plot_curves, record, write_comparison
+from foveate.report.pretraining import Question, aggregate, markdown, paced, plot, plot_curves, record, write_comparison
 from foveate.report.runs import Arm
 
 # Two pictures with 50 questions of presence and 40 of count each.
@@ -134,7 +134,7 @@ def test_seconds_measured_by_themselves_take_the_place_of_the_runs(records: list
     assert found.arms[1].ratio["pretrain_seconds"].text(".3f") == "0.100"
     assert found.arms[1].ratio["seconds"].mean == pytest.approx(0.4)
     assert "arms in turns" in markdown(found)
-    with pytest.raises(FoveateError, match="seconds of arm .few. were measured in 0 rounds, not in 1"):
+    with pytest.raises(FoveateError, match=r"seconds of arm .few. were measured in 0 rounds, not in 1"):
         aggregate(records, QUESTIONS, {"all": [(200.0, 100.0)]})
 
 
@@ -182,7 +182,8 @@ def test_files_are_written(records: list[dict[str, Any]], tmp_path: Path) -> Non
     assert (tmp_path / "out" / "plot.svg").read_text().startswith("<?xml")
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
     seconds = {"all": [[10.0, 5.0], [20.0, 5.0]], "few": [[1.0, 5.0], [4.0, 5.0]]}
-    (tmp_path / "times.json").write_text(json.dumps({"seconds": seconds}))
+    stages = {arm: [["pretrain", 10, 1.0], ["finetune", 5, 1.0]] for arm in seconds}
+    (tmp_path / "times.json").write_text(json.dumps({"seconds": seconds, "stages": stages}))
     all_tokens, few = write_comparison(tmp_path, tmp_path / "out").arms
     assert all_tokens.numbers["pretrain_seconds"].mean == pytest.approx(15)
     ratio = few.ratio["pretrain_seconds"]
@@ -191,12 +192,20 @@ def test_files_are_written(records: list[dict[str, Any]], tmp_path: Path) -> Non
     assert few.ratio["pretrain_flops"] == aggregate(records, QUESTIONS).arms[1].ratio["pretrain_flops"]
     assert "| 0.150 ± 0.071 |" in (tmp_path / "out" / "table.md").read_text()
     assert "± over 2 rounds" in (tmp_path / "out" / "table.md").read_text()
-    (tmp_path / "times.json").write_text(json.dumps({"seconds": {**seconds, "few": [[1.0, 5.0]]}}))
+    (tmp_path / "times.json").write_text(json.dumps({"seconds": {**seconds, "few": [[1.0, 5.0]]}, "stages": stages}))
     with pytest.raises(FoveateError, match="seconds of arm 'few' were measured in 1 rounds, not in 2"):
         write_comparison(tmp_path, tmp_path / "out")
     (tmp_path / "runs.json").write_text("{}")
     with pytest.raises(FoveateError, match="must be a list of records"):
         write_comparison(tmp_path, tmp_path / "out")
+
+
+def test_seconds_on_the_way_are_of_the_stages_own_pace() -> None:
+    marks = [("few", 0), ("few", 10), ("many", 0), ("many", 2)]
+    one = {"arm": "few", "curve": [{"stage": stage, "step": step, "seconds": 99.0, "flops": 1.0, "figures": {}} for stage, step in marks]}
+    stages = [("words", 3, 2.0), ("few", 10, 0.5), ("many", 4, 7.0)]
+    assert [mark["seconds"] for mark in paced(one, stages)["curve"]] == [6.0, 11.0, 11.0, 25.0]
+    assert paced({"arm": "few"}, stages)["curve"] == []
 
 
 def test_record_of_a_run(make_arms: Callable[[Path], list[Arm]], world: Path) -> None:

@@ -26,7 +26,6 @@ from foveate.reducers import Reducer, in_model, parse, prepare, saved_reducers, 
 from foveate.world import resolve
 
 
-
 @dataclass(frozen=True)
 class Job:
     """What is to be done, by whichever engine.

@@ -208,7 +208,7 @@ def bench(
 def _check(engine: Engine, arms: Sequence[Arm], *beside: Any) -> None:
     """FoveateError for what an engine cannot be given beside it, and for methods that it cannot run."""
     if any(option is not None for option in beside):
-        raise FoveateError(f"processor, device, dtype and tiling are of a model in this process; leave them out beside the engine {engine.name}")
+        raise FoveateError(f"processor, device, dtype, tiling: of a model in this process; leave them out beside the engine {engine.name}")
     for arm in arms:
         engine.check(arm.reducers, arm.cache)
 

@@ -309,6 +309,16 @@ def plot(comparison: Comparison) -> Figure:
     return figure
 
 
+def paced(one: Mapping[str, Any], stages: Sequence[tuple[str, int, float]]) -> dict[str, Any]:
+    """The record with seconds on the way as they were measured by themselves; `stages`: (name, steps, seconds of a step)."""
+    begins, before = {}, 0.0
+    for name, steps, step in stages:
+        begins[name] = before, step
+        before += steps * step
+    curve = [{**mark, "seconds": begins[mark["stage"]][0] + mark["step"] * begins[mark["stage"]][1]} for mark in one.get("curve", [])]
+    return {**one, "curve": curve}
+
+
 def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | None:
     """Headlines on the way against FLOPs of training and, with `seconds`, against those too (left): a row for each task, a line for each
     run, a colour for each arm. None where no run was asked."""
@@ -347,8 +357,8 @@ def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | No
 
 def write_comparison(results: str | Path, out: str | Path) -> Comparison:
     """Reads the folder `results` (runs.json: a list of records; questions.json: a list of [image, family]; where it is there, times.json:
-    {"seconds": {arm: [[pre-training, fine-tuning] of each round]}}) and writes table.md, plot.svg and plot.png into the folder `out`, and where runs were
-    asked on their way curves.svg and curves.png too."""
+    {"seconds": {arm: [[pre-training, fine-tuning] of each round]}, "stages": {arm: [[name, steps, seconds of a step]]}}) and writes
+    table.md, plot.svg and plot.png into the folder `out`, and where runs were asked on their way curves.svg and curves.png too."""
 
     def read(name: str) -> Any:
         path = Path(results) / name
@@ -360,12 +370,14 @@ def write_comparison(results: str | Path, out: str | Path) -> Comparison:
     records = read("runs.json")
     if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
         raise FoveateError(f"{Path(results) / 'runs.json'} must be a list of records, one for each run")
-    seconds = read("times.json")["seconds"] if (Path(results) / "times.json").is_file() else None
-    comparison = aggregate(records, [Question(*one) for one in read("questions.json")], seconds)
+    times = read("times.json") if (Path(results) / "times.json").is_file() else None
+    comparison = aggregate(records, [Question(*one) for one in read("questions.json")], times and times["seconds"])
+    if times is not None:
+        records = [paced(one, times["stages"][one["arm"]]) for one in records]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(markdown(comparison), encoding="utf-8")
-    figures = {"plot": plot(comparison), "curves": plot_curves(records, comparison.clock.quiet)}
+    figures = {"plot": plot(comparison), "curves": plot_curves(records, comparison.compares_seconds)}
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
