@@ -44,7 +44,7 @@ def table(found: Bench, files: list[Asked]) -> str:
         cells = [one.split, one.family, str(own.n), f"{100 * own.accuracy:.1f} %", interval, blind, f"{100 * constant[1]:.1f} %"]
         lines.append(f"| {' | '.join(cells)} | {constant[0].replace('|', '/')} |")
     environment = found.meta["environment"].replace("\n", "; ")
-    return "\n".join([*lines, "", f"`{found.meta['model']}`, bare; {environment}.", ""])
+    return "\n".join([*lines, "", f"`{found.meta['model']}`, bare, in {found.meta['dtype']}; {environment}.", ""])
 
 
 def main() -> None:
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--splits", nargs="+", default=[], help="all of them unless given")
     parser.add_argument("--limit", type=int, help="questions of each file")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", help="of the weights; bfloat16 is the faster one where the processor has it")
     parser.add_argument("--table", action="store_true", help="only write the table")
     parser.add_argument("--work", type=Path, help="folder of the answers; runs/real/answers-NAME unless given")
     parser.add_argument("--output", type=Path, default=HERE, help="folder of the table")
@@ -64,7 +65,7 @@ def main() -> None:
     name = Path(given.model).name.replace(":", "-")
     work = given.work or Path("runs/real") / f"answers-{name}"
     if not given.table:
-        options = {"baselines": False, "blind": True, "batch_size": given.batch_size, "limit": given.limit}
+        options = {"baselines": False, "blind": True, "batch_size": given.batch_size, "limit": given.limit, "dtype": given.dtype}
         bench(given.model, [one.task for one in files], [], [1.0], work, **options)
     given.output.mkdir(parents=True, exist_ok=True)
     write(given.output / f"{name.removeprefix('real-')}.md", table(load_bench(work), asked(given.data)))

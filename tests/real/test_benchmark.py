@@ -84,7 +84,7 @@ def bench(data: Path) -> tuple[Bench, list[Asked]]:
     for one in files:
         count = len(json.loads(one.file.read_text()))
         cells += [answered(one, [(0.5, 0.49)[i % 2] for i in range(count)]), answered(one, [0.0] * count, "blind")]
-    return Bench(data, {"model": "real:vlm", "environment": "one\ntwo", "tasks": []}, cells), files
+    return Bench(data, {"model": "real:vlm", "dtype": "float32", "environment": "one\ntwo", "tasks": []}, cells), files
 
 
 def test_answers_become_an_evaluation(data: Path) -> None:
@@ -116,6 +116,6 @@ def test_the_table_of_a_model(data: Path) -> None:
     n, share = naming["questions"], 100 * ((naming["questions"] + 1) // 2) / naming["questions"]
     assert lines[2].startswith(f"| compositions | naming | {n} | {share:.1f} % | ")
     assert f"| 0.0 % | {100 * naming['right']:.1f} % | {naming['constant']} |" in lines[2]
-    assert lines[-1] == "`real:vlm`, bare; one; two."
+    assert lines[-1] == "`real:vlm`, bare, in float32; one; two."
     bare = replace(found, cells=[cell for cell in found.cells if cell.method == "none"])
     assert " |  | " in table(bare, files).splitlines()[2]

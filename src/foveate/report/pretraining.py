@@ -350,7 +350,7 @@ def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | No
             axes.set_xlim(left=0)
             axes.grid(color="#88888840", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
-        pair[0].set_ylabel(task)
+        pair[0].set_ylabel(f"{task}: {next(name for _, found in runs for mark in found for name in mark.figures.get(task, {}))}")
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     return figure
 
