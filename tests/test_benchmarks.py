@@ -73,13 +73,14 @@ def test_committed_tables_are_made_of_committed_numbers(path: Path) -> None:
     assert table(json.loads(path.read_text(encoding="utf-8"))) == written.read_text(encoding="utf-8")
 
 
-def test_the_tables_of_pretraining_are_made_of_its_runs(tmp_path: Path) -> None:
-    for name in ("runs.json", "questions.json", "times.json"):
-        shutil.copy(FOLDER / "pretraining" / name, tmp_path)
+@pytest.mark.parametrize("results", ["pretraining", "pretraining/tokens"])
+def test_the_tables_of_pretraining_are_made_of_its_runs(results: str, tmp_path: Path) -> None:
+    for path in (FOLDER / results).glob("*.json"):
+        shutil.copy(path, tmp_path)
     write_comparison(tmp_path, tmp_path)
     against(SECOND, tmp_path)
     for name in ("table.md", f"against-{SECOND}.md"):
-        assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / "pretraining" / name).read_text(encoding="utf-8")
+        assert (tmp_path / name).read_text(encoding="utf-8") == (FOLDER / results / name).read_text(encoding="utf-8")
 
 
 def test_there_are_results() -> None:

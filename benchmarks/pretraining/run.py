@@ -4,6 +4,7 @@
     python benchmarks/pretraining/run.py --arms resampler chain-of-sight-32 --seeds 0 1 2
     python benchmarks/pretraining/run.py --time                # seconds of a step, arms in turns; the machine has to be idle
     python benchmarks/pretraining/run.py --table               # table.md and the pictures again
+    python benchmarks/pretraining/run.py --curve 100 --output benchmarks/pretraining/tokens --arms chain-of-sight-16 chain-of-sight-80
     python benchmarks/pretraining/run.py --set real            # SmolLM2, EfficientNet and real pictures, recipes/pretraining/real
 
 Each run is one `foveate train` of a recipe in recipes/pretraining and one evaluation. All arms have the same language model, tower,

@@ -86,7 +86,10 @@ def launched(config: str, folder: Path, *arguments: str) -> subprocess.Completed
     `folder`."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes" / "accelerate" / config)]
     command += ["--num_processes", "2", "--main_process_port", "0", *arguments]
-    where = {"HOME": str(folder), "TORCH_EXTENSIONS_DIR": os.path.join(sys.prefix, "torch_extensions")}
+    extensions = Path(sys.prefix, "torch_extensions")
+    for lock in extensions.glob("*/lock"):  # of a run that was killed as it compiled: torch would wait for it for ever
+        lock.unlink()
+    where = {"HOME": str(folder), "TORCH_EXTENSIONS_DIR": str(extensions)}
     environment = {**os.environ, **where, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT, env=environment)
 

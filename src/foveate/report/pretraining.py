@@ -326,7 +326,7 @@ def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | No
     tasks = list(dict.fromkeys(task for _, found in runs for mark in found for task in mark.figures))
     if not tasks:
         return None
-    arms = list(dict.fromkeys(one["arm"] for one in records))
+    arms = list(dict.fromkeys(arm for arm, _ in runs))
     costs = ("seconds", "flops") if seconds else ("flops",)
     figure = Figure(figsize=(4.5 * len(costs), 3.2 * len(tasks) + 0.1 * len(arms)), layout="constrained")
     told: set[str] = set()
