@@ -328,7 +328,8 @@ def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | No
         return None
     arms = list(dict.fromkeys(arm for arm, _ in runs))
     costs = ("seconds", "flops") if seconds else ("flops",)
-    figure = Figure(figsize=(4.5 * len(costs), 3.2 * len(tasks) + 0.1 * len(arms)), layout="constrained")
+    width = 2 * len(costs)  # of the legend
+    figure = Figure(figsize=(4.5 * len(costs), 3.2 * len(tasks) + 0.2 * -(-len(arms) // width)), layout="constrained")
     told: set[str] = set()
     for task, pair in zip(tasks, figure.subplots(len(tasks), len(costs), squeeze=False), strict=True):
         for axes, against in zip(pair, costs, strict=True):
@@ -351,7 +352,7 @@ def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | No
             axes.grid(color="#88888840", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         pair[0].set_ylabel(f"{task}: {next(name for _, found in runs for mark in found for name in mark.figures.get(task, {}))}")
-    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=width)
     return figure
 
 
