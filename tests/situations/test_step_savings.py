@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,23 @@ def test_values_that_were_changed_are_copied_again(change: Any) -> None:
     fresh = functional_call(model, {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in model.named_parameters()}, X)
     assert torch.equal(after, fresh)
     assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_batch_norms_calculate_in_the_precision_of_their_statistics(trains: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)).train(trains)
+    plain = copy.deepcopy(model)
+    pixels = torch.randn(4, 3, 6, 6)
+    found = BFloat16Copy().of(model)(input=pixels.to(torch.bfloat16))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), plain(pixels), atol=0.05, rtol=0.05)
+    found.float().square().sum().backward()
+    assert all(weight.grad is not None and weight.grad.dtype == torch.float32 for weight in model.parameters())
+    mean = model.get_buffer("1.running_mean")
+    assert mean.dtype == torch.float32
+    assert bool(mean.any()) == trains
+    torch.testing.assert_close(mean, plain.get_buffer("1.running_mean"), atol=0.01, rtol=0.02)
 
 
 @pytest.mark.usefixtures("home")

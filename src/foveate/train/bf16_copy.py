@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class BFloat16Copy:
@@ -23,14 +24,19 @@ class BFloat16Copy:
         return partial(self._call, module)
 
     def _call(self, module: nn.Module, **inputs: Any) -> Any:
-        return functional_call(module, {name: self._copy(parameter) for name, parameter in module.named_parameters()}, (), inputs)
+        return functional_call(module, {name: self._copy(parameter) for name, parameter in halved(module).items()}, (), inputs)
 
     def _copy(self, parameter: Tensor) -> Tensor:
-        if not parameter.is_floating_point():
-            return parameter
         if parameter.requires_grad:
             return parameter.to(torch.bfloat16)
         version, copy = self._frozen.get(parameter, (-1, parameter))
         if version != parameter._version:  # values that were written since are copied again
             version, copy = self._frozen[parameter] = parameter._version, parameter.to(torch.bfloat16)
         return copy
+
+
+def halved(module: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, the parameters that the copy has in bfloat16: all of floating point but those of batch norms. These take bfloat16 beside
+    statistics in float32, which training may go on with, if their weights are of the statistics' precision."""
+    whole = {parameter for part in module.modules() if isinstance(part, _BatchNorm) for parameter in part.parameters()}
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.is_floating_point() and parameter not in whole}

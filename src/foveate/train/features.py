@@ -24,6 +24,7 @@ from foveate.data.features import FeatureStore, Shape, crop_digest, facts_of, fi
 from foveate.data.pixels import open_image, outline
 from foveate.errors import FoveateError
 from foveate.tokens import ImagePlan
+from foveate.train.bf16_copy import halved
 from foveate.train.mixture import Mixture
 from foveate.train.opening import Opened
 from foveate.train.progress import QUIET_EVERY
@@ -235,7 +236,7 @@ def run(encoder: Encoder, pixels: Tensor, precision: str, buffers: Mapping[str, 
     """Features in the precision in which the stage calls its model."""
     values = dict(buffers or {})
     if precision == "bf16-copy":
-        values |= {name: p.to(torch.bfloat16) if p.is_floating_point() else p for name, p in encoder.named_parameters()}
+        values |= {name: parameter.to(torch.bfloat16) for name, parameter in halved(encoder).items()}
     halves = {"bf16": torch.bfloat16, "fp16": torch.float16}
     with torch.autocast(pixels.device.type, halves.get(precision), enabled=precision in halves):
         features: Tensor = functional_call(encoder, values, (pixels,))
