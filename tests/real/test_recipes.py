@@ -77,5 +77,5 @@ def test_arms_of_the_benchmark(path: Path) -> None:
 def test_the_sets_have_their_arms() -> None:
     assert SETS["real"].names() == [FIRST, *sorted(path.stem for path in ARMS if path.stem != FIRST)]
     assert len(SETS["real"].names()) == 6
-    assert len(SETS["world"].names()) == 21
+    assert len(SETS["world"].names()) == 23
     assert not set(SETS["world"].names()) & {"words"}
