@@ -32,7 +32,7 @@ import torch
 
 from foveate.files import write_json
 from foveate.machine import environment
-from foveate.report.pretraining import Question, aggregate, markdown, record, write_comparison
+from foveate.report.pretraining import markdown, read_results, record, write_comparison
 from foveate.report.runs import Arm
 from foveate.train.plan import count_steps
 from foveate.train.recipe import load_recipe
@@ -116,24 +116,16 @@ def seconds_of_a_step(name: str, number: int, given: argparse.Namespace) -> list
 
 
 def measure(given: argparse.Namespace, arms: Sequence[str]) -> None:
-    """times.json: of each arm the seconds of pre-training and fine-tuning in each round, as steps times the seconds of one; and of each
-    stage the steps, and the median seconds of one over the rounds."""
+    """times.json: of each arm its stages with their steps, and round by round the seconds of a step in each."""
     path = given.output / "times.json"
     rounds: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rounds"] if path.is_file() else []
+    stages = {name: [[stage.name, count_steps(stage)] for stage in load_recipe(recipe_of(name, given)).stages] for name in arms}
     for number in range(len(rounds), given.rounds):
         began = Usage()
         one = {name: seconds_of_a_step(name, number, given) for name in arms}
         rounds.append({"granted": began.granted(), "steps": one})
-        found, told = {}, {}
-        for name in arms:
-            stages = load_recipe(recipe_of(name, given)).stages
-            counts = [count_steps(stage) or 0 for stage in stages]
-            totals = [[count * step for count, step in zip(counts, of["steps"][name], strict=True)] for of in rounds if name in of["steps"]]
-            found[name] = [[sum(total[:-1]), total[-1]] for total in totals]
-            middle = [statistics.median(times) for times in zip(*(of["steps"][name] for of in rounds if name in of["steps"]), strict=True)]
-            told[name] = [[stage.name, count, step] for stage, count, step in zip(stages, counts, middle, strict=True)]
         how = {"machine": environment(), "threads": torch.get_num_threads(), **settings(given)}
-        write_json(path, {**how, "seconds": found, "stages": told, "rounds": rounds})
+        write_json(path, {**how, "stages": stages, "rounds": rounds}, indent=None)
 
 
 def main() -> None:
@@ -175,13 +167,9 @@ def main() -> None:
 
 def against(first: str, output: Path) -> None:
     """against-<first>.md: the table once more, all arms compared with this one."""
-    runs = json.loads((output / "runs.json").read_text(encoding="utf-8"))
-    runs.sort(key=lambda one: one["arm"] != first)  # stable: the others as they were
-    if runs and runs[0]["arm"] == first:
-        questions = [Question(*one) for one in json.loads((output / "questions.json").read_text(encoding="utf-8"))]
-        times = output / "times.json"
-        seconds = json.loads(times.read_text(encoding="utf-8"))["seconds"] if times.is_file() else None
-        (output / f"against-{first}.md").write_text(markdown(aggregate(runs, questions, seconds)), encoding="utf-8")
+    found = read_results(output)
+    if any(one["arm"] == first for one in found.records):
+        (output / f"against-{first}.md").write_text(markdown(found.compared(first)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def write_scenes(folder: Path, scenes: int, test: int) -> None:
     questions = [part for i, parts in enumerate(cut[:scenes]) for j, part in enumerate(parts) if (i + j) % 2]
     write_json(folder / "captions.json", captions[:scenes:2], indent=0)
     write_json(folder / "questions.json", questions, indent=0)
+    write_json(folder / "mixed.json", captions[:scenes:2] + questions, indent=0)  # the two as one source, which `losses` ask for
     write_json(folder / "tuning.json", [part for parts in cut[scenes:] for part in parts], indent=0)
 
 

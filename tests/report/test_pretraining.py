@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from foveate.errors import FoveateError
-from foveate.report.pretraining import Question, aggregate, markdown, paced, plot, plot_curves, record, write_comparison
+from foveate.report.pretraining import Question, Times, aggregate, markdown, plot, plot_curves, record, write_comparison
 from foveate.report.runs import Arm
 
 # Two pictures with 50 questions of presence and 40 of count each.
@@ -181,9 +181,9 @@ def test_files_are_written(records: list[dict[str, Any]], tmp_path: Path) -> Non
     assert (tmp_path / "out" / "table.md").read_text() == markdown(aggregate(records, QUESTIONS))
     assert (tmp_path / "out" / "plot.svg").read_text().startswith("<?xml")
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
-    seconds = {"all": [[10.0, 5.0], [20.0, 5.0]], "few": [[1.0, 5.0], [4.0, 5.0]]}
-    stages = {arm: [["pretrain", 10, 1.0], ["finetune", 5, 1.0]] for arm in seconds}
-    (tmp_path / "times.json").write_text(json.dumps({"seconds": seconds, "stages": stages}))
+    stages = {"all": [["pretrain", 10], ["finetune", 5]], "few": [["words", 2], ["pretrain", 10], ["finetune", 5]]}
+    rounds = [{"steps": {"all": [1.0, 1.0], "few": [0.25, 0.05, 1.0]}}, {"steps": {"all": [2.0, 1.0], "few": [1.0, 0.2, 1.0]}}]
+    (tmp_path / "times.json").write_text(json.dumps({"stages": stages, "rounds": rounds}))
     all_tokens, few = write_comparison(tmp_path, tmp_path / "out").arms
     assert all_tokens.numbers["pretrain_seconds"].mean == pytest.approx(15)
     ratio = few.ratio["pretrain_seconds"]
@@ -192,7 +192,8 @@ def test_files_are_written(records: list[dict[str, Any]], tmp_path: Path) -> Non
     assert few.ratio["pretrain_flops"] == aggregate(records, QUESTIONS).arms[1].ratio["pretrain_flops"]
     assert "| 0.150 ± 0.071 |" in (tmp_path / "out" / "table.md").read_text()
     assert "± over 2 rounds" in (tmp_path / "out" / "table.md").read_text()
-    (tmp_path / "times.json").write_text(json.dumps({"seconds": {**seconds, "few": [[1.0, 5.0]]}, "stages": stages}))
+    del rounds[1]["steps"]["few"]
+    (tmp_path / "times.json").write_text(json.dumps({"stages": stages, "rounds": rounds}))
     with pytest.raises(FoveateError, match="seconds of arm 'few' were measured in 1 rounds, not in 2"):
         write_comparison(tmp_path, tmp_path / "out")
     (tmp_path / "runs.json").write_text("{}")
@@ -203,9 +204,11 @@ def test_files_are_written(records: list[dict[str, Any]], tmp_path: Path) -> Non
 def test_seconds_on_the_way_are_of_the_stages_own_pace() -> None:
     marks = [("few", 0), ("few", 10), ("many", 0), ("many", 2)]
     one = {"arm": "few", "curve": [{"stage": stage, "step": step, "seconds": 99.0, "flops": 1.0, "figures": {}} for stage, step in marks]}
-    stages = [("words", 3, 2.0), ("few", 10, 0.5), ("many", 4, 7.0)]
-    assert [mark["seconds"] for mark in paced(one, stages)["curve"]] == [6.0, 11.0, 11.0, 25.0]
-    assert paced({"arm": "few"}, stages)["curve"] == []
+    times = Times(
+        {"few": [("words", 3), ("few", 10), ("many", 4)]}, [{"few": [2.0, 0.5, 7.0]}, {"few": [1.0, 0.25, 6.0]}, {"few": [9.0, 3.0, 8.0]}]
+    )
+    assert [mark["seconds"] for mark in times.paced(one)["curve"]] == [6.0, 11.0, 11.0, 25.0]
+    assert times.paced({"arm": "few"})["curve"] == []
 
 
 def test_record_of_a_run(make_arms: Callable[[Path], list[Arm]], world: Path) -> None:

@@ -17,7 +17,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,32 @@ FIELDS = ("arm", "seed", *NUMBERS, "accuracy", "majority", "n", "learned", "righ
 
 Seconds = Mapping[str, Sequence[tuple[float, float]]]
 """By arm, the seconds of pre-training and of fine-tuning of each round, measured by themselves."""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that were measured by themselves: of each arm its stages, (name, steps), and round by round the seconds of a step in each."""
+
+    stages: Mapping[str, Sequence[tuple[str, int]]]
+    rounds: Sequence[Mapping[str, Sequence[float]]]
+
+    def seconds(self) -> Seconds:
+        found: dict[str, list[tuple[float, float]]] = {}
+        for arm, stages in self.stages.items():
+            for steps in (one[arm] for one in self.rounds if arm in one):
+                *before, last = [count * step for (_, count), step in zip(stages, steps, strict=True)]
+                found.setdefault(arm, []).append((sum(before), last))
+        return found
+
+    def paced(self, one: Mapping[str, Any]) -> dict[str, Any]:
+        """The record with its seconds on the way at the median pace of each stage."""
+        begins, before = {}, 0.0
+        stages, steps = self.stages[one["arm"]], [of[one["arm"]] for of in self.rounds if one["arm"] in of]
+        for (name, count), step in zip(stages, map(median, zip(*steps, strict=True)), strict=True):
+            begins[name] = before, step
+            before += count * step
+        curve = [{**mark, "seconds": begins[mark["stage"]][0] + mark["step"] * begins[mark["stage"]][1]} for mark in one.get("curve", [])]
+        return {**one, "curve": curve}
 
 
 @dataclass(frozen=True)
@@ -309,14 +335,18 @@ def plot(comparison: Comparison) -> Figure:
     return figure
 
 
-def paced(one: Mapping[str, Any], stages: Sequence[tuple[str, int, float]]) -> dict[str, Any]:
-    """The record with seconds on the way as they were measured by themselves; `stages`: (name, steps, seconds of a step)."""
-    begins, before = {}, 0.0
-    for name, steps, step in stages:
-        begins[name] = before, step
-        before += steps * step
-    curve = [{**mark, "seconds": begins[mark["stage"]][0] + mark["step"] * begins[mark["stage"]][1]} for mark in one.get("curve", [])]
-    return {**one, "curve": curve}
+@dataclass(frozen=True)
+class Results:
+    """What a folder of results holds."""
+
+    records: list[dict[str, Any]]
+    questions: list[Question]
+    times: Times | None
+
+    def compared(self, first: str | None = None) -> Comparison:
+        """All arms with the arm `first`, or with that of the first record."""
+        records = sorted(self.records, key=lambda one: first is not None and one["arm"] != first)  # stable: the others as they were
+        return aggregate(records, self.questions, None if self.times is None else self.times.seconds())
 
 
 def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | None:
@@ -356,13 +386,13 @@ def plot_curves(records: Sequence[dict[str, Any]], seconds: bool) -> Figure | No
     return figure
 
 
-def write_comparison(results: str | Path, out: str | Path) -> Comparison:
-    """Reads the folder `results` (runs.json: a list of records; questions.json: a list of [image, family]; where it is there, times.json:
-    {"seconds": {arm: [[pre-training, fine-tuning] of each round]}, "stages": {arm: [[name, steps, seconds of a step]]}}) and writes
-    table.md, plot.svg and plot.png into the folder `out`, and where runs were asked on their way curves.svg and curves.png too."""
+def read_results(folder: str | Path) -> Results:
+    """runs.json (a list of records), questions.json (a list of [image, family]) and, where it is there, times.json of a folder:
+    {"stages": {arm: [[name, steps]]}, "rounds": [{"steps": {arm: [seconds of a step in each stage]}}]}. FoveateError where they cannot be
+    read."""
 
     def read(name: str) -> Any:
-        path = Path(results) / name
+        path = Path(folder) / name
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -370,15 +400,22 @@ def write_comparison(results: str | Path, out: str | Path) -> Comparison:
 
     records = read("runs.json")
     if not isinstance(records, list) or not all(isinstance(one, dict) for one in records):
-        raise FoveateError(f"{Path(results) / 'runs.json'} must be a list of records, one for each run")
-    times = read("times.json") if (Path(results) / "times.json").is_file() else None
-    comparison = aggregate(records, [Question(*one) for one in read("questions.json")], times and times["seconds"])
-    if times is not None:
-        records = [paced(one, times["stages"][one["arm"]]) for one in records]
+        raise FoveateError(f"{Path(folder) / 'runs.json'} must be a list of records, one for each run")
+    times = read("times.json") if (Path(folder) / "times.json").is_file() else None
+    measured = None if times is None else Times(times["stages"], [one["steps"] for one in times["rounds"]])
+    return Results(records, [Question(*one) for one in read("questions.json")], measured)
+
+
+def write_comparison(results: str | Path, out: str | Path) -> Comparison:
+    """Writes table.md, plot.svg and plot.png of a folder of results into the folder `out`, and where runs were asked on their way
+    curves.svg and curves.png too."""
+    found = read_results(results)
+    comparison, times = found.compared(), found.times
+    curves = found.records if times is None else [times.paced(one) for one in found.records]
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(markdown(comparison), encoding="utf-8")
-    figures = {"plot": plot(comparison), "curves": plot_curves(records, comparison.compares_seconds)}
+    figures = {"plot": plot(comparison), "curves": plot_curves(curves, comparison.compares_seconds)}
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
