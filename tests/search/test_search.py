@@ -29,7 +29,7 @@ from foveate.search import run
 from foveate.search.costs import Prompt, flops_share, most_even, tokens_share
 from foveate.search.gsearch import gsearch, most_trials, within
 from foveate.search.psigmoid import STEEPNESS, curve, psigmoid, spend
-from foveate.search.run import Found
+from foveate.search.run import SEARCH, Found
 
 quick = settings(max_examples=60)
 LM = {layers: LlamaConfig(hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, vocab_size=50) for layers in range(2, 13)}
@@ -338,6 +338,14 @@ def test_another_search_needs_another_folder(model: Any, processor: Any, asked: 
     found_by(model, processor, asked, tmp_path, tokens=0.5, trials=2)  # more of the same is no other search
     with pytest.raises(FoveateError, match=r"holds a search with another tokens \(there 0.5, now 0.25\). Choose another folder"):
         found_by(model, processor, asked, tmp_path, tokens=0.25, trials=1)
+    told = json.loads((tmp_path / SEARCH).read_text())
+    assert told.pop("dtype") == "float32"
+    (tmp_path / SEARCH).write_text(json.dumps(told))  # as before there was a choice
+    found_by(model, processor, asked, tmp_path, tokens=0.5, trials=1)
+    (tmp_path / SEARCH).write_text(json.dumps({**told, "dtype": "bfloat16"}))
+    with pytest.raises(FoveateError, match=r"another dtype \(there bfloat16, now float32\)"):
+        found_by(model, processor, asked, tmp_path, tokens=0.5, trials=1)
+    (tmp_path / SEARCH).write_text(json.dumps(told))
     with torch.no_grad():
         model.lm_head.weight[0] += 1
     with pytest.raises(FoveateError, match="another model_hash"):
