@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from foveate.evaluation.evaluate import evaluate
 from foveate.evaluation.samples import Metric, Sample, Task, picture
 from foveate.evaluation.table import CARD_BEGIN, CARD_END, markdown, print_table, push_to_model_card, rows
 from foveate.inference import Broken, ask, load_model, model_hash, prompts
+from foveate.probes.kept import KEPT
 from foveate.reducers import parse
 from foveate.world import asset
 
@@ -161,6 +162,26 @@ def test_batches_keep_pictures_together_and_questions_without_one_apart() -> Non
 
 
 # ---- cells
+
+
+def test_pictures_go_through_the_tower_once_for_all_methods_that_do_not_look_into_it(
+    given: tuple[Any, Any], world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, calls, methods = given[0], [], ["fastv:layer=1", "fastervlm"]
+    hook = model.model.vision_tower.register_forward_hook(lambda *given: calls.append(1))
+    found = []
+    try:
+        for at_most in (0, asking.KEPT_BYTES):
+            monkeypatch.setattr(asking, "KEPT_BYTES", at_most)
+            calls.clear()
+            found.append((run(given, world, tmp_path / str(at_most), methods, [0.5, 0.25], baselines=False), len(calls)))
+    finally:
+        hook.remove()
+    (anew, often), (kept, once) = found
+    assert once * 5 == often * 3, "the bare model, and twice fastervlm; not fastv, which was asked twice as well"
+    for cells in zip(anew.cells, kept.cells, strict=True):
+        assert cells[0] == replace(cells[1], seconds=cells[0].seconds), "answers, tokens, costs"
+    assert not vars(model.model).keys() & {KEPT}
 
 
 def test_cells_are_what_evaluation_says(given: tuple[Any, Any], world: Path, tmp_path: Path) -> None:

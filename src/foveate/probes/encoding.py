@@ -16,6 +16,7 @@ from foveate.anatomy import MODALITIES, Anatomy, Extras, Laid, Media, Patches, e
 from foveate.contract import GROUPS, Noise, Signal, content_keys
 from foveate.errors import NotApplicable, Reason
 from foveate.probes.hooks import Hook
+from foveate.probes.kept import KEPT
 from foveate.probes.live import Live
 from foveate.probes.marker import scoring
 from foveate.probes.tower import TOWER_SIGNALS, TowerProbes, carry, never
@@ -148,15 +149,21 @@ class Encodings:
         now = self._call
         if now.under_way or self._idle():  # one of the two may call the other
             return watched.method(*args, **kwargs)
-        now.crops, now.overheard, now.under_way = [], {}, True
         for encoder in self._encoders.values():
             encoder.take()  # of calls that came from elsewhere
-        try:
-            outputs = watched.method(*args, **kwargs)
-        finally:
-            now.under_way = False
+        given, kept = watched.given(args, kwargs), getattr(self.anatomy.core, KEPT, None)
+
+        def encode() -> tuple[Any, list[tuple[int, int]], dict[str, Any]]:
+            now.crops, now.overheard, now.under_way = [], {}, True
+            try:
+                return watched.method(*args, **kwargs), now.crops, now.overheard
+            finally:
+                now.under_way = False
+
+        looks = bool(self.probes or self._encoders)  # into the tower, so that it has to run
+        outputs, now.crops, now.overheard = encode() if kept is None or looks else kept.of(watched.name, given, encode)
         modality = self.anatomy.encodings[watched.name]
-        features, given = features_of(outputs), watched.given(args, kwargs)
+        features = features_of(outputs)
         call = Encoded.of(watched.name, given), Fraction(1, max(1, len(features)))
         acting = self._encoders.get(modality)
         cuts = acting.take() if acting is not None else []
