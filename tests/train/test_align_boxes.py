@@ -49,15 +49,26 @@ WHOLE = torch.tensor([[0, 0, 1, 1.0]])
         ([0.4, 0.1, 0.6, 0.2], [0, 1]),  # half of the box each
         ([0.45, 0.1, 0.6, 0.2], [1]),
         ([0.25, 0.25, 0.75, 0.75], [0, 1, 2, 3]),  # a quarter each, which is the most
-        ([0.375, 0.25, 0.75, 0.75], [1, 3]),  # a third each, which is the most
+        ([0.375, 0.25, 0.75, 0.75], [0, 1, 2, 3]),  # a third each, which is the most, and half of that
+        ([0.4, 0.25, 0.75, 0.75], [1, 3]),  # the others have less than half of the most
         ([0, 0, 1, 1], [0, 1, 2, 3]),
     ],
 )
 def test_tokens_of_a_box(box: list[float], found: list[int]) -> None:
     wanted = torch.tensor(box)
     assert members(QUARTERS, wanted).nonzero()[:, 0].tolist() == found
-    most = wanted.tolist() in ([0.25, 0.25, 0.75, 0.75], [0.375, 0.25, 0.75, 0.75])  # no quarter has half of them, but the whole has all
+    most = wanted.tolist() in (
+        [0.25, 0.25, 0.75, 0.75],
+        [0.375, 0.25, 0.75, 0.75],
+        torch.tensor([0.4, 0.25, 0.75, 0.75]).tolist(),
+    )  # no quarter has half of them, but the whole has all
     assert members(torch.cat([WHOLE, QUARTERS]), wanted).nonzero()[:, 0].tolist() == [0, *([] if most else [token + 1 for token in found])]
+
+
+def test_a_line_of_small_writing_is_of_all_tokens_that_it_runs_through() -> None:
+    areas = torch.tensor([[column, row, column + 1, row + 1] for row in range(4) for column in range(4)]) / 4
+    assert members(areas, torch.tensor([0.3, 0.3, 0.9, 0.35])).nonzero()[:, 0].tolist() == [5, 6, 7]
+    assert members(areas, torch.tensor([0.4, 0.3, 0.9, 0.35])).nonzero()[:, 0].tolist() == [6], "half of it"
 
 
 @given(st.integers(1, 6), st.lists(st.integers(0, 24), min_size=4, max_size=4))

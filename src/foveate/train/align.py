@@ -14,7 +14,8 @@ own words are often a few thousand of them.
 
 Where rows say what is where in their image (`boxes: true`, `foveate.data.boxes`), W are the pairs of a box and a word piece of its name;
 each is sought in the tokens of its box alone: those that stand for half of the box or more, and those of whose patches half or more lie in
-it; where there are none, those with the greatest part of it. A bridge whose tokens all see the whole image seeks as without boxes.
+it; where there are none, as of a line of small writing, those with at least half as much of it as the one that has most. A bridge whose
+tokens all see the whole image seeks as without boxes.
 
 The idea is Foveate's own.
 """
@@ -106,7 +107,7 @@ def members(areas: Tensor, box: Tensor) -> Tensor:
     sides = (torch.minimum(areas[:, 2:], box[2:]) - torch.maximum(areas[:, :2], box[:2])).clamp(min=0)
     common, own, whole = sides.prod(1), (areas[:, 2:] - areas[:, :2]).prod(1), (box[2:] - box[:2]).prod()
     found = 2 * common > (1 - 1e-4) * torch.minimum(own, whole)  # not less than half, but for rounding
-    return found if found.any() else common == common.max()
+    return found if found.any() else 2 * common > (1 - 1e-4) * common.max()
 
 
 def loss(tokens: Tensor, table: Tensor, words: Tensor, length: Tensor | float, where: Tensor | None = None) -> Tensor:
