@@ -11,7 +11,7 @@ from foveate.bridges import BRIDGES, Bridge, build_bridge, complete_config
 from foveate.errors import FoveateError
 
 SMALL: dict[str, dict[str, Any]] = {  # every bridge takes 4 x 4 patches and two levels
-    "mlp": {},
+    "mlp": {"norm": True, "places": True},
     "avg_pool2d": {"pool": 2},
     "pixel_shuffle": {"ratio": 2},
     "resampler": {"queries": 3, "width": 16, "head_dim": 8},
@@ -42,7 +42,7 @@ LOOK_AROUND = {
     "wide_windows",
     "mg_gate",
 }  # whose tokens also see patches outside of their boxes
-BEGINS_AT_ZERO = {"mg_gate"}
+BEGINS_AT_ZERO = {"mg_gate", "mlp"}
 NO_TOKENS = {"vlora": (2, 10 + 10 + 7, 3)}  # but weights, of this shape
 GRID = (4, 4)
 kinds = pytest.mark.parametrize("kind", BRIDGES)
@@ -226,8 +226,9 @@ def test_numbers_below_one_are_errors(kind: str) -> None:
 
 
 def test_a_word_is_no_yes_or_no() -> None:
-    with pytest.raises(FoveateError, match="norm must be true or false, got 'layer'"):
-        build_bridge({"kind": "mlp", "norm": "layer"})
+    for name in ("norm", "places"):
+        with pytest.raises(FoveateError, match=f"{name} must be true or false, got 'layer'"):
+            build_bridge({"kind": "mlp", name: "layer"})
 
 
 @pytest.mark.parametrize("kind", sorted(set(BRIDGES) - {"chain_of_sight"}))

@@ -1,5 +1,7 @@
 """MLP, AvgPool2d, PixelShuffle and Resampler against plain equations, torch's own pooling, and transformers' modules."""
 
+import math
+
 import pytest
 import torch
 from tests.bridges.bridge_oracle import block, layer_norm, linear, mlp, weights_of
@@ -10,7 +12,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
 from transformers.models.internvl.modeling_internvl import InternVLModel, InternVLMultiModalProjector
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from foveate.bridges import MLP, AvgPool2d, PixelShuffle, Resampler
+from foveate.bridges import MLP, AvgPool2d, PixelShuffle, Resampler, build_bridge
 from foveate.errors import FoveateError
 
 LLAMA = {"model_type": "llama", "hidden_size": 6, "num_attention_heads": 2}
@@ -43,6 +45,23 @@ def test_mlp_normalises_each_level() -> None:
         deep = [torch.as_tensor(layer_norm(level[1, patch].numpy(), w, f"norms.{i}")) for i, level in enumerate(x)]
         close(out[1, patch], mlp(torch.cat(deep).numpy(), w))
     torch.testing.assert_close(bridge([1000 * x[0], x[1]], (2, 3)), out, atol=1e-3, rtol=1e-3)
+
+
+def test_mlp_says_where_tokens_are() -> None:
+    """By a linear map of sines and cosines of their centres in shares of the image; nothing at first."""
+    settings = {"levels": 1, "vision_width": 5, "text_width": 7}
+    bridge, x = MLP(places=True, **settings).double(), features((2, 3), 1, 5)
+    plain = MLP(**settings).double()
+    plain.load_state_dict({name: value for name, value in bridge.state_dict().items() if name != "place.weight"})
+    assert torch.equal(bridge(x, (2, 3)), plain(x, (2, 3)))
+    assert bridge.place is not None
+    nn.init.normal_(bridge.place.weight)
+    added = bridge(x, (2, 3)) - plain(x, (2, 3))
+    for patch, (y, x_) in enumerate((row / 2 + 0.25, column / 3 + 1 / 6) for row in range(2) for column in range(3)):
+        known = [wave(math.pi * 2**k * share) for share in (y, x_) for wave in (math.sin, math.cos) for k in range(4)]
+        expected = bridge.place.weight @ torch.tensor(known, dtype=torch.float64)
+        torch.testing.assert_close(added[1, patch], expected, atol=1e-5, rtol=1e-5)
+    assert build_bridge(bridge.config()).config() == bridge.config()
 
 
 def test_mlp_takes_llavas_weights() -> None:

@@ -91,6 +91,7 @@ def test_it_is_the_same_model(tower: str, lm: str, changes: Any, options: Any, t
         ("a chain_of_sight bridge", {"bridge": {"kind": "chain_of_sight", "scales": [[4, 4], [2, 1]]}}),
         ("a pixel_shuffle bridge", {"bridge": {"kind": "pixel_shuffle"}}),
         ("the mlp bridge normalises levels", {"bridge": {"kind": "mlp", "norm": True}}),
+        ("the mlp bridge says where tokens are", {"bridge": {"kind": "mlp", "places": True}}),
         ("images of 48 pixels and its tower was made for 32", {"options": {"image_size": 48}}),
         ("the model cuts images by internvl", {"options": {"tiling": "internvl"}}),
         ("5 tokens before its patches", {"tower": "dinov2_with_registers"}),

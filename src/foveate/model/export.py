@@ -19,9 +19,9 @@ from foveate.reducers import save_reducers, save_weights, saved_reducers, saved_
 def to_llava(model: Any, processor: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """`model` and `processor` as LLaVA's. The weights are shared, not copied, and the logits of a trial are the same to the last bit.
 
-    FoveateError that says why where LLaVA cannot be this model: another bridge than an MLP, or one with norms, a tiling, several towers,
-    images of another size than the tower's own, several tokens before the patches, a language model that does more than multiply between
-    its last hidden state and the logits.
+    FoveateError that says why where LLaVA cannot be this model: another bridge than an MLP, or one with norms or places, a tiling, several
+    towers, images of another size than the tower's own, several tokens before the patches, a language model that does more than multiply
+    between its last hidden state and the logits.
     """
     if not isinstance(model, FoveateForConditionalGeneration) or not isinstance(processor, FoveateProcessor):
         raise FoveateError(f"only Foveate's own models are exported; a {type(model).__name__} is what the library knows already")
@@ -33,6 +33,8 @@ def to_llava(model: Any, processor: Any) -> tuple[LlavaForConditionalGeneration,
         )
     if parts.bridge.config()["norm"]:
         raise FoveateError("the mlp bridge normalises levels (norm: true), and LLaVA's projector does not: it cannot be exported")
+    if parts.bridge.config()["places"]:
+        raise FoveateError("the mlp bridge says where tokens are (places: true), and LLaVA's projector does not: it cannot be exported")
     if config.tiling is not None:
         raise FoveateError(f"the model cuts images by {config.tiling}, and LLaVA sees each whole, once: it cannot be exported")
     if isinstance(config.vision_config, TowersConfig):
