@@ -1,6 +1,7 @@
 """MLP, AvgPool2d, PixelShuffle and Resampler against plain equations, torch's own pooling, and transformers' modules."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_mlp_normalises_each_level() -> None:
 
 def test_mlp_says_where_tokens_are() -> None:
     """By a linear map of sines and cosines of their centres in shares of the image; nothing at first."""
-    settings = {"levels": 1, "vision_width": 5, "text_width": 7}
+    settings: dict[str, Any] = {"levels": 1, "vision_width": 5, "text_width": 7}
     bridge, x = MLP(places=True, **settings).double(), features((2, 3), 1, 5)
     plain = MLP(**settings).double()
     plain.load_state_dict({name: value for name, value in bridge.state_dict().items() if name != "place.weight"})

@@ -37,7 +37,7 @@ from foveate.evaluation.evaluate import evaluate
 from foveate.evaluation.samples import Metric, Sample, Task, picture
 from foveate.evaluation.table import CARD_BEGIN, CARD_END, markdown, print_table, push_to_model_card, rows
 from foveate.inference import Broken, ask, load_model, model_hash, prompts
-from foveate.probes.kept import KEPT
+from foveate.probes.encoding import KEPT
 from foveate.reducers import parse
 from foveate.world import asset
 

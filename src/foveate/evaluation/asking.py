@@ -20,6 +20,7 @@ from foveate.data.clips import Clip
 from foveate.data.footage import Footage, Still, framed, opened, placed, standing
 from foveate.data.pixels import Picture
 from foveate.engine.attach import attach
+from foveate.engine.keeping import Kept, keeping
 from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import Answer, Cell
@@ -27,7 +28,6 @@ from foveate.evaluation.samples import Sample, Task, in_turn, picture
 from foveate.inference import Broken, answering, ask, loaded, marked, model_hash, prepared, prompts, shrunk, warn_of_cut_thoughts
 from foveate.inference.strategies import Strategy
 from foveate.inference.strategies import opened as searching
-from foveate.probes.kept import Kept, keeping
 from foveate.reducers import Reducer, in_model, prepare
 
 GREY = (127, 127, 127)

@@ -16,13 +16,14 @@ from foveate.anatomy import MODALITIES, Anatomy, Extras, Laid, Media, Patches, e
 from foveate.contract import GROUPS, Noise, Signal, content_keys
 from foveate.errors import NotApplicable, Reason
 from foveate.probes.hooks import Hook
-from foveate.probes.kept import KEPT
 from foveate.probes.live import Live
 from foveate.probes.marker import scoring
 from foveate.probes.tower import TOWER_SIGNALS, TowerProbes, carry, never
 from foveate.probes.tower_pass import TowerPass
 from foveate.probes.watched import Watched
 from foveate.tokens import Kind
+
+KEPT = "_foveate_kept"  # the attribute by which a model's base model knows who keeps what it has encoded
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from foveate.anatomy import read
+from foveate.probes.encoding import KEPT
 
-KEPT = "_foveate_kept"  # the attribute by which a model's base model knows what is kept
 _UNREAD = ("hidden_states", "attentions")  # of a tower's outputs; what reads them has gone into the features by then
 
 
