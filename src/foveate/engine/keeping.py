@@ -9,7 +9,6 @@ that do encode anew.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from transformers.utils import ModelOutput
 
 from foveate.anatomy import read
 from foveate.probes.encoding import KEPT
@@ -35,22 +36,25 @@ class Kept:
         self.at_most, self.bytes, self.seconds = at_most, 0, 0.0
         self._found: dict[bytes, tuple[Any, float]] = {}
 
-    def of(self, method: str, given: Mapping[str, Any], encode: Callable[[], Any]) -> Any:
-        """What `encode()` returns, or has returned to a call of `method` that was given the same."""
+    def of(self, method: str, given: Mapping[str, Any], encode: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
+        """What `encode()` returns, or has returned to a call of `method` that was given the same: the model's outputs first (kept without
+        the levels of its tower), and what was noted meanwhile."""
         key = name_of(method, given)
         if key in self._found:
             there, seconds = self._found[key]
             self.seconds += seconds
-            return moved(there, device_of(given))
+            return moved(there, next((leaf.device for leaf in tree_leaves(given) if isinstance(leaf, Tensor)), torch.device("cpu")))
         start = time.perf_counter()
-        made = encode()
-        there = moved(made, torch.device("cpu"))  # which waits for a device
+        outputs, *noted = encode()
+        if isinstance(outputs, ModelOutput):
+            outputs = type(outputs)(**{name: value for name, value in outputs.items() if name not in _UNREAD})
+        there = moved((outputs, *noted), torch.device("cpu"))  # which waits for a device
         seconds = time.perf_counter() - start
-        size = size_of(there)
+        size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(there) if isinstance(leaf, Tensor))
         if self.bytes + size <= self.at_most:
             self.bytes += size
             self._found[key] = there, seconds
-        return made
+        return outputs, *noted
 
 
 @contextmanager
@@ -66,38 +70,17 @@ def keeping(model: Any, kept: Kept) -> Iterator[Kept]:
 
 def name_of(method: str, given: Mapping[str, Any]) -> bytes:
     """A hash of a call: all bytes of its tensors, their shapes and types, and how its other arguments are written."""
-    found = hashlib.sha256(method.encode())
-    for name, value in sorted(given.items()):
-        parts = value if isinstance(value, list | tuple) else [value]
-        for part in parts:
-            if isinstance(part, Tensor):
-                found.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
-                found.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-            else:
-                found.update(f"{name} {part!r}".encode())
+    leaves, shape = tree_flatten(dict(sorted(given.items())))
+    found = hashlib.sha256(f"{method} {shape}".encode())
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype} {tuple(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        else:
+            found.update(repr(leaf).encode())
     return found.digest()
 
 
-def device_of(given: Mapping[str, Any]) -> torch.device:
-    return next((value.device for value in given.values() if isinstance(value, Tensor)), torch.device("cpu"))
-
-
 def moved(value: Any, device: torch.device) -> Any:
-    """The same with all of its tensors on `device`, without the levels of a tower that nobody will read."""
-    if isinstance(value, Tensor):
-        return value.detach().to(device)
-    if isinstance(value, Mapping):
-        parts = {name: moved(part, device) for name, part in value.items() if name not in _UNREAD}
-        return parts if type(value) is dict else type(value)(**parts)
-    if isinstance(value, list | tuple):
-        return type(value)(moved(part, device) for part in value)
-    return copy.copy(value)
-
-
-def size_of(value: Any) -> int:
-    """Bytes of the tensors in it."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Mapping):
-        return sum(map(size_of, value.values()))
-    return sum(map(size_of, value)) if isinstance(value, list | tuple) else 0
+    """The same with all of its tensors on `device`."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), value)

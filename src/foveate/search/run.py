@@ -20,8 +20,9 @@ from statistics import fmean
 from typing import Any
 
 from foveate.accounting.predict import observed
+from foveate.engine.keeping import Kept, keeping
 from foveate.errors import FoveateError
-from foveate.evaluation.asking import Asked, answered, limited
+from foveate.evaluation.asking import KEPT_BYTES, Asked, answered, limited
 from foveate.evaluation.cells import Cell
 from foveate.evaluation.samples import Task
 from foveate.evaluation.tasks import load_task
@@ -110,7 +111,7 @@ def search(
     data = [{"name": task.name, "samples": len(task.samples), "data_hash": task.hash} for task in asked]
     weights = str(model.dtype).removeprefix("torch.")
     _begin(folder, {"model_hash": model_hash(given), "dtype": weights, "tasks": data, **settings})
-    with answering(model), progress_bar(progress) as bar:
+    with answering(model), keeping(model, Kept(KEPT_BYTES)), progress_bar(progress) as bar:
         trial = _Trials(model, processor, asked, batch_size, folder / TRIALS, bar)
         bare = trial([])
         prompt = Prompt(**bare["prompt"])
