@@ -1,5 +1,7 @@
 """The report of a bench run: a folder made by hand whose numbers are known, and a run of the shipped model."""
 
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -21,6 +24,7 @@ from foveate.files import write_json
 from foveate.inference import load_model
 from foveate.report.bench import write_bench_report
 from foveate.report.compared import Line, families, lines, middle, signed
+from foveate.report.examples import _drawing
 from foveate.report.frontier import Mark, add_legend, looks, pareto, printable
 
 SCRIPT = "<script>alert(1)</script>"
@@ -491,3 +495,18 @@ def test_families_without_data_count(made: Made) -> None:
     ]
     bare, _ = lines(found, TASK, {"fruit"})
     assert (bare.value, bare.tokens, bare.lm_flops) == (100, 64, 3e9)
+
+
+def test_drawings_of_many_colours_keep_rare_ones() -> None:
+    """Words in orange, which say that an answer changed, over a picture of all shades."""
+    figure = Figure(figsize=(4, 4), dpi=100)
+    down, across = np.mgrid[0.7:1:64j, 0.7:1:64j]
+    figure.add_axes((0, 0, 1, 0.9)).imshow(np.stack([down, across, np.full_like(down, 0.9)], -1))
+    figure.text(0.05, 0.93, "purple", color="#b3400e")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    kept = io.BytesIO(base64.b64decode(_drawing(figure).partition(",")[2]))
+    before, after = (np.asarray(Image.open(file).convert("RGB"), np.int64) - (0xB3, 0x40, 0x0E) for file in (drawn, kept))
+    orange = np.abs(before).max(-1) < 24
+    assert orange.sum() > 20
+    assert (np.abs(after[orange]).max(-1) < 32).all()

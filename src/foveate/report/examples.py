@@ -88,10 +88,10 @@ def plain(sample: Sample) -> str:
 
 
 def _drawing(figure: Figure) -> str:
-    """Few colours are enough for it, and a third of the bytes."""
+    """Few colours are enough for it, and a third of the bytes; rare ones among them, such as of the words that tell another answer."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    return data_uri(Image.open(buffer).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=256))
+    return data_uri(Image.open(buffer).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE))
 
 
 def _drawn(own: Sequence[Line]) -> list[Line]:
