@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +24,7 @@ from foveate.inference import load_model, model_inputs, prompts
 from foveate.reducers.exporting import Reduced
 from foveate.world.scenes import write_world
 from tests.command import refused
-from tests.train.processes import in_two
+from tests.train.processes import in_two, started
 
 MODEL, REDUCER, ROWS, BATCH, NEW = "asset:vlm", "divprune:keep=0.25", 20, 4, 8
 
@@ -115,19 +114,10 @@ def test_a_kill_loses_nothing_and_nothing_is_asked_twice(
     world: Path, tmp_path: Path, answers: list[Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    if (child := os.fork()) == 0:
-        try:
-            monkeypatch.setattr(parts, "write", slow(files.write))
-            generate(job(world / "test.json"), out, progress=False)
-        finally:
-            os._exit(1)
-    while len(list(out.glob("parts/*.jsonl"))) < 2:
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    child = started(tmp_path / "said.txt", killed_after, 2, job(world / "test.json"), out)
+    child.join(600)
     left = len(list(out.glob("parts/*.jsonl")))
-    assert 2 <= left < ROWS // BATCH
+    assert (child.exitcode, left) == (-signal.SIGKILL, 2), (tmp_path / "said.txt").read_text()
     assert not (out / "answers.jsonl").exists()
     asked = noted(monkeypatch)
     done = generate(job(world / "test.json"), out, progress=False)
@@ -140,14 +130,18 @@ def test_a_kill_loses_nothing_and_nothing_is_asked_twice(
     assert len(asked) == ROWS - left * BATCH
 
 
-def slow(write: Callable[..., None]) -> Callable[..., None]:
-    """So that a kill meets it."""
+def killed_after(count: int, own: Job, out: Path) -> None:
+    """Works on a job and is killed, -9, as it has written `count` parts."""
+    written = []
 
-    def late(*given: Any) -> None:
-        write(*given)
-        time.sleep(0.5)
+    def last(*given: Any) -> None:
+        files.write(*given)
+        written.append(given)
+        if len(written) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    return late
+    parts.write = last  # type: ignore[assignment]
+    generate(own, out, progress=False)
 
 
 def noted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
