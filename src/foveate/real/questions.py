@@ -1,14 +1,15 @@
 """Questions about scenes of real pictures, documents and charts, short and plain, with answers of a few tokens.
 
-Families of scenes: naming ("What is in the top right?", "What is below the lemon?"), presence (no less often than yes; what is asked for
-in vain is of the group of something there), counting (0 to 4, each as often), locating (a cell of a 4 x 4 grid), boxes (hundredths of the
-side, [left, top, right, bottom]), reading (a label). Of pages: documents, charts.
+Families of scenes: naming ("What is in the top right?"), relation ("What is below the lemon?"), presence (no less often than yes; what is
+asked for in vain is of the group of something there), counting (0 to 4, each as often), locating (a cell of a 4 x 4 grid), boxes (hundredths
+of the side, [left, top, right, bottom]), reading (a label). Of pages: documents, charts.
 
 A place is named only where nothing else could be meant: `_CLEAR` px lie between a centre and the border that decides.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +21,10 @@ from foveate.real.scenes import SIZE, Scene, Thing
 from foveate.real.stock import Stock, said
 from foveate.real.things import akin
 
-FAMILIES = ("naming", "presence", "counting", "locating", "boxes", "reading", "documents", "charts")
+FAMILIES = ("naming", "relation", "presence", "counting", "locating", "boxes", "reading", "documents", "charts")
 METRICS = {
     "naming": "exact",
+    "relation": "exact",
     "presence": "exact",
     "counting": "exact",
     "locating": "exact",
@@ -33,13 +35,14 @@ METRICS = {
 }
 """How each family is scored by `foveate bench`."""
 GRID = 4
-LIST, READ = "List the things.", "Read the text."
+LIST, READ = "List the things, place by place.", "Read the text."
 
 _CLEAR = 8
 _FAR = 130  # px between a thing and what is said to be beside it, at most
 _PLACES = {"top left": (0, 0), "top right": (2, 0), "middle": (1, 1), "bottom left": (0, 2), "bottom right": (2, 2)}  # thirds (x, y)
+_SPOTS = _PLACES | {"top": (1, 0), "left": (0, 1), "right": (2, 1), "bottom": (1, 2)}  # all of them; "the top" might be the whole upper side
 _SIDES = {"above": (1, -1), "below": (1, 1), "left of": (0, -1), "right of": (0, 1)}  # axis of the step, and its direction
-_QUOTA = ("counting", "reading", "presence", "naming", "locating", "naming", "boxes")
+_QUOTA = ("counting", "reading", "presence", "naming", "relation", "locating", "naming", "boxes")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Question:
 
 
 def scene_questions(scene: Scene, stock: Stock, rng: random.Random, yes: bool) -> list[Question]:
-    """About seven questions in random order: none speaks of a thing that another one names. `yes`: the answer of the one on presence."""
+    """About eight questions in random order: none speaks of a thing that another one names. `yes`: the answer of the one on presence."""
     asked: list[Question] = []
     for family in _QUOTA:
         spoken = frozenset().union(*(question.names for question in asked))
@@ -89,9 +92,14 @@ def chart_questions(chart: Chart, rng: random.Random, count: int = 4) -> list[Qu
 
 
 def caption(scene: Scene) -> str:
-    """The different things in rows from the top, then what is printed."""
-    ordered = sorted(scene.things, key=lambda thing: (int(thing.centre[1] / SIZE * GRID), thing.centre[0]))
-    return ", ".join([*dict.fromkeys(thing.name for thing in ordered), *(label.text for label in scene.labels)])
+    """What lies in each ninth of the picture, from the top left, by its centre; a thing's label is said after it."""
+    labels = {label.under: f" {json.dumps(label.text, ensure_ascii=False)}" for label in scene.labels}
+    things: dict[tuple[int, ...], list[str]] = {}
+    for number, thing in enumerate(scene.things):
+        third = tuple(int(middle * 3 / SIZE) for middle in thing.centre)
+        things.setdefault(third, []).append(thing.name + labels.get(number, ""))
+    spots = sorted(_SPOTS, key=lambda spot: _SPOTS[spot][::-1])
+    return "; ".join(f"{spot}: {', '.join(things[_SPOTS[spot]])}" for spot in spots if _SPOTS[spot] in things)
 
 
 # ---- families of scenes --------------------------------------------------------------------------------------------------------------
@@ -104,16 +112,19 @@ def _single(scene: Scene) -> list[Thing]:
 
 
 def _naming(scene: Scene, stock: Stock, rng: random.Random) -> list[Question]:
-    by_place = [(f"What is in the {place}?", thing, [thing.name]) for place in _PLACES if (thing := _in_third(scene, place)) is not None]
-    by_side = []
+    there = [(place, thing) for place in _PLACES if (thing := _in_third(scene, place)) is not None]
+    return [Question(f"What is in the {place}?", said(thing.name).said, "naming", frozenset([thing.name])) for place, thing in there]
+
+
+def _relation(scene: Scene, stock: Stock, rng: random.Random) -> list[Question]:
+    found = []
     for reference in _single(scene):
         for side in _SIDES:
             thing = _beside(scene, reference, side)
             if thing is not None and thing.name != reference.name:
-                by_side.append((f"What is {side} the {reference.name}?", thing, [thing.name, reference.name]))
-    kind = rng.random() < 0.5  # there are more sides than places
-    ordered = by_place if by_place and (kind or not by_side) else by_side
-    return [Question(question, said(thing.name).said, "naming", frozenset(names)) for question, thing, names in ordered]
+                names = frozenset([thing.name, reference.name])
+                found.append(Question(f"What is {side} the {reference.name}?", said(thing.name).said, "relation", names))
+    return found
 
 
 def _in_third(scene: Scene, place: str) -> Thing | None:
@@ -210,6 +221,7 @@ def _reading(scene: Scene, stock: Stock, rng: random.Random) -> list[Question]:
 
 _SCENE: dict[str, Callable[[Scene, Stock, random.Random], list[Question]]] = {
     "naming": _naming,
+    "relation": _relation,
     "counting": _counting,
     "locating": _locating,
     "boxes": _boxes,
