@@ -2,7 +2,7 @@
 
     foveate real train recipes/real/vlm.yaml
     python benchmarks/real/run.py                                  # real:vlm on all test splits of data/real
-    python benchmarks/real/run.py --model real:vlm-read --splits compositions style
+    python benchmarks/real/run.py --splits compositions style
     python benchmarks/real/run.py --table                          # table.md again
 
 An interrupted run goes on where it was. A score is right from one half on: of the letters of a text (ANLS), of a box in common (IoU).

@@ -62,7 +62,17 @@ def test_samples_of_the_arms(data: Path) -> None:
 
 def test_files_of_questions_are_tasks(data: Path) -> None:
     files = asked(data, ["compositions"])
-    assert [one.family for one in files] == ["naming", "relation", "presence", "counting", "locating", "boxes", "reading", "documents", "charts"]
+    assert [one.family for one in files] == [
+        "naming",
+        "relation",
+        "presence",
+        "counting",
+        "locating",
+        "boxes",
+        "reading",
+        "documents",
+        "charts",
+    ]
     assert {one.split for one in asked(data)} > {"compositions", "style"}
     for one in files:
         task = load_task(one.task, progress=False)

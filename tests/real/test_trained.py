@@ -184,7 +184,7 @@ def test_what_was_trained_otherwise_gets_no_name(root: Path, monkeypatch: pytest
     )
     (root / "own.yaml").write_text(RECIPE.format(name="own", root=root))
     _, said = rebuild.main(root / "own.yaml", [])
-    assert said == "it has no name: real:vlm, real:vlm-read, real:vit are kept for recipes that are called so"
+    assert said == "it has no name: real:vlm, real:vit are kept for recipes that are called so"
     assert not model_folder("vlm").exists()
 
 

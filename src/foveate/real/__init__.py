@@ -45,8 +45,7 @@ class Trained:
 
 
 TRAINED = {
-    "vlm": Trained("EfficientNet, an MLP and SmolLM2, trained on real pictures", "foveate real train recipes/real/vlm.yaml"),
-    "vlm-read": Trained("the same with PP-OCR's network beside EfficientNet", "foveate real train recipes/real/vlm-read.yaml"),
+    "vlm": Trained("EfficientNet, PP-OCR's network, an MLP and SmolLM2", "foveate real train recipes/real/vlm.yaml"),
     "vit": Trained("a plain ViT, distilled from EfficientNet and PP-OCR's network", "foveate real tower"),
 }
 """Models of one's own training by the name after "real:"."""

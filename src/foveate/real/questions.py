@@ -1,8 +1,8 @@
 """Questions about scenes of real pictures, documents and charts, short and plain, with answers of a few tokens.
 
 Families of scenes: naming ("What is in the top right?"), relation ("What is below the lemon?"), presence (no less often than yes; what is
-asked for in vain is of the group of something there), counting (0 to 4, each as often), locating (a cell of a 4 x 4 grid), boxes (hundredths
-of the side, [left, top, right, bottom]), reading (a label). Of pages: documents, charts.
+asked for in vain is of the group of something there), counting (0 to 4, each as often), locating (a cell of a 4 x 4 grid), boxes
+(hundredths of the side, [left, top, right, bottom]), reading (a label). Of pages: documents, charts.
 
 A place is named only where nothing else could be meant: `_CLEAR` px lie between a centre and the border that decides.
 """
@@ -40,7 +40,7 @@ LIST, READ = "List the things, place by place.", "Read the text."
 _CLEAR = 8
 _FAR = 130  # px between a thing and what is said to be beside it, at most
 _PLACES = {"top left": (0, 0), "top right": (2, 0), "middle": (1, 1), "bottom left": (0, 2), "bottom right": (2, 2)}  # thirds (x, y)
-_SPOTS = _PLACES | {"top": (1, 0), "left": (0, 1), "right": (2, 1), "bottom": (1, 2)}  # all of them; "the top" might be the whole upper side
+_SPOTS = _PLACES | {"top": (1, 0), "left": (0, 1), "right": (2, 1), "bottom": (1, 2)}  # "the top" alone might be a whole side
 _SIDES = {"above": (1, -1), "below": (1, 1), "left of": (0, -1), "right of": (0, 1)}  # axis of the step, and its direction
 _QUOTA = ("counting", "reading", "presence", "naming", "relation", "locating", "naming", "boxes")
 
