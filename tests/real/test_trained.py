@@ -25,6 +25,7 @@ from tests.real.little_stock import little_stock
 from tests.real.made_up import NAME, only_source, wheel
 from tests.real.towers import save_lite
 from tests.train import tiny_training
+from tests.train.processes import in_two
 
 # ---- the place in the cache
 
@@ -171,6 +172,32 @@ def test_one_command_makes_what_the_name_opens(root: Path, capsys: pytest.Captur
 
     rebuild.main(root / "vlm.yaml", [])  # all is there: nothing is asked for or trained again
     assert len(ASKED) == 2
+
+
+def test_of_two_processes_one_prepares_and_keeps(root: Path) -> None:
+    said = in_two(
+        root,
+        "import os, time",
+        "from foveate.train import rebuild",
+        "def told(what): print(os.environ['RANK'], what, flush=True)",
+        "def prepared(names):",
+        "    told('begins')",
+        "    time.sleep(0.5 if os.environ['RANK'] == '0' else 0)",
+        "    told('prepared')",
+        "rebuild.prepare = prepared",
+        "rebuild.MODELS = {'made-up': None}",
+        "rebuild.make_data = lambda folder, styles: told('has data')",
+        f"rebuild.train = lambda path, overrides: told('trains') or Path({str(root)!r})",
+        "rebuild.lay = lambda name, make: told('keeps')",
+        f"rebuild.tell(Path({str(root / 'vlm.yaml')!r}), [], ['twemoji'])",
+    )
+    lines = said.splitlines()
+    assert [line for line in lines if line.startswith("0 ")] == [
+        f"0 {what}" for what in ("begins", "prepared", "has data", "trains", "keeps")
+    ]
+    assert [line for line in lines if line.startswith("1 ")] == [f"1 {what}" for what in ("begins", "prepared", "has data", "trains")]
+    assert lines.index("0 has data") < lines.index("1 begins")
+    assert said.count("kept as real:vlm") == 1
 
 
 def test_what_was_trained_otherwise_gets_no_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 What the recipe names is prepared, its data are made where they are not there, it is trained or gone on with, and the finished model is laid
 into the cache, where `real:NAME` opens it. The folder of the run is not needed any more then.
+
+Several processes (torchrun, accelerate launch) train together; the main one alone prepares and keeps.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from rich.console import Console
 from foveate.errors import FoveateError
 from foveate.files import write
 from foveate.machine import environment
+from foveate.processes import processes
 from foveate.real import MODELS, PREFIX, TRAINED, lay
 from foveate.real.packages import PACKAGES
 from foveate.real.prepare import prepare
@@ -25,6 +28,7 @@ from foveate.real.stock import FONTS, FREE, STYLES, open_stock
 from foveate.real.write import write_real
 from foveate.train import files
 from foveate.train.recipe import load_recipe
+from foveate.train.run import TIMEOUT
 from foveate.train.run import main as train
 from foveate.train.settings import Recipe
 
@@ -50,14 +54,17 @@ def main(path: Path, overrides: Sequence[str], styles: Sequence[str] = FREE) -> 
     recipe = load_recipe(path, overrides)
     if unknown := parts(recipe) - MODELS.keys() - TRAINED.keys():
         raise FoveateError(f"{path}: no real part is called {', '.join(sorted(unknown))}; there are {', '.join((*MODELS, *TRAINED))}")
-    prepare(sorted(parts(recipe) & MODELS.keys()))
-    make_data(data_folder(recipe), styles)
+    state = processes(TIMEOUT)
+    with state.main_process_first():  # the others find it done
+        prepare(sorted(parts(recipe) & MODELS.keys()))
+        make_data(data_folder(recipe), styles)
     final = train(path, overrides)
     if recipe.name not in TRAINED:
         return final, f"it has no name: {', '.join(PREFIX + name for name in TRAINED)} are kept for recipes that are called so"
     if changes := changed(recipe, load_recipe(path)):
         return final, f"it is not kept as {PREFIX}{recipe.name}, for it was trained otherwise than {path} says: {'; '.join(changes)}"
-    lay(recipe.name, partial(fill, recipe, final, data_folder(recipe)))
+    if state.is_main_process:
+        lay(recipe.name, partial(fill, recipe, final, data_folder(recipe)))
     return final, f"kept as {PREFIX}{recipe.name}"
 
 
@@ -108,4 +115,5 @@ def fill(recipe: Recipe, final: Path, data: Path, folder: Path) -> None:
 def tell(path: Path, overrides: Sequence[str], styles: Sequence[str]) -> None:
     """Run the command, and say where the model is."""
     final, said = main(path, overrides, styles)
-    Console(file=sys.stdout).print(f"trained model: {final}\n{said}", soft_wrap=True, markup=False, highlight=False)
+    if processes().is_main_process:
+        Console(file=sys.stdout).print(f"trained model: {final}\n{said}", soft_wrap=True, markup=False, highlight=False)
