@@ -207,16 +207,19 @@ def test_rows_are_read_by_training_and_by_bench(data: Path) -> None:
 
 
 def test_a_caption_says_what_lies_where(data: Path) -> None:
-    spots = [f"{down} {across}".strip() or "middle" for down in ("top", "", "bottom") for across in ("left", "", "right")]
+    ninths = [f"{down} {across}".strip() or "middle" for down in ("top", "", "bottom") for across in ("left", "", "right")]
+    cells = [f"row {row}, column {column}" for row in range(1, 5) for column in range(1, 5)]
     drawn = {record["image"]: record for record in records(data, "train")}
     rows = [row for row in json.loads((data / "captions.json").read_text()) if drawn[row["image"]]["kind"] == "scene"]
+    assert [row["conversations"][0]["value"].endswith("4x4 grid.") for row in rows] == [number % 4 > 1 for number in range(len(rows))]
     assert len(rows) > TRAIN / 2
     for row in rows:
         record, found = drawn[row["image"]], {}
+        spots, a_side = (cells, 4) if "grid" in row["conversations"][0]["value"] else (ninths, 3)
         written = {label["under"]: label["text"] for label in record["labels"]}
         for number, thing in enumerate(record["things"]):
             left, top, right, bottom = thing["box"]
-            spot = spots[int((top + bottom) / 256) * 3 + int((left + right) / 256)]
+            spot = spots[int((top + bottom) / 768 * a_side) * a_side + int((left + right) / 768 * a_side)]
             found.setdefault(spot, []).append(thing["name"] + (f' "{written[number]}"' if number in written else ""))
         assert row["conversations"][1]["value"] == "; ".join(f"{spot}: {', '.join(found[spot])}" for spot in spots if spot in found)
 

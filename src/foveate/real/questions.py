@@ -35,12 +35,13 @@ METRICS = {
 }
 """How each family is scored by `foveate bench`."""
 GRID = 4
-LIST, READ = "List the things, place by place.", "Read the text."
+LIST = ("List the things, place by place.", "List the things, cell by cell of a 4x4 grid.")
+READ = "Read the text."
 
 _CLEAR = 8
 _FAR = 130  # px between a thing and what is said to be beside it, at most
 _PLACES = {"top left": (0, 0), "top right": (2, 0), "middle": (1, 1), "bottom left": (0, 2), "bottom right": (2, 2)}  # thirds (x, y)
-_SPOTS = _PLACES | {"top": (1, 0), "left": (0, 1), "right": (2, 1), "bottom": (1, 2)}  # "the top" alone might be a whole side
+_SPOTS = (("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"))
 _SIDES = {"above": (1, -1), "below": (1, 1), "left of": (0, -1), "right of": (0, 1)}  # axis of the step, and its direction
 _QUOTA = ("counting", "reading", "presence", "naming", "relation", "locating", "naming", "boxes")
 
@@ -91,15 +92,20 @@ def chart_questions(chart: Chart, rng: random.Random, count: int = 4) -> list[Qu
     return [Question(question, (answer,), "charts") for question, answer in chosen]
 
 
-def caption(scene: Scene) -> str:
-    """What lies in each ninth of the picture, from the top left, by its centre; a thing's label is said after it."""
+def caption(scene: Scene, cells: bool) -> tuple[str, str]:
+    """A question and what lies where, from the top left, by its centre, in the ninths of the picture or in `cells` of the grid; a thing's
+    label is said after it."""
     labels = {label.under: f" {json.dumps(label.text, ensure_ascii=False)}" for label in scene.labels}
-    things: dict[tuple[int, ...], list[str]] = {}
+    parts = GRID if cells else 3
+    things: dict[tuple[int, int], list[str]] = {}
     for number, thing in enumerate(scene.things):
-        third = tuple(int(middle * 3 / SIZE) for middle in thing.centre)
-        things.setdefault(third, []).append(thing.name + labels.get(number, ""))
-    spots = sorted(_SPOTS, key=lambda spot: _SPOTS[spot][::-1])
-    return "; ".join(f"{spot}: {', '.join(things[_SPOTS[spot]])}" for spot in spots if _SPOTS[spot] in things)
+        across, down = (int(middle * parts / SIZE) for middle in thing.centre)
+        things.setdefault((down, across), []).append(thing.name + labels.get(number, ""))
+    told = [
+        f"{f'row {down + 1}, column {across + 1}' if cells else _SPOTS[down][across]}: {', '.join(found)}"
+        for (down, across), found in sorted(things.items())
+    ]
+    return LIST[cells], "; ".join(told)
 
 
 # ---- families of scenes --------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from foveate.real.legible import can_judge, illegible
 from foveate.real.pages import KINDS, make_facts, make_page, render_page
 from foveate.real.questions import (
     FAMILIES,
-    LIST,
     METRICS,
     READ,
     Question,
@@ -233,7 +232,11 @@ def _scene(rng: random.Random, split: Split, job: Job) -> Drawn:
     record = {"kind": "scene", "ground": asdict(scene.ground), "things": things, "labels": labels}
     texts = [(label.text, label.box) for label in scene.labels]
     boxes = [*((thing.name, thing.box) for thing in scene.things), *texts]
-    return {"record": record, "questions": questions, "told": (LIST, caption(scene)), "boxes": boxes, "mask": mask}, image, texts
+    return (
+        {"record": record, "questions": questions, "told": caption(scene, cells=job.index % 4 > 1), "boxes": boxes, "mask": mask},
+        image,
+        texts,
+    )
 
 
 def _document(rng: random.Random, split: Split, job: Job) -> Drawn:
