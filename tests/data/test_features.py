@@ -22,6 +22,8 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from foveate.data import features
@@ -107,21 +109,57 @@ def test_what_was_read_may_be_changed(tmp_path: Path) -> None:
     assert torch.equal(FeatureStore(tmp_path, {}, SHAPE).get(digest)[0], before)
 
 
+def unpacked(level: Tensor, stored: torch.dtype, dtype: torch.dtype = torch.float32) -> Tensor:
+    out = torch.empty(level.shape, dtype=dtype)
+    unpack(*pack(level, stored), out)
+    return out
+
+
 @given(st.integers(0, 10**6), st.floats(-6, 4), st.sampled_from([torch.float32, torch.bfloat16]))
 @settings(max_examples=50)
 def test_half_and_int8_err_no_more_than_they_say(seed: int, magnitude: float, dtype: torch.dtype) -> None:
     level = (torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(seed)) * 10**magnitude).to(dtype)
     level[0, 0] = 0
     shape = Shape(1, 5, 16, dtype)
-    half = unpack(*pack(level, shape.stored("half")), dtype=dtype)
+    half = unpacked(level, shape.stored("half"), dtype)
     if dtype == torch.bfloat16:
         assert torch.equal(half, level)
     else:
         assert (half - level).abs().le(level.abs() * 2.0**-11 + 2.0**-25).all()
     whole = level.float()
-    eight = unpack(*pack(level, torch.int8), dtype=torch.float32)
+    eight = unpacked(level, torch.int8)
     assert (eight - whole).abs().le(whole.abs().amax(-1, keepdim=True) / 127 * 0.5001).all()
     assert not eight[0, 0].any()
+
+
+class Made(TorchDispatchMode):
+    """The bytes of all tensors that anything makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in given:
+            self.bytes.append(made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize("storage", ["exact", "half", "int8"])
+def test_a_batch_is_the_one_large_thing_that_is_made_as_it_is_read(tmp_path: Path, storage: Storage) -> None:
+    """Others beside it, freed one by one, leave a data worker's heap in pieces, and it grows without end."""
+    patches, width = 8 * features.PIECE, 5
+    shape = Shape(2, patches, width, torch.float32)
+    store = FeatureStore(tmp_path, {}, shape, storage)
+    digests = [bytes([number]) * features.DIGEST for number in range(3)]
+    store.add(digests, [torch.randn(3, patches, width) for _ in range(2)])
+    with Made() as made:
+        whole = store.batch(digests)
+    assert whole.shape == (3, 2, patches, width)
+    assert made.bytes.count(whole.nbytes) == 1
+    assert max(size for size in made.bytes if size != whole.nbytes) <= patches * width * shape.stored(storage).itemsize
 
 
 @pytest.mark.parametrize("storage", ["half", "int8"])
@@ -130,7 +168,7 @@ def test_lossy_storage_goes_by_way_of_the_disk(tmp_path: Path, storage: Storage)
     filled(tmp_path, storage=storage)
     store = FeatureStore(tmp_path, {}, SHAPE, storage)
     for digest, number in pictures(10).items():
-        wanted = [unpack(*pack(level, SHAPE.stored(storage)), dtype=torch.float32)[0] for level in encode(load(number)[None])]
+        wanted = [unpacked(level, SHAPE.stored(storage))[0] for level in encode(load(number)[None])]
         assert all(torch.equal(a, b) for a, b in zip(store.get(digest), wanted, strict=True))
 
 

@@ -50,6 +50,7 @@ Given = TypeVar("Given")
 
 FORMAT = 1  # raised when shards, or pictures as `foveate.data.pixels` shows them, are not what they were
 DIGEST = 16  # bytes
+PIECE = 64  # patches that are turned from int8 at a time
 SHARD, MOST = 2**27, 256  # bytes and pictures of a shard
 ABANDONED = 3600.0  # seconds after which a file under way is taken for one that a kill has left
 VOLATILE = (
@@ -168,11 +169,13 @@ def pack(level: Tensor, stored: torch.dtype) -> tuple[Tensor, Tensor | None]:
     return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
-def unpack(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Features in the tower's type, in memory of their own."""
+def unpack(stored: Tensor, scale: Tensor | None, out: Tensor) -> None:
+    """Writes features as they were packed into `out`, of their shape and the tower's type."""
     if scale is None:
-        return stored.to(dtype, copy=True)
-    return (stored.float() * scale.unsqueeze(-1)).to(dtype)
+        out.copy_(stored)
+        return
+    for at in range(0, len(stored), PIECE):  # temporaries of many megabytes between smaller things would leave a heap in pieces
+        out[at : at + PIECE] = stored[at : at + PIECE].float() * scale[at : at + PIECE].unsqueeze(-1)
 
 
 def _sum(digest: bytes, parts: Iterable[Tensor | None]) -> int:
@@ -244,19 +247,15 @@ class FeatureStore:
     def get(self, digest: bytes) -> list[Tensor]:
         """The levels (patches, width) of a picture, in the tower's type. KeyError if it is not there; FoveateError if it has been damaged
         since the store was checked."""
-        for again in (False, True):
-            name, row = self._place(digest)
-            try:
-                return self._read(name, row, digest)
-            except Broken as error:
-                if again or (self.folder / name).is_file():
-                    raise FoveateError(f"features {self.folder / name}: {error}. Start again: they are then made anew") from None
-                self.refresh()  # another run has removed it, and may have made it anew
-        raise AssertionError
+        return list(self.batch([digest])[0])
 
     def batch(self, digests: Sequence[bytes]) -> Tensor:
         """(pictures, levels, patches, width) of some pictures; see `get`."""
-        return torch.stack([torch.stack(self.get(digest)) for digest in digests])
+        found = torch.empty(len(digests), self.shape.levels, self.shape.patches, self.shape.width, dtype=self.shape.dtype)
+        for levels, digest in zip(found, digests, strict=True):
+            for level, (stored, scale) in zip(levels, self._stored(digest), strict=True):
+                unpack(stored, scale, level)
+        return found
 
     def add(self, digests: Sequence[bytes], levels: Sequence[Tensor]) -> None:
         """Write pictures with their levels (pictures, patches, width) as a shard of their own; it is on the disk when this returns.
@@ -329,7 +328,19 @@ class FeatureStore:
                 layout[f"scales.{level}"] = ([count, self.shape.patches], "F32")
         return layout
 
-    def _read(self, name: str, row: int, digest: bytes) -> list[Tensor]:
+    def _stored(self, digest: bytes) -> list[tuple[Tensor, Tensor | None]]:
+        for again in (False, True):
+            name, row = self._place(digest)
+            try:
+                return self._read(name, row, digest)
+            except Broken as error:
+                if again or (self.folder / name).is_file():
+                    raise FoveateError(f"features {self.folder / name}: {error}. Start again: they are then made anew") from None
+                self.refresh()  # another run has removed it, and may have made it anew
+        raise AssertionError
+
+    def _read(self, name: str, row: int, digest: bytes) -> list[tuple[Tensor, Tensor | None]]:
+        """The levels of a picture and their scales, as they are stored."""
         file = self._open(name)
 
         def part(key: str) -> Tensor:
@@ -340,7 +351,7 @@ class FeatureStore:
         stored = [(part(f"levels.{level}"), scale) for level, scale in enumerate(scales)]
         if _sum(digest, (value for one in stored for value in one)) != int(part("sums")):
             raise Broken(f"the checksum of picture {row} does not agree")
-        return [unpack(level, scale, self.shape.dtype) for level, scale in stored]
+        return stored
 
     def _drop(self, name: str, error: Broken) -> None:
         if (self.folder / name).is_file():  # no other process was first
