@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from tests.train.processes import killed, train_in_two
 from tests.train.test_run import ONE, Write, weights
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from foveate.data.features import fill
 from foveate.errors import FoveateError
+from foveate.train import features, run
 from foveate.train.features import open_features
 from foveate.train.plan import plan
 from foveate.train.recipe import load_recipe
 from foveate.train.run import main
+from foveate.train.trainer import FoveateTrainer
 
 GROWING = (
     ONE.replace("steps: 3", "epochs: 1\n    save_steps: 2")
@@ -100,6 +105,30 @@ def test_the_tower_runs_once_for_all_epochs_and_arms(recipe_file: Write, tmp_pat
     other = ["model.bridge={kind: mlp}", "seed=3", "stages.0.micro_batch=2", *cached(tmp_path / "cache")]
     main(recipe_file("second-arm", ONE), other)
     assert {shape[0] for shape in calls} <= {1, 2}
+
+
+def test_freed_memory_is_kept_in_the_steps_alone(recipe_file: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower's batches are larger than a step's: what they free must be there for others."""
+    seen: list[str] = []
+
+    @contextmanager
+    def kept(device: str) -> Iterator[None]:
+        seen.append(f"kept on the {device}")
+        yield
+        seen.append("given back")
+
+    def noted(what: str, act: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*given: Any, **named: Any) -> Any:
+            seen.append(what)
+            return act(*given, **named)
+
+        return noting
+
+    monkeypatch.setattr(run, "kept_memory", kept)
+    monkeypatch.setattr(features, "fill", noted("encodes", fill))
+    monkeypatch.setattr(FoveateTrainer, "training_step", noted("steps", FoveateTrainer.training_step))
+    main(recipe_file("memory", ONE), [*cached(tmp_path / "cache"), "stages.0.steps=1", "stages.0.micro_batch=4"])
+    assert seen == ["encodes", "kept on the cpu", "steps", "given back"]
 
 
 def test_only_what_the_steps_read_is_encoded(recipe_file: Write, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def train(recipe: Recipe) -> Path:
     new = files.compare(recipe.output, {"recipe": plain})
     if files.is_complete(final) and not new:
         return final
-    with locked(recipe.output, state), kept_memory(torch.device(state.device).type):
+    with locked(recipe.output, state):
         try:
             run_stages(recipe, plain, state)
         except OSError as error:
@@ -168,7 +168,8 @@ def run_stage(
         trainer.log_file.keep(lambda row: row["stage"] in earlier or (row["stage"] == stage.name and row["step"] <= done))
     if checkpoint is None and previous is not None:
         trainer.totals = Totals(**json.loads((previous / "totals.json").read_text(encoding="utf-8")))
-    trainer.run(checkpoint)
+    with kept_memory(torch.device(state.device).type):  # not of the tower's batches before, which are larger than a step's
+        trainer.run(checkpoint)
     if state.is_main_process:
         report_notes(recipe, stage, data.train.name, trainer.stage.steps * stage.batch_size)
     finish(recipe, index, previous, opened, trainer, folder)
