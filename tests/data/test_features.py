@@ -8,7 +8,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from tests.train.processes import dying, killed_in
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -429,14 +429,10 @@ def test_an_interrupted_filling_encodes_the_rest_in_the_same_batches(tmp_path: P
     assert len(rest) <= len(alone) + 2  # those of the shard under way, again
 
 
-def child(folder: Path) -> None:
-    """Fills a store slowly: a picture takes about a hundredth of a second, a shard is written every four."""
-
-    def slowly(pixels: Tensor) -> list[Tensor]:
-        time.sleep(0.01)
-        return encode(pixels)
-
-    fill(FeatureStore(folder, {}, SHAPE), pictures(400), load, slowly, batch=1)
+def child(folder: Path, least: int) -> None:
+    """Fills a store, with a shard for every four pictures, until there are so many of these."""
+    store = FeatureStore(folder, {}, SHAPE)
+    fill(store, pictures(400), load, dying(lambda: len(shards(store)) >= least, encode), batch=1)
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -444,13 +440,7 @@ def test_kill_and_go_on(tmp_path: Path, warnings_of: Callable[[], list[str]]) ->
     reader = FeatureStore(tmp_path, {}, SHAPE)
     before = 0
     for least in (3, 8, 11):
-        process = multiprocessing.get_context("fork").Process(target=child, args=(tmp_path,))
-        process.start()
-        while len(shards(reader)) < least:
-            assert process.is_alive()
-            time.sleep(0.002)
-        process.kill()
-        process.join()
+        killed_in(child, tmp_path, least)
         reader.refresh()
         assert len(reader) >= max(before + 1, 4 * least)
         before = len(reader)

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,32 +93,40 @@ def launched(config: str, folder: Path, *arguments: str) -> subprocess.Completed
     return subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT, env=environment)
 
 
-def _slow(recipe: Path, overrides: Sequence[str]) -> None:
-    """A run whose steps, and whose writing of features, take their time, so that a kill meets them."""
+def dying(moment: Callable[[], bool], act: Callable[..., Any]) -> Callable[..., Any]:
+    """`act`, in a process that kills itself, -9, before or after it when the moment has come: whoever watched it might come too late."""
+
+    def watched(*given: Any) -> Any:
+        die(moment)
+        result = act(*given)
+        die(moment)
+        return result
+
+    return watched
+
+
+def die(moment: Callable[[], bool]) -> None:
+    if moment():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _until(moment: Callable[[], bool], recipe: Path, overrides: Sequence[str]) -> None:
     from foveate.data import features
     from foveate.train.trainer import FoveateTrainer
 
-    put, step = features.put, FoveateTrainer.training_step
-
-    def slow_put(*args: Any) -> None:
-        put(*args)
-        time.sleep(0.05)
-
-    def slow_step(*args: Any) -> Any:
-        time.sleep(0.05)
-        return step(*args)
-
-    features.put = slow_put  # type: ignore[assignment]
-    FoveateTrainer.training_step = slow_step  # type: ignore[method-assign,assignment]
+    features.put = dying(moment, features.put)
+    FoveateTrainer.training_step = dying(moment, FoveateTrainer.training_step)  # type: ignore[method-assign]
     main(recipe, overrides)
 
 
 def killed(recipe: Path, overrides: Sequence[str], moment: Callable[[], bool]) -> None:
-    """Trains a recipe and kills it, -9, at the moment."""
-    process = multiprocessing.get_context("fork").Process(target=_slow, args=(recipe, overrides))
+    """Trains a recipe, and kills it, -9, at the moment, between steps or where features are written."""
+    killed_in(_until, moment, recipe, overrides)
+
+
+def killed_in(work: Callable[..., object], *arguments: object) -> None:
+    """Work in a process of its own, in the midst of which it kills itself."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
-    while not moment():
-        assert process.is_alive()
-        time.sleep(0.002)
-    process.kill()
     process.join()
+    assert process.exitcode == -signal.SIGKILL
