@@ -232,11 +232,8 @@ def _scene(rng: random.Random, split: Split, job: Job) -> Drawn:
     record = {"kind": "scene", "ground": asdict(scene.ground), "things": things, "labels": labels}
     texts = [(label.text, label.box) for label in scene.labels]
     boxes = [*((thing.name, thing.box) for thing in scene.things), *texts]
-    return (
-        {"record": record, "questions": questions, "told": caption(scene, cells=job.index % 4 > 1), "boxes": boxes, "mask": mask},
-        image,
-        texts,
-    )
+    told = caption(scene, cells=job.index % 4 > 1)
+    return {"record": record, "questions": questions, "told": told, "boxes": boxes, "mask": mask}, image, texts
 
 
 def _document(rng: random.Random, split: Split, job: Job) -> Drawn:
