@@ -214,7 +214,8 @@ def test_a_caption_says_what_lies_where(data: Path) -> None:
     assert [row["conversations"][0]["value"].endswith("4x4 grid.") for row in rows] == [number % 4 > 1 for number in range(len(rows))]
     assert len(rows) > TRAIN / 2
     for row in rows:
-        record, found = drawn[row["image"]], {}
+        record = drawn[row["image"]]
+        found: dict[str, list[str]] = {}
         spots, a_side = (cells, 4) if "grid" in row["conversations"][0]["value"] else (ninths, 3)
         written = {label["under"]: label["text"] for label in record["labels"]}
         for number, thing in enumerate(record["things"]):
