@@ -86,7 +86,7 @@ def test_exact_storage_gives_the_same_bits(tmp_path: Path, dtype: torch.dtype) -
     store = FeatureStore(tmp_path, {}, shape)  # as another run finds it
     for digest, number in pictures(10).items():
         wanted = [level[0] for level in encode(load(number)[None], shape)]
-        found = store.get(digest)
+        found = store.batch([digest])[0]
         assert [one.dtype for one in found] == [dtype] * 2
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert len(shards(store)) == 3
@@ -104,9 +104,9 @@ def test_a_batch_may_take_from_several_shards_and_twice_the_same(tmp_path: Path)
 def test_what_was_read_may_be_changed(tmp_path: Path) -> None:
     store = filled(tmp_path, 1)
     (digest,) = pictures(1)
-    before = store.get(digest)[0].clone()
-    store.get(digest)[0].zero_()
-    assert torch.equal(FeatureStore(tmp_path, {}, SHAPE).get(digest)[0], before)
+    before = store.batch([digest])[0][0].clone()
+    store.batch([digest])[0][0].zero_()
+    assert torch.equal(FeatureStore(tmp_path, {}, SHAPE).batch([digest])[0][0], before)
 
 
 def unpacked(level: Tensor, stored: torch.dtype, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -169,7 +169,7 @@ def test_lossy_storage_goes_by_way_of_the_disk(tmp_path: Path, storage: Storage)
     store = FeatureStore(tmp_path, {}, SHAPE, storage)
     for digest, number in pictures(10).items():
         wanted = [unpacked(level, SHAPE.stored(storage))[0] for level in encode(load(number)[None])]
-        assert all(torch.equal(a, b) for a, b in zip(store.get(digest), wanted, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(store.batch([digest])[0], wanted, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_a_picture_that_is_not_there_is_a_key_error(tmp_path: Path) -> None:
     store = filled(tmp_path, 3)
     (absent,) = store.missing([*pictures(4), *pictures(4)])
     with pytest.raises(KeyError):
-        store.get(absent)
+        store.batch([absent])[0]
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
@@ -385,12 +385,12 @@ def test_processes_share_the_work(tmp_path: Path) -> None:
 
 
 def read_one(store: FeatureStore, digest: bytes, out: Any) -> None:
-    out.put([level.tolist() for level in store.get(digest)])
+    out.put([level.tolist() for level in store.batch([digest])[0]])
 
 
 def test_data_workers_read_it(tmp_path: Path) -> None:
     store, digest = filled(tmp_path), list(pictures(10))[7]
-    wanted = [level.tolist() for level in store.get(digest)]
+    wanted = [level.tolist() for level in store.batch([digest])[0]]
     context: Any = multiprocessing.get_context("fork")
     out = context.SimpleQueue()
     worker = context.Process(target=read_one, args=(store, digest, out))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -24,7 +23,7 @@ from foveate.inference import load_model, model_inputs, prompts
 from foveate.reducers.exporting import Reduced
 from foveate.world.scenes import write_world
 from tests.command import refused
-from tests.train.processes import in_two, started
+from tests.train.processes import dying, in_two, started
 
 MODEL, REDUCER, ROWS, BATCH, NEW = "asset:vlm", "divprune:keep=0.25", 20, 4, 8
 
@@ -132,15 +131,7 @@ def test_a_kill_loses_nothing_and_nothing_is_asked_twice(
 
 def killed_after(count: int, own: Job, out: Path) -> None:
     """Works on a job and is killed, -9, as it has written `count` parts."""
-    written = []
-
-    def last(*given: Any) -> None:
-        files.write(*given)
-        written.append(given)
-        if len(written) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(parts, "write", last)  # noqa: B010
+    setattr(parts, "write", dying(lambda: len(list(out.glob("parts/*.jsonl"))) == count, files.write))  # noqa: B010
     generate(own, out, progress=False)
 
 

@@ -244,13 +244,9 @@ class FeatureStore:
             first = (len(self._shards) - 1) * MOST
             self._index.update((row.tobytes(), first + number) for number, row in enumerate(images.numpy()))
 
-    def get(self, digest: bytes) -> list[Tensor]:
-        """The levels (patches, width) of a picture, in the tower's type. KeyError if it is not there; FoveateError if it has been damaged
-        since the store was checked."""
-        return list(self.batch([digest])[0])
-
     def batch(self, digests: Sequence[bytes]) -> Tensor:
-        """(pictures, levels, patches, width) of some pictures; see `get`."""
+        """(pictures, levels, patches, width) of some pictures, in the tower's type. KeyError for one that is not there; FoveateError for
+        one that has been damaged since the store was checked."""
         found = torch.empty(len(digests), self.shape.levels, self.shape.patches, self.shape.width, dtype=self.shape.dtype)
         for levels, digest in zip(found, digests, strict=True):
             for level, (stored, scale) in zip(levels, self._stored(digest), strict=True):

@@ -40,8 +40,8 @@ READ = "Read the text."
 
 _CLEAR = 8
 _FAR = 130  # px between a thing and what is said to be beside it, at most
-_PLACES = {"top left": (0, 0), "top right": (2, 0), "middle": (1, 1), "bottom left": (0, 2), "bottom right": (2, 2)}  # thirds (x, y)
 _SPOTS = (("top left", "top", "top right"), ("left", "middle", "right"), ("bottom left", "bottom", "bottom right"))
+_PLACES = {_SPOTS[y][x]: (x, y) for x, y in ((0, 0), (2, 0), (1, 1), (0, 2), (2, 2))}  # that are asked for: "the top" might be a whole side
 _SIDES = {"above": (1, -1), "below": (1, 1), "left of": (0, -1), "right of": (0, 1)}  # axis of the step, and its direction
 _QUOTA = ("counting", "reading", "presence", "naming", "relation", "locating", "naming", "boxes")
 
