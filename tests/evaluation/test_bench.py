@@ -469,7 +469,7 @@ def test_the_table_says_what_was_seen(given: tuple[Any, Any], world: Path, tmp_p
     console = Console(file=io.StringIO(), width=160)
     print_table(found, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for word in ("keep 0.25", "downsample", "vcc:layer=1", "15 questions", "12.0"):
+    for word in ("keep 0.25", "downsample", "vcc:layer=1", "15 questions", "12.0", "(mean accuracy)"):
         assert word in text
         assert word in (tmp_path / "out/table.md").read_text()
 

@@ -176,7 +176,8 @@ def _tables(bench: Bench) -> list[tuple[str, list[str], list[list[str]], list[st
         keeps = sorted({row.keep for row in others}, reverse=True)
         by_place = {(row.method, row.keep): row for row in others}
         title = f"{bench.meta['model']} on {task['name']} ({task['metric']}, {task['samples']:,} questions)"
-        title += f": bare model {bare.accuracy:.1f} with {bare.tokens:.1f} visual tokens"
+        figure = next(iter(bench.bare(task["name"]).summary))  # which may be the mean of families, unlike a share of all questions
+        title += f": bare model {bare.accuracy:.1f} ({figure}) with {bare.tokens:.1f} visual tokens"
         lines = [
             [method, *(_told(by_place.get((method, keep))) for keep in keeps)] for method in dict.fromkeys(row.method for row in others)
         ]
