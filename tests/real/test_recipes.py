@@ -35,6 +35,7 @@ def config(name: str, key: str) -> Any:
         )
     return {
         "real:efficientnet": lambda: EfficientNetLiteConfig(patch_size=32),
+        "real:efficientnet-places": lambda: EfficientNetLiteConfig(patch_size=32, places=True),
         "real:ppocr-32": lambda: LCNetConfig(patch_size=32, hidden_size=6144),
     }[name]()
 

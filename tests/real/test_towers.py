@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,30 @@ def test_a_fine_map_is_stacked_whole() -> None:
     assert torch.equal(found, slow_tokens(features, (2, 2), 8, (2, 2), 48))
     with pytest.raises(FoveateError, match="4 x 4 cells of 3 channels are more than hidden_size 47; take a smaller patch_size"):
         tokens((features, (2, 2)), 8, (2, 2), 47)
+
+
+def test_tokens_say_where_they_are_in_channels_that_are_left() -> None:
+    features, grid = torch.randn(2, 3, 6, 4), (3, 2)
+    found = tokens((features, (4, 4)), 8, grid, 30, places=True)
+    assert torch.equal(found[..., :14], tokens((features, (4, 4)), 8, grid, 30)[..., :14])
+    for place, (y, x) in enumerate(itertools.product((1 / 6, 3 / 6, 5 / 6), (1 / 4, 3 / 4))):
+        said = [turn(math.pi * 2**k * share) for share in (y, x) for turn in (math.sin, math.cos) for k in range(4)]
+        torch.testing.assert_close(found[:, place, 14:], torch.tensor(said).expand(2, -1))
+    full = tokens((features, (4, 4)), 8, grid, 27, places=True)  # 12 channels are taken and 15 left: no room
+    assert torch.equal(full, tokens((features, (4, 4)), 8, grid, 27))
+
+
+def test_a_tower_with_places_differs_in_them_alone() -> None:
+    plain, placed, pixels = lite(), lite(places=True), torch.randn(1, 3, 48, 32)
+    placed.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        levels = [(one, two) for one, two in zip(plain(pixels).hidden_states, placed(pixels).hidden_states, strict=True)]
+    apart = [bool((one != two).any()) for one, two in levels]
+    room = [bool((one[..., -16:] == 0).all()) for one, _ in levels]
+    assert apart == room
+    assert True in room
+    for one, two in levels:
+        assert torch.equal(one[..., :-16], two[..., :-16])
 
 
 def test_a_raster_that_does_not_fit_is_refused() -> None:

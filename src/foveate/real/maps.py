@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from foveate.bridges.windows import WAVES, Grid, waves
 from foveate.errors import FoveateError
 
 Level = tuple[Tensor, tuple[int, int]]
@@ -19,13 +20,14 @@ class MapsConfig(PreTrainedConfig):
     """What is common to these towers.
 
     - `hidden_size`: width of every level's tokens. `patch_size`: pixels of a token's side. `image_size`: the pictures that the network was
-      trained on; it takes others.
+      trained on; it takes others. `places`: whether tokens say where in the picture they are (`MapTower.forward`).
     """
 
     hidden_size: int = 1280
     patch_size: int = 32
     image_size: int = 224
     num_channels: int = 3
+    places: bool = False
 
 
 class MapTower(PreTrainedModel):
@@ -46,12 +48,15 @@ class MapTower(PreTrainedModel):
         All levels lie in the raster of `patch_size`: of a finer one the cells within a patch stand side by side in one token, a coarser
         one gives the same token several times, and what is missing to `hidden_size` is zero. Pixels at the right and the bottom that fill
         no patch are seen, but get no token. FoveateError where pictures are smaller than a patch, or a level is wider than a token.
+
+        With `places`, sines and cosines of a token's place (`foveate.bridges.windows.waves`) are the last of the channels that a level
+        leaves free, where it leaves as many: convolutions see the same thing alike everywhere.
         """
         patch, width = self.config.patch_size, self.config.hidden_size
         rows, columns = (side // patch for side in pixel_values.shape[-2:])
         if not rows or not columns:
             raise FoveateError(f"a picture of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels has no patch of {patch} pixels")
-        levels = tuple(tokens(level, patch, (rows, columns), width) for level in self.maps(pixel_values))
+        levels = tuple(tokens(level, patch, (rows, columns), width, self.config.places) for level in self.maps(pixel_values))
         output = BaseModelOutput(last_hidden_state=levels[-1], hidden_states=levels)
         return output if return_dict is not False else output.to_tuple()
 
@@ -63,7 +68,7 @@ class MapTower(PreTrainedModel):
         return self
 
 
-def tokens(level: Level, patch: int, grid: tuple[int, int], width: int) -> Tensor:
+def tokens(level: Level, patch: int, grid: Grid, width: int, places: bool = False) -> Tensor:
     """A feature map as (images, rows * columns, width) in a `grid` (rows, columns) of patches; `MapTower.forward` says how."""
     features, strides = level
     inside = []  # cells of the map within a patch, down and across
@@ -81,4 +86,7 @@ def tokens(level: Level, patch: int, grid: tuple[int, int], width: int) -> Tenso
             f"{inside[0]} x {inside[1]} cells of {channels} channels are more than hidden_size {width}; take a smaller patch_size"
         )
     cells = features.reshape(images, channels, grid[0], inside[0], grid[1], inside[1]).permute(0, 2, 4, 3, 5, 1)
-    return F.pad(cells.reshape(images, grid[0] * grid[1], own), (0, width - own))
+    found = F.pad(cells.reshape(images, grid[0] * grid[1], own), (0, width - own))
+    if places and own + 4 * WAVES <= width:
+        found[..., -4 * WAVES :] = waves(grid, found)
+    return found
