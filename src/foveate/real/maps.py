@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -56,7 +57,12 @@ class MapTower(PreTrainedModel):
         rows, columns = (side // patch for side in pixel_values.shape[-2:])
         if not rows or not columns:
             raise FoveateError(f"a picture of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels has no patch of {patch} pixels")
-        levels = tuple(tokens(level, patch, (rows, columns), width, self.config.places) for level in self.maps(pixel_values))
+        pictures = pixel_values.to(memory_format=torch.channels_last)
+        trained = torch.is_grad_enabled() and any(x.requires_grad for x in (pixel_values, *self.parameters()))
+        # The maps of one picture fit the caches of a processor, those of many do not.
+        parts = [pictures] if trained or pictures.device.type != "cpu" else pictures.split(1)
+        maps = [[tokens(level, patch, (rows, columns), width, self.config.places) for level in self.maps(part)] for part in parts]
+        levels = tuple(torch.cat(level) for level in zip(*maps, strict=True))
         output = BaseModelOutput(last_hidden_state=levels[-1], hidden_states=levels)
         return output if return_dict is not False else output.to_tuple()
 
