@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,9 @@ from foveate.data.conversations import Conversations, check_row
 from foveate.errors import FoveateError
 from foveate.evaluation.tasks import load_task
 from foveate.real import write
+from foveate.real.closeups import closeup
 from foveate.real.questions import FAMILIES, METRICS
+from foveate.real.scenes import make_scene
 from foveate.real.stock import Stock, held_names
 from foveate.real.things import akin, held_pair, names
 from foveate.real.write import splits, told, write_real
@@ -199,6 +202,8 @@ def test_rows_are_read_by_training_and_by_bench(data: Path) -> None:
         rows = Conversations.open(data / f"{name}.json", data / "images")
         assert len(rows) == TRAIN
         assert all(check_row(rows.source.row(index), 1) == "" for index in range(TRAIN))
+    near = Conversations.open(data / "closeups.json", data / "images")
+    assert all(check_row(near.source.row(index), 1) == "" for index in range(len(near)))
     specs = [f"{path}:metric={METRICS[family(path)]},images={data / 'images'}" for path in sorted((data / "test").glob("*.json"))]
     tasks = [load_task(spec, progress=False) for spec in specs]
     assert {family(path) for path in (data / "test").glob("*.json")} == set(FAMILIES)
@@ -206,23 +211,89 @@ def test_rows_are_read_by_training_and_by_bench(data: Path) -> None:
         assert all(task.metric.score(sample.answers[0], task.metric.complete(sample)) == 1 for sample in task.samples)
 
 
+NINTHS = [f"{down} {across}".strip() or "middle" for down in ("top", "", "bottom") for across in ("left", "", "right")]
+CELLS = [f"row {row}, column {column}" for row in range(1, 5) for column in range(1, 5)]
+
+
+def listed(record: dict[str, Any], spots: list[str]) -> str:
+    """What lies in which ninth, or cell, of a picture of 384 px."""
+    found: dict[str, list[str]] = {}
+    a_side = round(len(spots) ** 0.5)
+    written = {label["under"]: label["text"] for label in record["labels"]}
+    for number, thing in enumerate(record["things"]):
+        left, top, right, bottom = thing["box"]
+        spot = spots[int((top + bottom) / 768 * a_side) * a_side + int((left + right) / 768 * a_side)]
+        found.setdefault(spot, []).append(thing["name"] + (f' "{written[number]}"' if number in written else ""))
+    return "; ".join(f"{spot}: {', '.join(found[spot])}" for spot in spots if spot in found)
+
+
 def test_a_caption_says_what_lies_where(data: Path) -> None:
-    ninths = [f"{down} {across}".strip() or "middle" for down in ("top", "", "bottom") for across in ("left", "", "right")]
-    cells = [f"row {row}, column {column}" for row in range(1, 5) for column in range(1, 5)]
     drawn = {record["image"]: record for record in records(data, "train")}
     rows = [row for row in json.loads((data / "captions.json").read_text()) if drawn[row["image"]]["kind"] == "scene"]
     assert [row["conversations"][0]["value"].endswith("4x4 grid.") for row in rows] == [number % 4 > 1 for number in range(len(rows))]
     assert len(rows) > TRAIN / 2
     for row in rows:
-        record = drawn[row["image"]]
-        found: dict[str, list[str]] = {}
-        spots, a_side = (cells, 4) if "grid" in row["conversations"][0]["value"] else (ninths, 3)
-        written = {label["under"]: label["text"] for label in record["labels"]}
-        for number, thing in enumerate(record["things"]):
-            left, top, right, bottom = thing["box"]
-            spot = spots[int((top + bottom) / 768 * a_side) * a_side + int((left + right) / 768 * a_side)]
-            found.setdefault(spot, []).append(thing["name"] + (f' "{written[number]}"' if number in written else ""))
-        assert row["conversations"][1]["value"] == "; ".join(f"{spot}: {', '.join(found[spot])}" for spot in spots if spot in found)
+        spots = CELLS if "grid" in row["conversations"][0]["value"] else NINTHS
+        assert row["conversations"][1]["value"] == listed(drawn[row["image"]], spots)
+
+
+def test_a_closeup_shows_the_quarter_round_a_label(data: Path) -> None:
+    drawn = {record["image"]: record for record in records(data, "train")}
+    rows = json.loads((data / "closeups.json").read_text())
+    scenes = [record for record in drawn.values() if record["kind"] == "scene"]
+    assert len(scenes) <= len(rows) == sum(len(record["labels"]) for record in scenes)  # none of these labels is too long
+    several = 0
+    for row in rows:
+        source, number = row["image"].removesuffix(".jpg").rsplit("-", 1)
+        record = drawn[f"{source}.jpg"]
+        label = record["labels"][int(number)]
+        here = dict(map(tuple, row["boxes"]))[label["text"]]
+        left, top = (round(label["box"][axis] - here[axis] * 192) for axis in (0, 1))
+        with Image.open(data / "images" / row["image"]) as near, Image.open(data / "images" / record["image"]) as whole:
+            shown = np.asarray(near).astype(int)
+            parts = [whole.crop((left + by, top + by, left + by + 192, top + by + 192)) for by in (0, 2, -2)]
+            right, *wrong = [float(np.abs(shown - np.asarray(part)).mean()) for part in parts]
+        assert right < 5  # a JPEG of its own
+        assert all(right < other for other in wrong)
+
+        def seen(box: list[int], left: int = left, top: int = top) -> list[int]:
+            return [2 * min(max(edge - start, 0), 192) for edge, start in zip(box, (left, top, left, top), strict=True)]
+
+        inside = [
+            i for i, thing in enumerate(record["things"]) if all(0 <= sum(thing["box"][a::2]) / 2 - (left, top)[a] < 192 for a in (0, 1))
+        ]
+        things = [record["things"][i] | {"box": seen(record["things"][i]["box"])} for i in inside]
+        whole_ones = [
+            one
+            for one in record["labels"]
+            if [b - a for a, b in zip(seen(one["box"]), seen(one["box"])[2:], strict=False)]
+            == [2 * (one["box"][2] - one["box"][0]), 2 * (one["box"][3] - one["box"][1])]
+            and one["under"] in inside
+        ]
+        labels = [one | {"under": inside.index(one["under"]), "box": seen(one["box"])} for one in whole_ones]
+        assert label["text"] in [one["text"] for one in labels]
+        several += len(labels) > 1
+        assert [text for text, _ in row["boxes"]] == [*(thing["name"] for thing in things), *(one["text"] for one in labels)]
+        for (_, box), item in zip(row["boxes"], [*things, *labels], strict=True):
+            assert box == pytest.approx([edge / 384 for edge in item["box"]], abs=1e-3)
+        turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        if len(record["labels"]) == 1:
+            wanted = [("What does the label say?", label["text"])]
+        else:
+            wanted = [(f"What does the label under the {things[one['under']]['name']} say?", one["text"]) for one in labels]
+        assert list(zip(turns[::2], turns[1::2], strict=True)) == [
+            *wanted,
+            ("List the things, place by place.", listed({"things": things, "labels": labels}, NINTHS)),
+        ]
+    assert several
+
+
+def test_a_label_that_does_not_fit_into_a_closeup_has_none(stock: Stock) -> None:
+    scene = make_scene(random.Random(0), stock, stock.fonts, 1)
+    first = scene.labels[0]
+    assert closeup(random.Random(0), scene, 0) is not None
+    wide = replace(first, box=(0, first.box[1], 193, first.box[3]))
+    assert closeup(random.Random(0), replace(scene, labels=(wide, *scene.labels[1:])), 0) is None
 
 
 def test_captions_list_things_with_their_boxes(data: Path) -> None:
@@ -272,8 +343,10 @@ def test_same_seed_same_bytes_whatever_processes(tmp_path: Path, stock: Stock) -
         write_real(tmp_path / name, stock, 5, 2, seed=seed, progress=False, processes=processes)
     one, two, other = (digests(tmp_path / name) for name in ("one", "two", "other"))
     assert one == two
-    assert {name for name in one if not name.startswith("test")} == {name for name in other if not name.startswith("test")}
-    assert all(one[name] != other[name] for name in one if name.startswith("images"))
+    # Which families are asked and how many labels there are to be seen from near is drawn.
+    always = [{name for name in found if not name.startswith("test") and "-" not in Path(name).stem} for found in (one, other)]
+    assert always[0] == always[1]
+    assert all(one[name] != other[name] for name in one.keys() & other.keys() if name.startswith("images"))
 
 
 # ---- what is refused, and what is left alone

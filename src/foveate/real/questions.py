@@ -216,9 +216,14 @@ def box_text(box: Sequence[int]) -> str:
 
 
 def _reading(scene: Scene, stock: Stock, rng: random.Random) -> list[Question]:
-    names = [scene.things[label.under].name for label in scene.labels]
-    if len(names) == 1:
+    return reading(scene, alone=len(scene.labels) == 1)
+
+
+def reading(scene: Scene, alone: bool) -> list[Question]:
+    """What its labels say; `alone`: there is one, which needs no other name."""
+    if alone:
         return [Question("What does the label say?", (scene.labels[0].text,), "reading")]
+    names = [scene.things[label.under].name for label in scene.labels]
     return [
         Question(f"What does the label under the {name} say?", (label.text,), "reading", frozenset([name]))
         for name, label in zip(names, scene.labels, strict=True)

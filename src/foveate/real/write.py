@@ -1,10 +1,11 @@
 """Writes questions about real pictures and documents to disk, for training and for tests, in the LLaVA format.
 
-OUT/images/<split>/000000.jpg   scenes; documents and charts are .png
+OUT/images/<split>/000000.jpg   scenes; documents and charts are .png; train/000000-0.jpg: close-up of a label of train/000000.jpg
 OUT/masks/<split>/000000.png    of scenes: the number of the thing at each pixel, in the order of the record, 0 where there is none
 OUT/records/<split>.jsonl       what was drawn, a line a picture: from it every answer follows
 OUT/train.json                  about six questions a training picture, one conversation
 OUT/captions.json               what a training picture shows, one turn; `boxes` says where, in shares of the side
+OUT/closeups.json               what the labels in a close-up say and what lies where, two or three turns; `boxes` as above
 OUT/test/<split>-<family>.json  one question a row: id, image, question, answers, category
 OUT/licences.txt                where the pictures, fonts and words are from
 OUT/real.json                   how it was made, how many questions there are, and what one constant answer would score
@@ -29,6 +30,7 @@ from rich.progress import track
 from foveate.errors import FoveateError
 from foveate.files import build, write, write_json
 from foveate.jobs import spread
+from foveate.real import closeups
 from foveate.real.charts import make_chart, render_chart
 from foveate.real.legible import can_judge, illegible
 from foveate.real.pages import KINDS, make_facts, make_page, render_page
@@ -43,11 +45,11 @@ from foveate.real.questions import (
     page_questions,
     scene_questions,
 )
-from foveate.real.scenes import SIZE, Box, Pairs, make_scene, render
+from foveate.real.scenes import SIZE, Box, Pairs, Scene, make_scene, render
 from foveate.real.stock import HELD_STYLES, Font, Stock, held_names, said
 from foveate.real.things import held_out
 
-VERSION = 2  # raised whenever the same seed would give other pictures or texts
+VERSION = 3  # raised whenever the same seed would give other pictures or texts
 TRIES = 20  # drawings of one picture until all of its text is legible
 
 LICENCES = """Pictures, fonts and words come from these packages. Pictures were scaled, turned and pasted; who passes the scenes on
@@ -173,6 +175,8 @@ def _fill(out: Path, stock: Stock, parameters: dict[str, Any], progress: bool, p
             write_json(out / "train.json", [_talk(row, row["questions"]) for row in mine], indent=0)
             told = [_talk(row, [Question(row["told"][0], (row["told"][1],), "")]) | {"boxes": row["boxes"]} for row in mine]
             write_json(out / "captions.json", told, indent=0)
+            near = [_talk(close, close["questions"]) | {"boxes": close["boxes"]} for row in mine for close in row["closeups"]]
+            write_json(out / "closeups.json", near, indent=0)
     write(out / "licences.txt", LICENCES + "\n".join(stock.sources) + "\n")
     write_json(out / "real.json", {"parameters": parameters, "splits": summary})
 
@@ -186,26 +190,53 @@ def _write_one(out: Path, parts: Sequence[Split], seed: int, reader: str, job: J
     for attempt in range(TRIES):
         rng = random.Random(f"real/{seed}/{split.name}/{job.index}/{attempt}")
         row, image, texts = (_chart if job.kind == "chart" else _scene if job.kind == "scene" else _document)(rng, split, job)
-        content = io.BytesIO()
-        if job.kind == "scene":
-            image.save(content, "JPEG", quality=90, subsampling=0)
-        else:
-            image.save(content, "PNG", compress_level=6)
+        content = _encoded(image, photograph=job.kind == "scene")
         needed = " ".join(f"{question.question} {question.answers[0]}" for question in row["questions"])
         read = [(text, box) for text, box in texts if text in needed]
-        refused = illegible(reader, Image.open(content), read) if reader else []
+        refused = illegible(reader, Image.open(io.BytesIO(content)), read) if reader else []
         if not refused:
             break
     else:
         raise FoveateError(f"picture {job.index} of {split.name} was drawn {TRIES} times and never legible: {', '.join(refused[:3])}")
     name = f"{split.name}/{job.index:06d}"
     record = row["record"] = {"id": name.replace("/", "-"), "image": f"{name}.{'jpg' if job.kind == 'scene' else 'png'}"} | row["record"]
-    (out / "images" / record["image"]).write_bytes(content.getvalue())
+    (out / "images" / record["image"]).write_bytes(content)
+    row["closeups"] = []
+    if row["scene"] is not None and job.split == 0:
+        row["closeups"] = _closeups(out, random.Random(f"real/{seed}/close/{job.index}"), row["scene"], image, record["image"])
     if row["mask"] is not None:
         row["mask"].save(out / "masks" / f"{name}.png", compress_level=6)
-    del row["mask"]
-    row["boxes"] = [[text, [round(edge / SIZE, 4) for edge in box]] for text, box in row["boxes"]]
+    del row["mask"], row["scene"]
+    row["boxes"] = _shares(row["boxes"])
     return row | {"redrawn": attempt}
+
+
+def _encoded(image: Image.Image, photograph: bool) -> bytes:
+    content = io.BytesIO()
+    if photograph:
+        image.save(content, "JPEG", quality=90, subsampling=0)
+    else:
+        image.save(content, "PNG", compress_level=6)
+    return content.getvalue()
+
+
+def _shares(boxes: Sequence[tuple[str, Box]]) -> list[list[Any]]:
+    return [[text, [round(edge / SIZE, 4) for edge in box]] for text, box in boxes]
+
+
+def _closeups(out: Path, rng: random.Random, scene: Scene, image: Image.Image, name: str) -> list[dict[str, Any]]:
+    """One of each label of a scene, as pictures on disk and rows."""
+    rows = []
+    for number in range(len(scene.labels)):
+        found = closeups.closeup(rng, scene, number)
+        if found is not None:
+            close, box = found
+            path = Path(name).with_stem(f"{Path(name).stem}-{number}")
+            (out / "images" / path).write_bytes(_encoded(image.crop(box), photograph=True))
+            record = {"id": str(path.with_suffix("")).replace("/", "-"), "image": path.as_posix()}
+            questions = closeups.told(close, alone=len(scene.labels) == 1)
+            rows.append({"record": record, "questions": questions, "boxes": _shares(_placed(close))})
+    return rows
 
 
 Drawn = tuple[dict[str, Any], Image.Image, list[tuple[str, Box]]]
@@ -231,9 +262,23 @@ def _scene(rng: random.Random, split: Split, job: Job) -> Drawn:
     labels = [{**_printed(label.text, label.font, label.size, label.box), "under": label.under} for label in scene.labels]
     record = {"kind": "scene", "ground": asdict(scene.ground), "things": things, "labels": labels}
     texts = [(label.text, label.box) for label in scene.labels]
-    boxes = [*((thing.name, thing.box) for thing in scene.things), *texts]
     told = caption(scene, cells=job.index % 4 > 1)
-    return {"record": record, "questions": questions, "told": told, "boxes": boxes, "mask": mask}, image, texts
+    return _row(record, questions, told, _placed(scene), mask, scene), image, texts
+
+
+def _placed(scene: Scene) -> list[tuple[str, Box]]:
+    return [*((thing.name, thing.box) for thing in scene.things), *((label.text, label.box) for label in scene.labels)]
+
+
+def _row(
+    record: dict[str, Any],
+    questions: list[Question],
+    told: tuple[str, str],
+    boxes: list[tuple[str, Box]],
+    mask: Image.Image | None = None,
+    scene: Scene | None = None,
+) -> dict[str, Any]:
+    return {"record": record, "questions": questions, "told": told, "boxes": boxes, "mask": mask, "scene": scene}
 
 
 def _document(rng: random.Random, split: Split, job: Job) -> Drawn:
@@ -243,7 +288,7 @@ def _document(rng: random.Random, split: Split, job: Job) -> Drawn:
     printed = [_printed(text.text, text.font, text.size, text.box) for text in page.texts]
     record = {"kind": facts.kind, "title": facts.title, "rows": facts.rows, "texts": printed}
     told = (READ, " ".join(text for text, _ in texts))
-    return {"record": record, "questions": page_questions(facts, rng), "told": told, "boxes": texts, "mask": None}, render_page(page), texts
+    return _row(record, page_questions(facts, rng), told, texts), render_page(page), texts
 
 
 def _chart(rng: random.Random, split: Split, job: Job) -> Drawn:
@@ -253,7 +298,7 @@ def _chart(rng: random.Random, split: Split, job: Job) -> Drawn:
     values = [{"label": label, "value": value, "box": box} for label, value, box in zip(chart.labels, chart.values, bars, strict=True)]
     record = {"kind": "chart", "title": chart.title, "bars": values, "numbered": chart.numbered, "texts": printed}
     told = (READ, " ".join(text for text, _ in texts))
-    return {"record": record, "questions": chart_questions(chart, rng), "told": told, "boxes": texts, "mask": None}, image, texts
+    return _row(record, chart_questions(chart, rng), told, texts), image, texts
 
 
 def _printed(text: str, font: Font, size: int, box: Box) -> dict[str, Any]:
