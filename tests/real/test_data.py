@@ -288,6 +288,11 @@ def test_a_closeup_shows_the_quarter_round_a_label(data: Path) -> None:
     assert several
 
 
+def test_words_are_the_captions_of_scenes_and_the_closeups(data: Path) -> None:
+    words, captions, near = (json.loads((data / f"{name}.json").read_text()) for name in ("words", "captions", "closeups"))
+    assert words == [row for row in captions if row["image"].endswith(".jpg")] + near
+
+
 def test_a_label_that_does_not_fit_into_a_closeup_has_none(stock: Stock) -> None:
     scene = make_scene(random.Random(0), stock, stock.fonts, 1)
     first = scene.labels[0]

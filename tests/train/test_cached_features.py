@@ -193,6 +193,7 @@ def test_a_size_that_was_not_agreed_to(recipe_file: Write, tmp_path: Path, limit
     with pytest.raises(FoveateError, match=reason) as refused:
         main(recipe, [f"stages.0.features={{cache: {tmp_path / 'cache'}{limit}}}"])
     assert not (tmp_path / "cache").exists()
+    assert not (load_recipe(recipe).output / "recipe.json").exists()  # another storage, or fewer samples, is no other run
     asked = str(refused.value).rpartition("at_most: ")[2] if not limit else str(refused.value).rpartition("allow ")[2].split(",")[0]
     main(recipe, [f"stages.0.features={{cache: {tmp_path / 'cache'}, at_most: {asked}}}"])
 

@@ -6,6 +6,7 @@ OUT/records/<split>.jsonl       what was drawn, a line a picture: from it every 
 OUT/train.json                  about six questions a training picture, one conversation
 OUT/captions.json               what a training picture shows, one turn; `boxes` says where, in shares of the side
 OUT/closeups.json               what the labels in a close-up say and what lies where, two or three turns; `boxes` as above
+OUT/words.json                  the captions of scenes and the close-ups, for a stage of kind `align`, which takes one file
 OUT/test/<split>-<family>.json  one question a row: id, image, question, answers, category
 OUT/licences.txt                where the pictures, fonts and words are from
 OUT/real.json                   how it was made, how many questions there are, and what one constant answer would score
@@ -177,6 +178,8 @@ def _fill(out: Path, stock: Stock, parameters: dict[str, Any], progress: bool, p
             write_json(out / "captions.json", told, indent=0)
             near = [_talk(close, close["questions"]) | {"boxes": close["boxes"]} for row in mine for close in row["closeups"]]
             write_json(out / "closeups.json", near, indent=0)
+            scenes = [caption for row, caption in zip(mine, told, strict=True) if row["record"]["kind"] == "scene"]
+            write_json(out / "words.json", scenes + near, indent=0)
     write(out / "licences.txt", LICENCES + "\n".join(stock.sources) + "\n")
     write_json(out / "real.json", {"parameters": parameters, "splits": summary})
 

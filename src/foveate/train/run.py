@@ -106,16 +106,16 @@ def run_stages(recipe: Recipe, plain: dict[str, Any], state: PartialState) -> No
     tasks = open_tasks(recipe, state)
     facts = {stage.name: facts_of(found) for stage, found in zip(recipe.stages, data, strict=True)}
     files.compare(recipe.output, {"recipe": plain, "facts": facts})
-    state.wait_for_everyone()
-    if state.is_main_process:
-        files.claim(recipe.output, {"recipe": plain, "facts": facts})
-        for setup in setups:
-            for note in setup.cautions:
-                log.warning("stage %s: %s", setup.stage.name, note)
+    for setup in setups if state.is_main_process else []:
+        for note in setup.cautions:
+            log.warning("stage %s: %s", setup.stage.name, note)
 
     folders = [recipe.folder(index) / "model" for index in range(len(recipe.stages))]
     done = max((index for index, folder in enumerate(folders) if files.is_complete(folder)), default=-1)
     wanted = look_through(recipe, setups, data, state, done)
+    state.wait_for_everyone()
+    if state.is_main_process:  # what was refused so far binds no folder
+        files.claim(recipe.output, {"recipe": plain, "facts": facts})
     for index in range(done + 1, len(folders)):
         previous = folders[index - 1] if index else None
         run_stage(recipe, index, data[index], wanted[index], tasks[index], previous, state, first=index == done + 1)
