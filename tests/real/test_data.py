@@ -21,7 +21,7 @@ from foveate.evaluation.tasks import load_task
 from foveate.real import write
 from foveate.real.closeups import closeup
 from foveate.real.questions import FAMILIES, METRICS
-from foveate.real.scenes import make_scene
+from foveate.real.scenes import letters, make_scene, plate_size, render
 from foveate.real.stock import Stock, held_names
 from foveate.real.things import akin, held_pair, names
 from foveate.real.write import splits, told, write_real
@@ -237,6 +237,11 @@ def test_a_caption_says_what_lies_where(data: Path) -> None:
         assert row["conversations"][1]["value"] == listed(drawn[row["image"]], spots)
 
 
+def extent(box: list[float], side: int = 1) -> list[int]:
+    """Width and height, of shares of a side in pixels."""
+    return [round(side * (after - before)) for before, after in ((box[0], box[2]), (box[1], box[3]))]
+
+
 def test_a_closeup_shows_the_quarter_round_a_label(data: Path) -> None:
     drawn = {record["image"]: record for record in records(data, "train")}
     rows = json.loads((data / "closeups.json").read_text())
@@ -247,8 +252,9 @@ def test_a_closeup_shows_the_quarter_round_a_label(data: Path) -> None:
         source, number = row["image"].removesuffix(".jpg").rsplit("-", 1)
         record = drawn[f"{source}.jpg"]
         label = record["labels"][int(number)]
-        here = dict(map(tuple, row["boxes"]))[label["text"]]
-        left, top = (round(label["box"][axis] - here[axis] * 192) for axis in (0, 1))
+        thing = record["things"][label["under"]]  # of which all is seen
+        like = [box for name, box in row["boxes"] if name == thing["name"] and extent(box, 192) == extent(thing["box"])]
+        left, top = (round(thing["box"][axis] - like[0][axis] * 192) for axis in (0, 1))
         with Image.open(data / "images" / row["image"]) as near, Image.open(data / "images" / record["image"]) as whole:
             shown = np.asarray(near).astype(int)
             parts = [whole.crop((left + by, top + by, left + by + 192, top + by + 192)) for by in (0, 2, -2)]
@@ -268,14 +274,21 @@ def test_a_closeup_shows_the_quarter_round_a_label(data: Path) -> None:
             for one in record["labels"]
             if [b - a for a, b in zip(seen(one["box"]), seen(one["box"])[2:], strict=False)]
             == [2 * (one["box"][2] - one["box"][0]), 2 * (one["box"][3] - one["box"][1])]
-            and one["under"] in inside
         ]
-        labels = [one | {"under": inside.index(one["under"]), "box": seen(one["box"])} for one in whole_ones]
+        asked = [one for one in whole_ones if one["under"] in inside]
+        labels = [one | {"under": inside.index(one["under"]), "box": seen(one["box"])} for one in asked]
         assert label["text"] in [one["text"] for one in labels]
         several += len(labels) > 1
-        assert [text for text, _ in row["boxes"]] == [*(thing["name"] for thing in things), *(one["text"] for one in labels)]
-        for (_, box), item in zip(row["boxes"], [*things, *labels], strict=True):
+        for (name, box), item in zip(row["boxes"], things, strict=False):
+            assert name == item["name"]
             assert box == pytest.approx([edge / 384 for edge in item["box"]], abs=1e-3)
+        spelled = row["boxes"][len(things) :]
+        assert "".join(letter for letter, _ in spelled) == "".join(one["text"].replace(" ", "") for one in whole_ones)
+        for one in whole_ones:
+            (a, b, c, d), letters = (edge / 384 for edge in seen(one["box"])), one["text"].replace(" ", "")
+            own, spelled = spelled[: len(letters)], spelled[len(letters) :]
+            assert all(a < box[0] < box[2] < c and box[1::2] == pytest.approx([b, d], abs=1e-3) for _, box in own)
+            assert all(box[0] < after[0] for (_, box), (_, after) in itertools.pairwise(own))
         turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
         if len(record["labels"]) == 1:
             wanted = [("What does the label say?", label["text"])]
@@ -290,7 +303,26 @@ def test_a_closeup_shows_the_quarter_round_a_label(data: Path) -> None:
 
 def test_words_are_the_captions_of_scenes_and_the_closeups(data: Path) -> None:
     words, captions, near = (json.loads((data / f"{name}.json").read_text()) for name in ("words", "captions", "closeups"))
-    assert words == [row for row in captions if row["image"].endswith(".jpg")] + near
+    things = {record["image"]: len(record["things"]) for record in records(data, "train") if record["kind"] == "scene"}
+    scenes = [row | {"boxes": row["boxes"][: things[row["image"]]]} for row in captions if row["image"] in things]
+    assert words == scenes + near
+
+
+def test_letters_stand_where_they_are_drawn(stock: Stock) -> None:
+    """There is ink on each one's part of the plate, and none before the first one, between the words and behind the last one."""
+    scene = make_scene(random.Random(3), stock, stock.fonts, 1)
+    label = replace(scene.labels[0], text="Ebb 47", ink=(0, 0, 0), plate=(255, 255, 255))
+    wide, high = plate_size(label.text, label.font, label.size)
+    label = replace(label, box=(20, 30, 20 + wide, 30 + high))
+    ink = 255 - np.asarray(render(replace(scene, labels=(label,)))[0].convert("L"), dtype=int)[30 : 30 + high]
+    found = letters(label)
+    assert [letter for letter, _ in found] == list("Ebb47")
+    spans = [box[::2] for _, box in found]
+    between = [(20 + 2, spans[0][0]), (spans[2][1] + 1, spans[3][0]), (spans[4][1], 20 + wide - 2)]
+    for first, last in spans:
+        assert ink[:, first:last].sum() > 255
+    assert sum(int(ink[:, first:last].sum()) for first, last in between) < 0.05 * ink[:, 22 : 18 + wide].sum()
+    assert all(box[1::2] == (30, 30 + high) for _, box in found)
 
 
 def test_a_label_that_does_not_fit_into_a_closeup_has_none(stock: Stock) -> None:

@@ -9,7 +9,7 @@ import random
 from dataclasses import replace
 
 from foveate.real.questions import Question, caption, reading
-from foveate.real.scenes import SIZE, Box, Scene
+from foveate.real.scenes import SIZE, Box, Scene, letters
 
 PART = SIZE // 2
 
@@ -24,16 +24,26 @@ def closeup(rng: random.Random, scene: Scene, number: int) -> tuple[Scene, Box] 
         return None
     left, top = (rng.randint(first, last) for first, last in spans)
 
-    def moved(box: Box) -> Box:
-        edges = (edge - start for edge, start in zip(box, (left, top, left, top), strict=True))
-        a, b, c, d = (min(max(edge, 0), PART) * SIZE // PART for edge in edges)
-        return a, b, c, d
-
+    part = (left, top, left + PART, top + PART)
     inside = [i for i, thing in enumerate(scene.things) if left <= thing.centre[0] < left + PART and top <= thing.centre[1] < top + PART]
-    things = [replace(thing, box=moved(thing.box), side=thing.side * SIZE // PART) for thing in (scene.things[i] for i in inside)]
-    whole = [one for one in scene.labels if one.under in inside and within(one.box, (left, top, left + PART, top + PART))]
-    labels = [replace(one, under=inside.index(one.under), size=one.size * SIZE // PART, box=moved(one.box)) for one in whole]
-    return replace(scene, things=tuple(things), labels=tuple(labels)), (left, top, left + PART, top + PART)
+    things = [replace(thing, box=moved(thing.box, part), side=thing.side * SIZE // PART) for thing in (scene.things[i] for i in inside)]
+    whole = [one for one in scene.labels if one.under in inside and within(one.box, part)]
+    labels = [replace(one, under=inside.index(one.under), size=one.size * SIZE // PART, box=moved(one.box, part)) for one in whole]
+    return replace(scene, things=tuple(things), labels=tuple(labels)), part
+
+
+def moved(box: Box, part: Box) -> Box:
+    """Where in a close-up of `part` a box of the picture is; what is outside is cut off."""
+    edges = (edge - start for edge, start in zip(box, part[:2] * 2, strict=True))
+    a, b, c, d = (min(max(edge, 0), PART) * SIZE // PART for edge in edges)
+    return a, b, c, d
+
+
+def spelled(close: Scene, scene: Scene, part: Box) -> list[tuple[str, Box]]:
+    """Where in a close-up of `part` of a scene its things are, and each letter of its labels: a tower whose cells are narrower than a word
+    sees letters, and a language model can spell."""
+    printed = [letter for label in scene.labels if within(label.box, part) for letter in letters(label)]
+    return [*((thing.name, thing.box) for thing in close.things), *((letter, moved(box, part)) for letter, box in printed)]
 
 
 def within(box: Box, other: Box) -> bool:

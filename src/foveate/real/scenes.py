@@ -10,6 +10,7 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -25,6 +26,7 @@ Pairs = Literal["seen", "unseen", "any"]
 """Which things meet: "seen" none that are held apart in training, "unseen" at least one pair of those."""
 
 _GAP = 5
+_BESIDE = 5  # px of a plate on both sides of its text
 _GROUNDS = ("plain", "fade", "clouds", "stripes", "checks", "dots")
 
 
@@ -217,7 +219,16 @@ def opaque(image: Image.Image) -> Image.Image:
 def plate_size(text: str, font: Font, size: int) -> tuple[int, int]:
     """Width and height in pixels of the plate round a text."""
     left, top, right, bottom = font.at(size).getbbox(text)
-    return round(right - left) + 10, round(bottom - top) + 8
+    return round(right - left) + 2 * _BESIDE, round(bottom - top) + 8
+
+
+def letters(label: Label) -> list[tuple[str, Box]]:
+    """The characters of a label but blanks, each with the part of the plate that it stands on, in whole pixels."""
+    font, (left, top, _, bottom) = label.font.at(label.size), label.box
+    start = left + _BESIDE - font.getbbox(label.text)[0]
+    edges = [round(start + font.getlength(label.text[:end])) for end in range(len(label.text) + 1)]
+    spans = zip(label.text, pairwise(edges), strict=True)
+    return [(letter, (first, top, max(last, first + 1), bottom)) for letter, (first, last) in spans if not letter.isspace()]
 
 
 def render(scene: Scene) -> tuple[Image.Image, Image.Image]:
@@ -232,7 +243,7 @@ def render(scene: Scene) -> tuple[Image.Image, Image.Image]:
         draw.rounded_rectangle((label.box[0], label.box[1], label.box[2] - 1, label.box[3] - 1), 3, label.plate)
         font = label.font.at(label.size)
         left, top, _, _ = font.getbbox(label.text)
-        draw.text((label.box[0] + 5 - left, label.box[1] + 4 - top), label.text, label.ink, font)
+        draw.text((label.box[0] + _BESIDE - left, label.box[1] + 4 - top), label.text, label.ink, font)
     return image, numbers
 
 

@@ -5,8 +5,8 @@ OUT/masks/<split>/000000.png    of scenes: the number of the thing at each pixel
 OUT/records/<split>.jsonl       what was drawn, a line a picture: from it every answer follows
 OUT/train.json                  about six questions a training picture, one conversation
 OUT/captions.json               what a training picture shows, one turn; `boxes` says where, in shares of the side
-OUT/closeups.json               what the labels in a close-up say and what lies where, two or three turns; `boxes` as above
-OUT/words.json                  the captions of scenes and the close-ups, for a stage of kind `align`, which takes one file
+OUT/closeups.json               what the labels in a close-up say and what lies where, two or three turns; `boxes` of things and letters
+OUT/words.json                  captions of scenes, with boxes of things alone, and close-ups, as a stage of kind `align` takes them
 OUT/test/<split>-<family>.json  one question a row: id, image, question, answers, category
 OUT/licences.txt                where the pictures, fonts and words are from
 OUT/real.json                   how it was made, how many questions there are, and what one constant answer would score
@@ -50,7 +50,7 @@ from foveate.real.scenes import SIZE, Box, Pairs, Scene, make_scene, render
 from foveate.real.stock import HELD_STYLES, Font, Stock, held_names, said
 from foveate.real.things import held_out
 
-VERSION = 3  # raised whenever the same seed would give other pictures or texts
+VERSION = 4  # raised whenever the same seed would give other pictures or texts
 TRIES = 20  # drawings of one picture until all of its text is legible
 
 LICENCES = """Pictures, fonts and words come from these packages. Pictures were scaled, turned and pasted; who passes the scenes on
@@ -178,7 +178,11 @@ def _fill(out: Path, stock: Stock, parameters: dict[str, Any], progress: bool, p
             write_json(out / "captions.json", told, indent=0)
             near = [_talk(close, close["questions"]) | {"boxes": close["boxes"]} for row in mine for close in row["closeups"]]
             write_json(out / "closeups.json", near, indent=0)
-            scenes = [caption for row, caption in zip(mine, told, strict=True) if row["record"]["kind"] == "scene"]
+            scenes = [
+                caption | {"boxes": caption["boxes"][: len(row["record"]["things"])]}  # the print is too small to be spelled
+                for row, caption in zip(mine, told, strict=True)
+                if row["record"]["kind"] == "scene"
+            ]
             write_json(out / "words.json", scenes + near, indent=0)
     write(out / "licences.txt", LICENCES + "\n".join(stock.sources) + "\n")
     write_json(out / "real.json", {"parameters": parameters, "splits": summary})
@@ -238,7 +242,7 @@ def _closeups(out: Path, rng: random.Random, scene: Scene, image: Image.Image, n
             (out / "images" / path).write_bytes(_encoded(image.crop(box), photograph=True))
             record = {"id": str(path.with_suffix("")).replace("/", "-"), "image": path.as_posix()}
             questions = closeups.told(close, alone=len(scene.labels) == 1)
-            rows.append({"record": record, "questions": questions, "boxes": _shares(_placed(close))})
+            rows.append({"record": record, "questions": questions, "boxes": _shares(closeups.spelled(close, scene, box))})
     return rows
 
 
