@@ -74,10 +74,11 @@ def ask_scenes(model: Path, data: Path, run: Path) -> Result:
 
 def write_pictures(folder: Path, scenes: int, test: int) -> None:
     """Questions about real pictures, and in `arms` the files of samples as above; scenes.json has the captions of pictures that are no
-    pages, with boxes, for a first stage. Two samples a picture of pre-training; fine-tuning has a tenth of them, about other pictures."""
+    pages, with the boxes of their things, for a first stage. Two samples a picture of pre-training; fine-tuning has a tenth of them, about
+    other pictures."""
     tuning = max(1, round(scenes * 0.2 / 3))
     write_real(folder, open_stock(), train=scenes + tuning, test=test)
-    captions, talks = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("captions", "train"))
+    captions, talks, words = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("captions", "train", "words"))
     # Scenes, pages and charts come one kind after the other: the pictures of fine-tuning are taken from all along.
     last = {round((i + 0.5) * len(talks) / tuning) for i in range(tuning)}
     first = [i for i in range(len(talks)) if i not in last]
@@ -85,7 +86,8 @@ def write_pictures(folder: Path, scenes: int, test: int) -> None:
     cut = {i: list(in_turns(talk, TURNS)) for i, talk in enumerate(talks)}
     arms = folder / "arms"
     write_json(arms / "captions.json", [_without_boxes(row) for row in told], indent=0)
-    write_json(arms / "scenes.json", [row for row in told if row["image"].endswith(".jpg")], indent=0)
+    own = {row["image"] for row in told}
+    write_json(arms / "scenes.json", [row for row in words if row["image"] in own], indent=0)
     write_json(arms / "questions.json", list(_every_other(cut[i] for i in first)), indent=0)
     write_json(arms / "tuning.json", [part for i in sorted(last) for part in cut[i]], indent=0)
 

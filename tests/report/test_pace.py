@@ -131,7 +131,8 @@ def test_a_steady_load_is_seen_only_where_another_run_did_the_same() -> None:
     assert of(few=[few, slow]).quiet
     found = of(few=[few, slow], many=[many, tuned])
     assert not found.quiet
-    assert re.search(r"equal work took unequal time, finetune: 0\.8\d* s a step in few, 0\.4\d* s in many", found.told)
+    told = r"equal work took unequal time, finetune: 0\.8\d* s a step in few, 0\.4\d* s in many, 2\.0\d times as long"
+    assert re.search(told, found.told)
     unseen = of(few=[few], many=[stage(slow=lambda step: 2.0)])  # nothing in common
     assert unseen.quiet
     assert "a load which was there evenly for the whole of one would not be seen" in unseen.told
@@ -141,7 +142,8 @@ def test_equal_work_in_equal_time_is_said() -> None:
     found = of(few=[stage(flops=2e10), stage("finetune")], many=[stage(), stage("finetune", noise=0.08)])
     assert found.quiet
     assert len(found.even) == 1
-    assert "equal work took equal time (finetune: 0." in found.told
+    assert "equal work took about as long (finetune: 0." in found.told
+    assert re.search(r" times as long\)", found.told)
 
 
 def test_a_load_throughout_both_runs_changes_no_ratio_and_is_not_seen() -> None:

@@ -50,7 +50,7 @@ class Pace:
 @dataclass(frozen=True)
 class Clock:
     """What the logs of several runs say of their seconds. `unrest`: why these are no comparison, nothing where they are one; `even`: equal
-    work of two runs that took equal time, in words."""
+    work of two runs that took about as long, in words."""
 
     unrest: tuple[str, ...]
     even: tuple[str, ...]
@@ -65,7 +65,7 @@ class Clock:
         if not self.quiet:
             return f"Seconds are not compared, FLOPs are: the logs do not show a quiet machine ({_some(self.unrest)})."
         if self.even:
-            return f"Seconds are compared: every stage went at an even pace, and equal work took equal time ({_some(self.even)})."
+            return f"Seconds are compared: every stage went at an even pace, and equal work took about as long ({_some(self.even)})."
         return (
             "Seconds are compared, since every stage went at an even pace. But no two runs did equal work, so that a load which was there "
             "evenly for the whole of one would not be seen."
@@ -112,7 +112,7 @@ def clock(runs: Sequence[tuple[str, Sequence[Pace]]]) -> Clock:
     for (name, own), (other, others) in combinations(runs, 2):
         for one, two in ((one, two) for one in own for two in others if same_work(one, two)):
             ratio = max(one.seconds, two.seconds) / min(one.seconds, two.seconds)
-            text = f"{one.stage}: {one.seconds:.3g} s a step in {name}, {two.seconds:.3g} s in {other}"
+            text = f"{one.stage}: {one.seconds:.3g} s a step in {name}, {two.seconds:.3g} s in {other}, {ratio:.2f} times as long"
             key = name, other, one.stage
             equal[key] = max(equal.get(key, (0.0, "")), (ratio, text))
     unrest += [f"equal work took unequal time, {text}" for ratio, text in equal.values() if ratio > LIMIT]
