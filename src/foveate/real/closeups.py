@@ -40,8 +40,8 @@ def moved(box: Box, part: Box) -> Box:
 
 
 def spelled(close: Scene, scene: Scene, part: Box) -> list[tuple[str, Box]]:
-    """Where in a close-up of `part` of a scene its things are, and each letter of its labels: a tower whose cells are narrower than a word
-    sees letters, and a language model can spell."""
+    """Where in a close-up of `part` of a scene its things are, and each letter of the labels that are seen whole: a cell of a tower is
+    narrower than a word, so that no token could say the word."""
     printed = [letter for label in scene.labels if within(label.box, part) for letter in letters(label)]
     return [*((thing.name, thing.box) for thing in close.things), *((letter, moved(box, part)) for letter, box in printed)]
 

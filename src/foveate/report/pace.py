@@ -112,7 +112,7 @@ def clock(runs: Sequence[tuple[str, Sequence[Pace]]]) -> Clock:
     for (name, own), (other, others) in combinations(runs, 2):
         for one, two in ((one, two) for one in own for two in others if same_work(one, two)):
             ratio = max(one.seconds, two.seconds) / min(one.seconds, two.seconds)
-            text = f"{one.stage}: {one.seconds:.3g} s a step in {name}, {two.seconds:.3g} s in {other}, {ratio:.2f} times as long"
+            text = f"{one.stage}: {one.seconds:.3g} s a step in {name}, {two.seconds:.3g} s in {other}, a ratio of {ratio:.2f}"
             key = name, other, one.stage
             equal[key] = max(equal.get(key, (0.0, "")), (ratio, text))
     unrest += [f"equal work took unequal time, {text}" for ratio, text in equal.values() if ratio > LIMIT]
