@@ -213,6 +213,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only about so many questions of each task.")] = None,
     tiling: TilingOption = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Make images so many pixels large; for Foveate's own models.")] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float16. Default: float32; vllm's is an engine option.")] = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     engine_options: EngineOptions = None,
@@ -227,7 +228,7 @@ def bench(
     from foveate.report.bench import write_bench_report
 
     how: dict[str, Any] = {"seeds": seeds, "baselines": baselines, "blind": blind, "batch_size": batch_size, "limit": limit}
-    how |= {"tiling": tiling, "dtype": dtype, "cache": cache or ()}
+    how |= {"tiling": tiling, "image_size": image_size, "dtype": dtype, "cache": cache or ()}
     found = run(_asked(model, engine, _json(engine_options, "--engine-options")), tasks, reduce or [], budgets(keep), out, **how)
     if push_to_model_card is not None:
         push(found, push_to_model_card)

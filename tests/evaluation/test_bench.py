@@ -23,6 +23,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tests.command import refused
+from transformers import LlavaProcessor
 
 from foveate.accounting import predict
 from foveate.cli import main
@@ -36,7 +37,7 @@ from foveate.evaluation.cells import Bench, load_bench
 from foveate.evaluation.evaluate import evaluate
 from foveate.evaluation.samples import Metric, Sample, Task, picture
 from foveate.evaluation.table import CARD_BEGIN, CARD_END, markdown, print_table, push_to_model_card, rows
-from foveate.inference import Broken, ask, load_model, model_hash, prompts
+from foveate.inference import Broken, ask, load_model, model_hash, prompts, resized
 from foveate.probes.encoding import KEPT
 from foveate.reducers import parse
 from foveate.world import asset
@@ -286,6 +287,24 @@ def test_a_smaller_picture_is_fewer_tokens(vlm: tuple[Any, Any], tmp_path: Path)
     towers = [cell.flops["tower"] for cell in found.cells if cell.method in ("none", "downsample")]
     assert towers == sorted(set(towers), reverse=True)
     assert processor.image_size == 64
+
+
+def test_all_pictures_of_another_size(vlm: tuple[Any, Any], tmp_path: Path) -> None:
+    """As many tokens as the `downsample` to that size has, and the same answers."""
+    model, processor = vlm
+    ask = partial(bench, model, ["scenes:count=1"], [], processor=processor, progress=False, limit=10, seeds=1)
+    found = ask([1.0], tmp_path / "small", image_size=32, baselines=False)
+    small, same = found.bare("scenes"), ask([0.25], tmp_path / "out")
+    assert small.visual_tokens == [16] * 6
+    assert small.answers == next(cell for cell in same.cells if cell.method == "downsample").answers
+    assert found.meta["command"].endswith(" --image-size 32")
+    assert processor.image_size == 64
+    with pytest.raises(FoveateError, match=r"another image_size \(there None, now 32\)"):
+        ask([0.25], tmp_path / "out", image_size=32)
+    with pytest.raises(FoveateError, match="image_size=0 is not possible"):
+        ask([1.0], tmp_path / "none", image_size=0)
+    with pytest.raises(FoveateError, match="image_size=32 needs one of Foveate's own models; a LlavaProcessor sizes images itself"):
+        resized(LlavaProcessor.__new__(LlavaProcessor), 32)
 
 
 # ---- going on

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate import PartialState
@@ -142,6 +143,32 @@ def test_a_finished_run_goes_on_with_one_more_stage(root: Path, monkeypatch: pyt
     assert (first.parent / "0-one" / "model" / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(FoveateError, match=r"stages: \[.*before, now"):
         main(recipe(root, "grown", stages(1)))
+
+
+def test_a_stage_that_has_not_begun_may_change(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def longer(made: dict[str, Any]) -> None:
+        made["stages"][1:1] = [made["stages"][0] | {"name": "between"}]
+        made["stages"][2]["steps"] = 4
+
+    step, taken = FoveateTrainer.training_step, 0
+
+    def killed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 2:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    whole = main(recipe(root, "longer-at-once", longer))
+    with monkeypatch.context() as patch:
+        patch.setattr(FoveateTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            main(recipe(root, "longer"))
+    with pytest.raises(FoveateError, match=r"stages\.0\.steps: 3 before, now 2"):
+        main(recipe(root, "longer", longer, stage(0, steps=2)))
+    assert same(main(recipe(root, "longer", longer)).parent, whole.parent)
+    with pytest.raises(FoveateError, match=r"stages\.2\.steps: 4 before, now 5"):
+        main(recipe(root, "longer", longer, stage(2, steps=5)))
 
 
 @pytest.mark.parametrize(

@@ -331,6 +331,7 @@ def test_a_run_of_an_older_version_goes_on(tmp_path: Path) -> None:
     before["stages"][0]["data"]["on_bad_image"] = before["stages"][0]["data"].pop("on_bad_sample")
     del before["model"]["chat_template"]
     files.claim(tmp_path / "out", {"recipe": before})
+    (tmp_path / "out" / "0-s").mkdir()
     files.compare(tmp_path / "out", {"recipe": now})
     now["model"]["chat_template"] = templates.CHATML
     with pytest.raises(FoveateError, match=r"model.chat_template: null before"):

@@ -27,14 +27,23 @@ from foveate.evaluation.samples import Task
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import Broken, progress_bar, retiled
+from foveate.inference import Broken, progress_bar, resized, retiled
 from foveate.machine import environment
 from foveate.reducers import Reducer, parse, spell
 
 BASELINES = ("random", "uniform", "downsample")
 BARE, BLIND = "none", "blind"  # the latter: the bare model on grey pictures
 CACHE = "cache "  # in front of the name of a cache policy, which may be a reducer's as well
-_FIXED = ("model_hash", "engine", "tiling", "limit", "batch_size", "dtype", "device")  # what all cells of a folder have in common
+_FIXED = (
+    "model_hash",
+    "engine",
+    "tiling",
+    "image_size",
+    "limit",
+    "batch_size",
+    "dtype",
+    "device",
+)  # of all cells
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
 
 
@@ -140,6 +149,7 @@ def bench(
     device: str | None = None,
     dtype: str | None = None,
     tiling: str | None = None,
+    image_size: int | None = None,
     progress: bool = True,
 ) -> Bench:
     """Answers every task under every reducer at every budget, and leaves cells, summary.csv, summary.json and table.md in `out`.
@@ -151,6 +161,7 @@ def bench(
     seeds: of methods that have one. baselines: random, uniform and downsample, beside the reducers. blind: the bare model on grey pictures,
     which shows what the questions give away by themselves.
     limit: so many questions of each task, see `limited`. tiling: cut images so, where the model is Foveate's own, see `retiled`.
+    image_size: make all images so many pixels wide and high, see `resized`.
     progress: shows a bar, and the table at the end.
     FoveateError for bad input, for a folder with another model's run, or for logits that are not finite. What is finished stays.
     """
@@ -158,7 +169,7 @@ def bench(
     if batch_size < 1:
         raise FoveateError(f"batch_size must be at least 1, got {batch_size}")
     if isinstance(model, Engine):
-        _check(model, arms, processor, device, dtype, tiling)
+        _check(model, arms, processor, device, dtype, tiling, image_size)
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise FoveateError(f"{folder} is a file; name a folder for the bench run")
@@ -169,6 +180,7 @@ def bench(
     engine = model if isinstance(model, Engine) else Here(model, processor, "bench(model, …, processor=...)", device, dtype)
     if isinstance(engine, Here):
         retiled(engine.loaded, engine.processor, tiling)
+        engine.processor = resized(engine.processor, image_size)
     _begin(
         folder,
         {
@@ -180,6 +192,7 @@ def bench(
             "seeds": seeds,
             "limit": limit,
             "tiling": tiling,
+            "image_size": image_size,
             "batch_size": batch_size,
             "dtype": engine.dtype,
             "device": engine.device,
@@ -187,6 +200,7 @@ def bench(
                 _command(engine.model, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit)
                 + [word for policy in cache for word in ("--cache", policy)]
                 + ([] if tiling is None else ["--tiling", tiling])
+                + ([] if image_size is None else ["--image-size", str(image_size)])
                 + [*engine.told]
             ),
             "environment": environment(),
@@ -208,7 +222,8 @@ def bench(
 def _check(engine: Engine, arms: Sequence[Arm], *beside: Any) -> None:
     """FoveateError for what an engine cannot be given beside it, and for methods that it cannot run."""
     if any(option is not None for option in beside):
-        raise FoveateError(f"processor, device, dtype, tiling: of a model in this process; leave them out beside the engine {engine.name}")
+        names = "processor, device, dtype, tiling, image_size"
+        raise FoveateError(f"{names}: of a model in this process; leave them out beside the engine {engine.name}")
     for arm in arms:
         engine.check(arm.reducers, arm.cache)
 
@@ -247,7 +262,7 @@ def _begin(folder: Path, meta: dict[str, Any]) -> None:
     if (folder / BENCH).is_file():
         before = load_bench(folder).meta
         known = {task["name"]: task for task in before.get("tasks", [])}
-        before.setdefault("engine", Here.name)  # runs of before there were others
+        before = {"engine": Here.name, "image_size": None} | before  # runs of before these could be chosen
         differs = [f"{name} (there {before.get(name)}, now {meta[name]})" for name in _FIXED if before.get(name) != meta[name]]
         for task in meta["tasks"]:
             there = known.get(task["name"], task)

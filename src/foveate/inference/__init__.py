@@ -2,7 +2,7 @@
 
 from foveate.inference.answering import Broken, Said, answer, answering, ends, read_answer
 from foveate.inference.asking import Answers, ask, begun, marked, model_inputs, prepared, prompts, shrunk, warn_of_cut_thoughts
-from foveate.inference.loading import checked_dtype, load_model, loaded, model_hash, retiled
+from foveate.inference.loading import checked_dtype, load_model, loaded, model_hash, resized, retiled
 from foveate.inference.progress import progress_bar
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "progress_bar",
     "prompts",
     "read_answer",
+    "resized",
     "retiled",
     "shrunk",
     "warn_of_cut_thoughts",

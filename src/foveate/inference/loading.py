@@ -86,6 +86,18 @@ def retiled(model: Any, processor: Any, tiling: str | None) -> None:
     processor.set_tiling(model.config.tiling)
 
 
+def resized(processor: Any, image_size: int | None) -> Any:
+    """A processor that makes images so many pixels wide and high, which is how many tokens they are; None: the same one. FoveateError for
+    one that is not of Foveate's own models, and where the bridge is bound to its grid."""
+    if image_size is None:
+        return processor
+    if image_size < 1:
+        raise FoveateError(f"image_size={image_size} is not possible; give pixels, at least 1")
+    if not hasattr(processor, "resized"):
+        raise FoveateError(f"image_size={image_size} needs one of Foveate's own models; a {type(processor).__name__} sizes images itself")
+    return processor.resized(image_size)
+
+
 def model_hash(model: Any) -> str:
     """SHA-256 of a model: by name, of its files (weights, configurations, processor); of a loaded one, of its weights."""
     whole = hashlib.sha256()

@@ -119,11 +119,11 @@ def publish(source: Path, target: Path) -> None:
 
 
 def claim(output: Path, now: dict[str, Any]) -> None:
-    """Bind an output folder to the recipe (and facts of the data) of a run; one that is bound, to a recipe with more stages (`compare`).
+    """Bind an output folder to the recipe (and facts of the data) of a run; one that is bound, to a recipe with other stages to come
+    (`compare`).
 
     What was the final model is not final any more then."""
-    before = bound(output)
-    if before is not None and len(before["recipe"]["stages"]) == len(now["recipe"]["stages"]):
+    if not compare(output, now):
         return
     (output / "final" / MARK).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
@@ -148,24 +148,27 @@ def bound(output: Path) -> Any:
 def compare(output: Path, now: dict[str, Any]) -> bool:
     """FoveateError if the folder belongs to a run with another recipe (or other facts, where `now` has them), naming what differs.
 
-    More stages after those of that run are no difference: it goes on with them. Whether there are, or no such run at all, is returned."""
+    Other stages after those that the run has begun are no difference: it goes on with them. Whether there are, or no such run at all, is
+    returned."""
     before = bound(output)
     if before is None:
         return True
     now = json.loads(json.dumps(now))
-    known = before["recipe"]["stages"]
-    more = len(now["recipe"]["stages"]) > len(known)
-    if more:
-        now["recipe"]["stages"] = now["recipe"]["stages"][: len(known)]
-        if "facts" in now:
-            now["facts"] = {stage["name"]: now["facts"].get(stage["name"]) for stage in known}
-    changes = differences({key: before.get(key) for key in now}, now)
+    past, to_come = ({key: run[key] for key in now if key in run} for run in (before, now))
+    stages, others = before["recipe"]["stages"], now["recipe"]["stages"]
+    there = [index for index, stage in enumerate(stages) if (output / f"{index}-{stage['name']}").is_dir()]
+    begun = len(stages) if is_complete(output / "final") else max(there, default=-1) + 1  # earlier ones may have been removed
+    for run in (past, to_come):
+        run["recipe"] = run["recipe"] | {"stages": run["recipe"]["stages"][:begun]}
+        if "facts" in run:
+            run["facts"] = {stage["name"]: run["facts"].get(stage["name"]) for stage in stages[:begun]}
+    changes = differences(past, to_come)
     if changes:
         raise FoveateError(
             f"{output} holds a run that was started with another recipe:\n  " + "\n  ".join(changes) + "\n"
             "Go back to its values to go on with it, or set another `output` (or remove the folder) to start anew"
         )
-    return more
+    return bool(differences(stages[begun:], others[begun:]))
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:
