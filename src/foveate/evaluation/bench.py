@@ -34,16 +34,8 @@ from foveate.reducers import Reducer, parse, spell
 BASELINES = ("random", "uniform", "downsample")
 BARE, BLIND = "none", "blind"  # the latter: the bare model on grey pictures
 CACHE = "cache "  # in front of the name of a cache policy, which may be a reducer's as well
-_FIXED = (
-    "model_hash",
-    "engine",
-    "tiling",
-    "image_size",
-    "limit",
-    "batch_size",
-    "dtype",
-    "device",
-)  # of all cells
+# What all cells of a folder have in common.
+_FIXED = ("model_hash", "engine", "tiling", "image_size", "limit", "batch_size", "dtype", "device")
 _OF_TASK = ("metric", "samples", "data_hash", "max_new_tokens")
 
 
