@@ -219,11 +219,10 @@ def listed(record: dict[str, Any], spots: list[str]) -> str:
     """What lies in which ninth, or cell, of a picture of 384 px."""
     found: dict[str, list[str]] = {}
     a_side = round(len(spots) ** 0.5)
-    written = {label["under"]: label["text"] for label in record["labels"]}
-    for number, thing in enumerate(record["things"]):
+    for thing in record["things"]:
         left, top, right, bottom = thing["box"]
         spot = spots[int((top + bottom) / 768 * a_side) * a_side + int((left + right) / 768 * a_side)]
-        found.setdefault(spot, []).append(thing["name"] + (f' "{written[number]}"' if number in written else ""))
+        found.setdefault(spot, []).append(thing["name"])
     return "; ".join(f"{spot}: {', '.join(found[spot])}" for spot in spots if spot in found)
 
 
@@ -235,6 +234,22 @@ def test_a_caption_says_what_lies_where(data: Path) -> None:
     for row in rows:
         spots = CELLS if "grid" in row["conversations"][0]["value"] else NINTHS
         assert row["conversations"][1]["value"] == listed(drawn[row["image"]], spots)
+
+
+def test_print_is_spelled_and_nothing_else(data: Path) -> None:
+    """What is read off labels and pages, whole; no name of a thing, place or number of things."""
+    for name in ("train", "captions", "closeups", "words"):
+        kinds = {"scene": 0, "page": 0}
+        drawn = {record["id"]: record["kind"] for record in records(data, "train")}
+        for row in json.loads((data / f"{name}.json").read_text()):
+            page = drawn["-".join(row["id"].split("-")[:2])] != "scene"
+            turns = row["conversations"]
+            for asked, answered in zip(turns[::2], turns[1::2], strict=True):
+                spelled = [answered["value"]] if page or "label" in asked["value"] else None
+                assert answered.get("spelled") == spelled
+                kinds["page" if page else "scene"] += spelled is not None
+        assert (kinds["page"] > 0) == (name in ("train", "captions"))
+        assert (kinds["scene"] > 0) == (name != "captions")
 
 
 def extent(box: list[float], side: int = 1) -> list[int]:
@@ -296,7 +311,7 @@ def test_a_closeup_shows_the_quarter_round_a_label(data: Path) -> None:
             wanted = [(f"What does the label under the {things[one['under']]['name']} say?", one["text"]) for one in labels]
         assert list(zip(turns[::2], turns[1::2], strict=True)) == [
             *wanted,
-            ("List the things, place by place.", listed({"things": things, "labels": labels}, NINTHS)),
+            ("List the things, place by place.", listed({"things": things}, NINTHS)),
         ]
     assert several
 
@@ -338,8 +353,9 @@ def test_captions_list_things_with_their_boxes(data: Path) -> None:
     for row in json.loads((data / "captions.json").read_text()):
         record, told = drawn[row["image"]], row["conversations"][1]["value"]
         items = [item for kind in ("things", "labels", "texts") for item in record.get(kind, ())]
+        labels = {label["text"] for label in record.get("labels", ())}
         assert [text for text, _ in row["boxes"]] == [item.get("name", item.get("text")) for item in items]
-        assert all(text in told for text, _ in row["boxes"])
+        assert all(text in told for text, _ in row["boxes"] if text not in labels)
         for (_, box), item in zip(row["boxes"], items, strict=True):
             assert box == pytest.approx([edge / 384 for edge in item["box"]], abs=1e-3)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from foveate.data.footage import CLIP, MARKER, VIDEO
+from foveate.data.spelled import BEGIN, END
 from foveate.errors import FoveateError
 
 Turns = Sequence[tuple[str, str]]
@@ -208,16 +209,40 @@ class Renderer:
         return self.encode(*self.render(turns))
 
     def encode(self, text: str, spans: Spans) -> Tokenised:
-        """A text that the template has written as tokens; supervised are those that have a part in the spans."""
-        encoded = self.tokenizer(
-            text, add_special_tokens=not self.begins(text), return_offsets_mapping=True, truncation=False, padding=False
-        )
+        """A text that the template has written as tokens; supervised are those that have a part in the spans.
+
+        FoveateError where what is spelled (`foveate.data.spelled`) has no letters in the tokenizer."""
+        special = not self.begins(text)
+        if BEGIN not in text:
+            return self._encode(text, spans, special)
+        found, at = [], 0
+        for number, part in enumerate(re.split(f"[{BEGIN}{END}]", text)):
+            own = [(start - at, end - at) for start, end in spans]
+            found.append(self._letters(part, own) if number % 2 else self._encode(part, own, special and not number))
+            at += len(part) + 1
+        ids, supervised = np.concatenate([one.ids for one in found]), np.concatenate([one.supervised for one in found])
+        plain = text.replace(BEGIN, "").replace(END, "")
+        if self._decoded(ids) != self._decoded(self._encode(plain, [], special).ids):
+            words = ", ".join(repr(word[:40]) for word in re.findall(f"{BEGIN}([^{END}]*)", text)[:3])
+            raise FoveateError(f"{type(self.tokenizer).__name__} cannot write {words} letter by letter: leave `spelled` out of the data")
+        return Tokenised(ids, supervised)
+
+    def _encode(self, text: str, spans: Spans, special: bool) -> Tokenised:
+        encoded = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, truncation=False, padding=False)
         ids = np.asarray(encoded["input_ids"], dtype=np.int32)
         offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
         supervised = np.zeros(len(ids), dtype=bool)
         for start, end in spans:
             supervised |= (offsets[:, 1] > start) & (offsets[:, 0] < end) & (offsets[:, 1] > offsets[:, 0])
         return Tokenised(ids, supervised)
+
+    def _letters(self, text: str, spans: Spans) -> Tokenised:
+        """Each character by itself, which may be several tokens, of bytes."""
+        found = [self._encode(letter, [(start - at, end - at) for start, end in spans], special=False) for at, letter in enumerate(text)]
+        return Tokenised(np.concatenate([one.ids for one in found]), np.concatenate([one.supervised for one in found]))
+
+    def _decoded(self, ids: np.ndarray) -> str:
+        return str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))
 
     def begins(self, text: str) -> bool:
         """Whether the template has written the token that begins a sequence, so that the tokenizer must not write it again."""

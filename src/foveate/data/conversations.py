@@ -30,6 +30,7 @@ from foveate.data.footage import MARKER as MARKER
 from foveate.data.pixels import Held, Outline, Picture, PictureError, open_image
 from foveate.data.rows import Rows, open_rows
 from foveate.data.rows import Unusable as Unusable
+from foveate.data.spelled import marked, wrong_with
 from foveate.errors import FoveateError, readable
 from foveate.tokens import ImagePlan
 
@@ -272,7 +273,7 @@ class Conversations:
         except (PictureError, ClipError) as error:  # it was good when it was checked
             what = "an image" if isinstance(error, PictureError) else "a clip"
             raise FoveateError(f"{self.source.name}: {what} of sample {row_id(row, index)} cannot be read any more: {error}") from None
-        turns, boxes = turns_of(row, len(images), len(clips)), self.source.boxes(row, len(images))
+        turns, boxes = marked(turns_of(row, len(images), len(clips)), row), self.source.boxes(row, len(images))
         if clips and not self.source.films:
             turns, images = framed(turns, images, [clip.frames for clip in clips])
             clips = []
@@ -336,7 +337,8 @@ def check_row(row: dict[str, Any], images: int, clips: int | None = None) -> str
             return f"has {many} {what}{'s' if many != 1 else ''} but {markers} {marker} marker{'s' if markers != 1 else ''}"
     if any(not turn["value"].strip() for turn in turns if ROLES[turn["from"]] == "assistant"):
         return "has an empty answer"
-    return next(filter(None, (check_text(turn["value"]) for turn in turns)), "") or other_media(row, images, () if clips is None else CLIPS)
+    wrong = [check_text(turn["value"]) or wrong_with(turn, ROLES[turn["from"]] == "assistant") for turn in turns]
+    return next(filter(None, wrong), "") or other_media(row, images, () if clips is None else CLIPS)
 
 
 def cache_file(source: Source) -> Path:
@@ -383,7 +385,7 @@ def find_bad(
             except ClipError as error:
                 return Bad(index, row_id(row, index), readable(clip.path.name), f"clip {error.reason}")
             frames.append([(size[0], size[1])] * count)
-        turns = turns_of(row, len(images), len(clips))
+        turns = marked(turns_of(row, len(images), len(clips)), row)
         if clips and not source.films:
             turns, sizes = framed(turns, sizes, frames)
         reason = fits(turns, sizes)

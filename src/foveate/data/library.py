@@ -16,6 +16,7 @@ from foveate.data.chat import Renderer, Spans, Tokenised
 from foveate.data.clips import Clip
 from foveate.data.collate import IGNORED, Cut, cuts
 from foveate.data.conversations import MARKER, Conversation
+from foveate.data.spelled import BEGIN
 from foveate.errors import FoveateError
 from foveate.tokens import Crop, ImagePlan, Kind
 
@@ -77,6 +78,10 @@ class LibraryCollator:
 
     def _with_images(self, samples: Sequence[Conversation]) -> tuple[list[Row], dict[str, Tensor]]:
         written = [self.renderer.render(sample.turns) for sample in samples]
+        for sample, (text, _) in zip(samples, written, strict=True):
+            if BEGIN in text:
+                name = type(self.processor).__name__
+                raise FoveateError(f"sample {sample.id}: answers are `spelled` for Foveate's own models alone; {name} tokenises by itself")
         shown: dict[str, Any] = {"images": [list(sample.images) for sample in samples]} if samples[0].images else {}
         shown |= videos([clip for sample in samples for clip in sample.clips])
         try:

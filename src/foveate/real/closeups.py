@@ -52,5 +52,4 @@ def within(box: Box, other: Box) -> bool:
 
 def told(close: Scene, alone: bool) -> list[Question]:
     """What its labels say, then what lies where in it. `alone`: no other label is to be seen."""
-    asked, answer = caption(close, cells=False)
-    return [*reading(close, alone), Question(asked, (answer,), "")]
+    return [*reading(close, alone), caption(close, cells=False)]

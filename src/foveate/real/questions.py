@@ -9,7 +9,6 @@ A place is named only where nothing else could be meant: `_CLEAR` px lie between
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -48,12 +47,14 @@ _QUOTA = ("counting", "reading", "presence", "naming", "relation", "locating", "
 
 @dataclass(frozen=True)
 class Question:
-    """One question. `answers` are all that are right, the first one is taught; `names` of things it speaks of or asks for."""
+    """One question. `answers` are all that are right, the first one is taught; `names` of things it speaks of or asks for; `printed`: texts
+    in the first answer, in order, that are read off the picture."""
 
     question: str
     answers: tuple[str, ...]
     family: str
     names: frozenset[str] = frozenset()
+    printed: tuple[str, ...] = ()
 
 
 def scene_questions(scene: Scene, stock: Stock, rng: random.Random, yes: bool) -> list[Question]:
@@ -79,7 +80,7 @@ def page_questions(facts: Facts, rng: random.Random, count: int = 6) -> list[Que
     others = [item for item in usable if item not in first]
     chosen = first + rng.sample(others, min(len(others), count - len(first)))
     rng.shuffle(chosen)
-    return [Question(question, (answer,), "documents") for question, answer in chosen]
+    return [Question(question, (answer,), "documents", printed=(answer,)) for question, answer in chosen]
 
 
 def chart_questions(chart: Chart, rng: random.Random, count: int = 4) -> list[Question]:
@@ -89,23 +90,27 @@ def chart_questions(chart: Chart, rng: random.Random, count: int = 4) -> list[Qu
     values = [item for item in chart.asked[2:] if f" {answer}?" not in item[0]]
     chosen = [chart.asked[extreme], *rng.sample(values, min(len(values), count - 1))]
     rng.shuffle(chosen)
-    return [Question(question, (answer,), "charts") for question, answer in chosen]
+    return [Question(question, (answer,), "charts", printed=(answer,)) for question, answer in chosen]
 
 
-def caption(scene: Scene, cells: bool) -> tuple[str, str]:
-    """A question and what lies where, from the top left, by its centre, in the ninths of the picture or in `cells` of the grid; a thing's
-    label is said after it."""
-    labels = {label.under: f" {json.dumps(label.text, ensure_ascii=False)}" for label in scene.labels}
+def caption(scene: Scene, cells: bool) -> Question:
+    """Which things lie where, from the top left, by their centres, in the ninths of the picture or in `cells` of the grid."""
     parts = GRID if cells else 3
     things: dict[tuple[int, int], list[str]] = {}
-    for number, thing in enumerate(scene.things):
+    for thing in scene.things:
         across, down = (int(middle * parts / SIZE) for middle in thing.centre)
-        things.setdefault((down, across), []).append(thing.name + labels.get(number, ""))
+        things.setdefault((down, across), []).append(thing.name)
     told = [
         f"{f'row {down + 1}, column {across + 1}' if cells else _SPOTS[down][across]}: {', '.join(found)}"
         for (down, across), found in sorted(things.items())
     ]
-    return LIST[cells], "; ".join(told)
+    return Question(LIST[cells], ("; ".join(told),), "")
+
+
+def transcript(texts: Iterable[str]) -> Question:
+    """All that is printed on a page, in order."""
+    read = " ".join(texts)
+    return Question(READ, (read,), "", printed=(read,))
 
 
 # ---- families of scenes --------------------------------------------------------------------------------------------------------------
@@ -222,10 +227,11 @@ def _reading(scene: Scene, stock: Stock, rng: random.Random) -> list[Question]:
 def reading(scene: Scene, alone: bool) -> list[Question]:
     """What its labels say; `alone`: there is one, which needs no other name."""
     if alone:
-        return [Question("What does the label say?", (scene.labels[0].text,), "reading")]
+        text = scene.labels[0].text
+        return [Question("What does the label say?", (text,), "reading", printed=(text,))]
     names = [scene.things[label.under].name for label in scene.labels]
     return [
-        Question(f"What does the label under the {name} say?", (label.text,), "reading", frozenset([name]))
+        Question(f"What does the label under the {name} say?", (label.text,), "reading", frozenset([name]), (label.text,))
         for name, label in zip(names, scene.labels, strict=True)
     ]
 

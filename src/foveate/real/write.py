@@ -38,19 +38,19 @@ from foveate.real.pages import KINDS, make_facts, make_page, render_page
 from foveate.real.questions import (
     FAMILIES,
     METRICS,
-    READ,
     Question,
     caption,
     chart_questions,
     constant,
     page_questions,
     scene_questions,
+    transcript,
 )
 from foveate.real.scenes import SIZE, Box, Pairs, Scene, make_scene, render
 from foveate.real.stock import HELD_STYLES, Font, Stock, held_names, said
 from foveate.real.things import held_out
 
-VERSION = 4  # raised whenever the same seed would give other pictures or texts
+VERSION = 5  # raised whenever the same seed would give other pictures or texts
 TRIES = 20  # drawings of one picture until all of its text is legible
 
 LICENCES = """Pictures, fonts and words come from these packages. Pictures were scaled, turned and pasted; who passes the scenes on
@@ -174,7 +174,7 @@ def _fill(out: Path, stock: Stock, parameters: dict[str, Any], progress: bool, p
             _write_tests(out / "test", split.name, asked)
         else:
             write_json(out / "train.json", [_talk(row, row["questions"]) for row in mine], indent=0)
-            told = [_talk(row, [Question(row["told"][0], (row["told"][1],), "")]) | {"boxes": row["boxes"]} for row in mine]
+            told = [_talk(row, [row["told"]]) | {"boxes": row["boxes"]} for row in mine]
             write_json(out / "captions.json", told, indent=0)
             near = [_talk(close, close["questions"]) | {"boxes": close["boxes"]} for row in mine for close in row["closeups"]]
             write_json(out / "closeups.json", near, indent=0)
@@ -280,7 +280,7 @@ def _placed(scene: Scene) -> list[tuple[str, Box]]:
 def _row(
     record: dict[str, Any],
     questions: list[Question],
-    told: tuple[str, str],
+    told: Question,
     boxes: list[tuple[str, Box]],
     mask: Image.Image | None = None,
     scene: Scene | None = None,
@@ -294,7 +294,7 @@ def _document(rng: random.Random, split: Split, job: Job) -> Drawn:
     texts = [(text.text, text.box) for text in page.texts]
     printed = [_printed(text.text, text.font, text.size, text.box) for text in page.texts]
     record = {"kind": facts.kind, "title": facts.title, "rows": facts.rows, "texts": printed}
-    told = (READ, " ".join(text for text, _ in texts))
+    told = transcript(text for text, _ in texts)
     return _row(record, page_questions(facts, rng), told, texts), render_page(page), texts
 
 
@@ -304,7 +304,7 @@ def _chart(rng: random.Random, split: Split, job: Job) -> Drawn:
     printed = [_printed(text, chart.font, chart.size, box) for text, box in texts]
     values = [{"label": label, "value": value, "box": box} for label, value, box in zip(chart.labels, chart.values, bars, strict=True)]
     record = {"kind": "chart", "title": chart.title, "bars": values, "numbered": chart.numbered, "texts": printed}
-    told = (READ, " ".join(text for text, _ in texts))
+    told = transcript(text for text, _ in texts)
     return _row(record, chart_questions(chart, rng), told, texts), image, texts
 
 
@@ -316,10 +316,11 @@ def _printed(text: str, font: Font, size: int, box: Box) -> dict[str, Any]:
 
 
 def _talk(row: dict[str, Any], questions: Iterable[Question]) -> dict[str, Any]:
-    turns = []
+    turns: list[dict[str, Any]] = []
     for i, question in enumerate(questions):
         turns.append({"from": "human", "value": ("" if i else "<image>\n") + question.question})
-        turns.append({"from": "gpt", "value": question.answers[0]})
+        spelled = {"spelled": list(question.printed)} if question.printed else {}
+        turns.append({"from": "gpt", "value": question.answers[0], **spelled})
     return {"id": row["record"]["id"], "image": row["record"]["image"], "conversations": turns}
 
 

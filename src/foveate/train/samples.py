@@ -25,6 +25,7 @@ from foveate.data.conversations import MARKER, Conversations, cache_file, find_b
 from foveate.data.features import FeatureStore
 from foveate.data.footage import FRAMES
 from foveate.data.library import LibraryCollator, image_plan
+from foveate.data.spelled import marked
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor, default_template
 from foveate.tokens import ImagePlan
@@ -146,7 +147,7 @@ def word_pieces(samples: Sequence[Conversations], collator: Collator) -> Tensor:
         for name, _ in boxes:
             found.update(collator.pieces(name).tolist())
         if not boxes:  # nothing that is asked reaches into an answer
-            turns = [(role, text if role == "assistant" else "?") for role, text in turns_of(row)]
+            turns = [(role, text if role == "assistant" else "?") for role, text in marked(turns_of(row), row)]
             tokens = renderer.encode(*renderer.render(turns))
             found.update(tokens.ids[tokens.supervised].tolist())
     return torch.tensor(sorted(found), dtype=torch.int64)
