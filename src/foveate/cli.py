@@ -34,6 +34,7 @@ def options(
 TilingOption = Annotated[
     str | None, typer.Option(help='Cut images so, such as "internvl:tiles=4"; for Foveate\'s own models, see docs/tilings.md.')
 ]
+ImageSizeOption = Annotated[int | None, typer.Option(min=1, help="Make images so many pixels large; for Foveate's own models.")]
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, see docs/training.md.", metavar="RECIPE.yaml")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to the recipe.", metavar="[KEY=VALUE]…")]
 
@@ -213,7 +214,7 @@ def bench(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Only about so many questions of each task.")] = None,
     tiling: TilingOption = None,
-    image_size: Annotated[int | None, typer.Option(min=1, help="Make images so many pixels large; for Foveate's own models.")] = None,
+    image_size: ImageSizeOption = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 or float16. Default: float32; vllm's is an engine option.")] = None,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     engine_options: EngineOptions = None,
@@ -295,13 +296,15 @@ def search(
     samples: Annotated[int, typer.Option(min=1, help="About so many questions of each task.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Of psigmoid's optimiser.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    image_size: ImageSizeOption = None,
     dtype: DtypeOption = "float32",
 ) -> None:
     """The best schedule of visual tokens over a model's layers, within a budget or without loss, as a reducer to attach."""
     from foveate.search.run import main as run
 
     how = {"method": method, "signal": signal, "positions": positions, "trials": trials, "samples": samples, "seed": seed}
-    print(run(model, tasks, out, tokens=tokens, flops=flops, loss=loss, batch_size=batch_size, dtype=dtype, **how))
+    how |= {"batch_size": batch_size, "image_size": image_size, "dtype": dtype}
+    print(run(model, tasks, out, tokens=tokens, flops=flops, loss=loss, **how))
 
 
 @app.command()

@@ -333,6 +333,13 @@ def test_attention_leaves_the_first_layer_whole(model: Any, processor: Any, aske
     assert str(found.reducer) == "schedule:positions=renumber,keeps=1:0.5"
 
 
+def test_pictures_of_another_size_have_other_counts(model: Any, processor: Any, asked: Task, tmp_path: Path) -> None:
+    found = found_by(model, processor, asked, tmp_path, tokens=0.75, trials=3, image_size=processor.image_size // 2)
+    assert found.counts == (4, 2)
+    with pytest.raises(FoveateError, match=r"another image_size \(there \d+, now None\)"):
+        found_by(model, processor, asked, tmp_path, tokens=0.75, trials=3)
+
+
 def test_another_search_needs_another_folder(model: Any, processor: Any, asked: Task, tmp_path: Path) -> None:
     found_by(model, processor, asked, tmp_path, tokens=0.5, trials=1)
     found_by(model, processor, asked, tmp_path, tokens=0.5, trials=2)  # more of the same is no other search

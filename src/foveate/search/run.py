@@ -27,7 +27,7 @@ from foveate.evaluation.cells import Cell
 from foveate.evaluation.samples import Task
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import answering, loaded, model_hash, progress_bar
+from foveate.inference import answering, loaded, model_hash, progress_bar, resized
 from foveate.reducers import Reducer, save_reducers, spell
 from foveate.reducers.base import SAVED_NAME
 from foveate.reducers.common import meant
@@ -81,6 +81,7 @@ def search(
     batch_size: int = 64,
     device: str | None = None,
     dtype: str | None = None,
+    image_size: int | None = None,
     progress: bool = True,
 ) -> Found:
     """Finds a schedule, and leaves it in `out`.
@@ -91,6 +92,7 @@ def search(
     in the prefill; `loss`, points of the score that may be lost, while tokens are to be as few as possible.
     method: "psigmoid", for a budget the default, with so many `trials`; or "gsearch", which takes any of the three.
     signal, positions: what the schedule ranks by, and what becomes of positions, see `Schedule`.
+    image_size: make all images so many pixels wide and high, see `foveate.inference.resized`.
     FoveateError for bad input, and for a folder with another search. What was tried stays.
     """
     method, limit = _aim(method, tokens, flops, loss)
@@ -107,10 +109,11 @@ def search(
         raise FoveateError("a search needs at least one task to ask its questions")
     given = model
     model, processor, _ = loaded(model, processor, "search(model, …, processor=...)", device, dtype)
+    processor = resized(processor, image_size)
     settings = {"method": method, "tokens": tokens, "flops": flops, "loss": loss, "signal": signal, "positions": positions, "seed": seed}
     data = [{"name": task.name, "samples": len(task.samples), "data_hash": task.hash} for task in asked]
     weights = str(model.dtype).removeprefix("torch.")
-    _begin(folder, {"model_hash": model_hash(given), "dtype": weights, "tasks": data, **settings})
+    _begin(folder, {"model_hash": model_hash(given), "dtype": weights, "image_size": image_size, "tasks": data, **settings})
     with answering(model), keeping(model, Kept(KEPT_BYTES)), progress_bar(progress) as bar:
         trial = _Trials(model, processor, asked, batch_size, folder / TRIALS, bar)
         bare = trial([])
