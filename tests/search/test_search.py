@@ -4,8 +4,8 @@ import json
 import sys
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from itertools import pairwise
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
