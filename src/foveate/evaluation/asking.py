@@ -25,7 +25,20 @@ from foveate.engine.run import Run
 from foveate.errors import FoveateError
 from foveate.evaluation.cells import Answer, Cell
 from foveate.evaluation.samples import Sample, Task, in_turn, picture
-from foveate.inference import Broken, answering, ask, loaded, marked, model_hash, prepared, prompts, shrunk, warn_of_cut_thoughts
+from foveate.inference import (
+    Broken,
+    answering,
+    ask,
+    loaded,
+    marked,
+    model_hash,
+    prepared,
+    prompts,
+    resized,
+    retiled,
+    shrunk,
+    warn_of_cut_thoughts,
+)
 from foveate.inference.strategies import Strategy
 from foveate.inference.strategies import opened as searching
 from foveate.reducers import Reducer, in_model, prepare
@@ -160,6 +173,11 @@ class Here(Engine):
         self._kept = Kept(KEPT_BYTES)
         self.loaded, self.processor, self.model = loaded(given, processor, call, device, dtype)
         self.dtype, self.device = str(self.loaded.dtype).removeprefix("torch."), self.loaded.device.type
+
+    def fit(self, tiling: str | None, image_size: int | None) -> None:
+        """Has pictures cut and sized so, see `retiled` and `resized`; None leaves it."""
+        retiled(self.loaded, self.processor, tiling)
+        self.processor = resized(self.processor, image_size)
 
     def hash(self) -> str:
         return model_hash(self._given)

@@ -27,7 +27,7 @@ from foveate.evaluation.samples import Task
 from foveate.evaluation.table import print_table, write_tables
 from foveate.evaluation.tasks import load_task
 from foveate.files import write_json
-from foveate.inference import Broken, progress_bar, resized, retiled
+from foveate.inference import Broken, progress_bar
 from foveate.machine import environment
 from foveate.reducers import Reducer, parse, spell
 
@@ -171,8 +171,8 @@ def bench(
         raise FoveateError(f"a bench run needs at least one task, and each of them once; got {', '.join(names) or 'none'}")
     engine = model if isinstance(model, Engine) else Here(model, processor, "bench(model, …, processor=...)", device, dtype)
     if isinstance(engine, Here):
-        retiled(engine.loaded, engine.processor, tiling)
-        engine.processor = resized(engine.processor, image_size)
+        engine.fit(tiling, image_size)
+    command = _command(engine.model, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit)
     _begin(
         folder,
         {
@@ -188,13 +188,7 @@ def bench(
             "batch_size": batch_size,
             "dtype": engine.dtype,
             "device": engine.device,
-            "command": shlex.join(
-                _command(engine.model, tasks, reducers, keep, out, seeds, baselines, blind, batch_size, limit)
-                + [word for policy in cache for word in ("--cache", policy)]
-                + ([] if tiling is None else ["--tiling", tiling])
-                + ([] if image_size is None else ["--image-size", str(image_size)])
-                + [*engine.told]
-            ),
+            "command": shlex.join([*command, *_beside(cache, tiling, image_size), *engine.told]),
             "environment": environment(),
             "order": [arm.cell(task.name).name for task in asked for arm in arms],
         },
@@ -242,6 +236,12 @@ def _command(
     words += [] if limit is None else ["--limit", str(limit)]
     words += ["--blind"] if blind else []
     return words + ([] if baselines else ["--no-baselines"])
+
+
+def _beside(cache: Sequence[str], tiling: str | None, image_size: int | None) -> list[str]:
+    words = [word for policy in cache for word in ("--cache", policy)]
+    words += [] if tiling is None else ["--tiling", tiling]
+    return words + ([] if image_size is None else ["--image-size", str(image_size)])
 
 
 def _described(task: Task, spec: str | Task) -> dict[str, Any]:

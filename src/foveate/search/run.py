@@ -91,8 +91,7 @@ def search(
     One of three: `tokens`, the budget as a share of the visual tokens, mean over layers; `flops`, as a share of the decoder layers' FLOPs
     in the prefill; `loss`, points of the score that may be lost, while tokens are to be as few as possible.
     method: "psigmoid", for a budget the default, with so many `trials`; or "gsearch", which takes any of the three.
-    signal, positions: what the schedule ranks by, and what becomes of positions, see `Schedule`.
-    image_size: make all images so many pixels wide and high, see `foveate.inference.resized`.
+    signal, positions: what the schedule ranks by, and what becomes of positions, see `Schedule`. image_size: of all images, see `resized`.
     FoveateError for bad input, and for a folder with another search. What was tried stays.
     """
     method, limit = _aim(method, tokens, flops, loss)
@@ -107,13 +106,12 @@ def search(
     asked = [limited(load_task(task, progress) if isinstance(task, str) else task, samples) for task in tasks]
     if not asked:
         raise FoveateError("a search needs at least one task to ask its questions")
-    given = model
-    model, processor, _ = loaded(model, processor, "search(model, …, processor=...)", device, dtype)
+    given, (model, processor, _) = model, loaded(model, processor, "search(model, …, processor=...)", device, dtype)
     processor = resized(processor, image_size)
     settings = {"method": method, "tokens": tokens, "flops": flops, "loss": loss, "signal": signal, "positions": positions, "seed": seed}
     data = [{"name": task.name, "samples": len(task.samples), "data_hash": task.hash} for task in asked]
-    weights = str(model.dtype).removeprefix("torch.")
-    _begin(folder, {"model_hash": model_hash(given), "dtype": weights, "image_size": image_size, "tasks": data, **settings})
+    settings |= {"dtype": str(model.dtype).removeprefix("torch."), "image_size": image_size}
+    _begin(folder, {"model_hash": model_hash(given), "tasks": data, **settings})
     with answering(model), keeping(model, Kept(KEPT_BYTES)), progress_bar(progress) as bar:
         trial = _Trials(model, processor, asked, batch_size, folder / TRIALS, bar)
         bare = trial([])
