@@ -15,10 +15,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from foveate.data.chat import Renderer
+from foveate.data.collate import Fit
 from foveate.data.conversations import Conversation, Conversations, check_row
 from foveate.data.library import LibraryCollator
 from foveate.data.spelled import BEGIN, END, marked
 from foveate.errors import FoveateError
+from foveate.tokens import ImagePlan
 from foveate.world.text import build_tokenizer
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
@@ -109,6 +111,16 @@ def test_data_on_disk_have_it_and_questions_do_not(tmp_path: Path, renderer: Ren
     assert sample.turns[1] == ("assistant", f"{BEGIN}red{END}")
     found = renderer.tokenise(sample.turns)
     assert renderer.tokenizer.convert_ids_to_tokens(found.ids[found.supervised].tolist()) == ["r", "e", "d", "</s>"]
+
+
+def test_the_check_before_training_finds_it(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = row(("is it red?", "red", ["red"]))
+    turned = marked(turns(made), made)
+    assert Fit(renderer, ImagePlan.whole, 4096)(turned, []) == ""
+    assert "has `spelled` answers" in Fit(renderer, ImagePlan.whole, 4096, spells=False)(turned, [])
+    assert Fit(renderer, ImagePlan.whole, 4096, spells=False)(turns(made), []) == ""
+    monkeypatch.setattr(renderer, "_letters", lambda text, spans: renderer._encode(f" {text}", spans, special=False))
+    assert "cannot write 'red' letter by letter" in Fit(renderer, ImagePlan.whole, 4096)(turned, [])
 
 
 def test_a_tokenizer_that_puts_a_space_in_front_of_letters_is_refused() -> None:

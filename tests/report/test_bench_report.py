@@ -444,6 +444,14 @@ def test_predictions_stand_beside_what_was_observed(real: Page) -> None:
     ]  # FastV: two of six layers see all 64; downsampling: 3 x 3 patches
 
 
+def test_a_run_on_smaller_pictures_is_predicted_on_those(tmp_path: Path) -> None:
+    bench("asset:vlm", ["scenes:count=1"], ["fastv"], [0.5], tmp_path, image_size=32, baselines=False, progress=False)
+    rows = Page(write_bench_report(tmp_path, scenes=0, progress=False).read_text(encoding="utf-8")).tables["cost"][0][1:]
+    assert [row[1:3] for row in rows] == [["16.0", "16.0"], ["10.7", "10.7"]]
+    for row in rows:
+        assert abs(float(row[5].removesuffix(" %").replace("−", "-"))) <= 1
+
+
 def test_kept_tokens_are_drawn(real: Page) -> None:
     drawn = [attrs for tag, attrs in real.elements if tag == "img" and str(attrs["alt"]).startswith("kept tokens: ")]
     assert len(drawn) == 1

@@ -171,6 +171,19 @@ def test_a_stage_that_has_not_begun_may_change(root: Path, monkeypatch: pytest.M
         main(recipe(root, "longer", longer, stage(2, steps=5)))
 
 
+def test_the_data_of_a_stage_that_has_not_begun_may_change(tmp_path: Path) -> None:
+    """And once it has begun it may not: the folder is bound to what was there then."""
+    plain: dict[str, Any] = {"stages": [{"name": "one"}, {"name": "two"}]}
+    first, other = ({"recipe": plain, "facts": {"one": {"data": "a"}, "two": {"data": data}}} for data in "bc")
+    files.claim(tmp_path, first)
+    (tmp_path / "0-one").mkdir()
+    files.claim(tmp_path, other)
+    (tmp_path / "1-two").mkdir()
+    assert not files.compare(tmp_path, other)
+    with pytest.raises(FoveateError, match=r'facts\.two\.data: "c" before, now "b"'):
+        files.compare(tmp_path, first)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -238,8 +238,11 @@ class Renderer:
 
     def _letters(self, text: str, spans: Spans) -> Tokenised:
         """Each character by itself, which may be several tokens, of bytes."""
-        found = [self._encode(letter, [(start - at, end - at) for start, end in spans], special=False) for at, letter in enumerate(text)]
-        return Tokenised(np.concatenate([one.ids for one in found]), np.concatenate([one.supervised for one in found]))
+        each = self.tokenizer(list(text), add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+        inside = [any(start <= at < end for start, end in spans) for at in range(len(text))]
+        return Tokenised(
+            np.asarray([token for ids in each for token in ids], dtype=np.int32), np.repeat(inside, [len(ids) for ids in each])
+        )
 
     def _decoded(self, ids: np.ndarray) -> str:
         return str(self.tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False))

@@ -17,6 +17,7 @@ from transformers import ProcessorMixin
 from foveate.data.chat import Renderer, Spans, Tokenised, Turns
 from foveate.data.conversations import Conversation
 from foveate.data.features import FeatureStore, crop_digest
+from foveate.data.spelled import BEGIN
 from foveate.errors import FoveateError
 from foveate.model.processing import FoveateProcessor, crop_counts, cut, token_counts
 from foveate.tokens import ImagePlan
@@ -70,20 +71,25 @@ class Fit:
     """The check of a sample's text before training: whether the chat template can write it, and whether it can be cut to `max_length`
     without losing an image or all of its answers. `cut` says what samples that are only cut lose.
 
-    Every sample is written by the template, which takes about half a millisecond; tokenised are only those whose text may be too long:
-    a token is at least one byte. `plan_image` says what becomes of an image of a height and width, as far as that is known before training,
-    and `share` of how many views each of a sample's images may become.
+    Every sample is written by the template, which takes about half a millisecond; tokenised are only those whose text may be too long (a
+    token is at least one byte), and those with spelled parts, which not every tokenizer can write. `plan_image` says what becomes of an
+    image of a height and width, as far as that is known before training, `share` of how many views each of a sample's images may become,
+    and `spells` whether the model learns spelled parts at all.
     """
 
-    def __init__(self, renderer: Renderer, plan_image: Callable[..., ImagePlan], max_length: int, share: Share | None = None) -> None:
+    def __init__(
+        self, renderer: Renderer, plan_image: Callable[..., ImagePlan], max_length: int, share: Share | None = None, spells: bool = True
+    ) -> None:
         self.renderer, self.plan_image, self.max_length = renderer, lru_cache(maxsize=2**16)(plan_image), max_length
-        self.share = share
+        self.share, self.spells = share, spells
         self.cut: list[Cut] = []
 
     def __call__(self, turns: Turns, sizes: Sequence[tuple[int, int]]) -> str:
         """What is wrong with a sample whose images have these heights and widths, "" if nothing is."""
         try:
             text, spans = self.renderer.render(turns)
+            if BEGIN in text and not self.spells:
+                return "has `spelled` answers, which Foveate's own models alone learn: the others tokenise by themselves"
             found = text.count(self.renderer.image_token)
             if found != len(sizes):
                 raise FoveateError(f"has {len(sizes)} images but the chat template makes {found} image tokens of its text")
@@ -91,7 +97,7 @@ class Fit:
             given = [size if most is None else (*size, most) for size, most in zip(sizes, shares, strict=True)]
             plans = [self.plan_image(*of) for of in given]
             text, spans = tagged(text, spans, self.renderer.image_token, plans)
-            if len(text.encode()) + sum(plan.tokens for plan in plans) + SPECIAL <= self.max_length:
+            if BEGIN not in text and len(text.encode()) + sum(plan.tokens for plan in plans) + SPECIAL <= self.max_length:
                 return ""
             whole = self.renderer.encode(text, spans)
             kept = expand(whole, self.renderer.image_token_id, plans, self.max_length)

@@ -58,6 +58,10 @@ class LibraryCollator:
 
     def __call__(self, samples: Sequence[Conversation]) -> dict[str, Tensor]:
         rows: list[Row | None] = [None] * len(samples)
+        for sample in samples:
+            if any(BEGIN in text for _, text in sample.turns):
+                name = type(self.processor).__name__
+                raise FoveateError(f"sample {sample.id}: answers are `spelled` for Foveate's own models alone; {name} tokenises by itself")
         shown = [number for number, sample in enumerate(samples) if sample.images or sample.clips]
         kinds = {(bool(samples[number].images), bool(samples[number].clips)) for number in shown}
         # Processors want images in every row or in none; what several calls make of images is joined in the order of the rows.
@@ -78,10 +82,6 @@ class LibraryCollator:
 
     def _with_images(self, samples: Sequence[Conversation]) -> tuple[list[Row], dict[str, Tensor]]:
         written = [self.renderer.render(sample.turns) for sample in samples]
-        for sample, (text, _) in zip(samples, written, strict=True):
-            if BEGIN in text:
-                name = type(self.processor).__name__
-                raise FoveateError(f"sample {sample.id}: answers are `spelled` for Foveate's own models alone; {name} tokenises by itself")
         shown: dict[str, Any] = {"images": [list(sample.images) for sample in samples]} if samples[0].images else {}
         shown |= videos([clip for sample in samples for clip in sample.clips])
         try:

@@ -11,7 +11,7 @@ from foveate.evaluation.bench import BARE
 from foveate.evaluation.cells import Bench
 from foveate.evaluation.samples import Sample, Task
 from foveate.evaluation.tasks import load_task
-from foveate.inference import load_model, model_hash
+from foveate.inference import load_model, model_hash, resized, retiled
 from foveate.reducers import BASELINES
 from foveate.report.compared import Family, Line, families, lines
 
@@ -51,13 +51,15 @@ def answered(bench: Bench, task: str) -> bool:
 
 
 def source_of(bench: Bench, model: Any, processor: Any) -> Source:
-    if model is not None and processor is not None:
-        return Source(model, processor)
+    """The run's model, with pictures cut and sized as the run had them."""
     name = str(bench.meta["model"])
     try:
-        model, processor = load_model(name)
-        if model_hash(name) != bench.meta["model_hash"]:
-            return Source(None, None, f"the files of {name} have another hash than the run's model")
+        if model is None or processor is None:
+            model, processor = load_model(name)
+            if model_hash(name) != bench.meta["model_hash"]:
+                return Source(None, None, f"the files of {name} have another hash than the run's model")
+        retiled(model, processor, bench.meta.get("tiling"))
+        processor = resized(processor, bench.meta.get("image_size"))
     except FoveateError as error:
         return Source(None, None, f"the model cannot be loaded: {error}")
     return Source(model, processor)

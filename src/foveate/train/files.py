@@ -153,22 +153,24 @@ def compare(output: Path, now: dict[str, Any]) -> bool:
     before = bound(output)
     if before is None:
         return True
-    now = json.loads(json.dumps(now))
-    past, to_come = ({key: run[key] for key in now if key in run} for run in (before, now))
-    stages, others = before["recipe"]["stages"], now["recipe"]["stages"]
+    before, now = {key: before.get(key) for key in now}, json.loads(json.dumps(now))
+    stages = before["recipe"]["stages"]
     there = [index for index, stage in enumerate(stages) if (output / f"{index}-{stage['name']}").is_dir()]
     begun = len(stages) if is_complete(output / "final") else max(there, default=-1) + 1  # earlier ones may have been removed
-    for run in (past, to_come):
-        run["recipe"] = run["recipe"] | {"stages": run["recipe"]["stages"][:begun]}
-        if "facts" in run:
-            run["facts"] = {stage["name"]: run["facts"].get(stage["name"]) for stage in stages[:begun]}
-    changes = differences(past, to_come)
+    changes = differences(_up_to(before, begun), _up_to(now, begun))
     if changes:
         raise FoveateError(
             f"{output} holds a run that was started with another recipe:\n  " + "\n  ".join(changes) + "\n"
             "Go back to its values to go on with it, or set another `output` (or remove the folder) to start anew"
         )
-    return bool(differences(stages[begun:], others[begun:]))
+    return bool(differences(before, now))
+
+
+def _up_to(run: dict[str, Any], begun: int) -> dict[str, Any]:
+    """A run's recipe, and the facts of its data, as far as its first stages go."""
+    stages, facts = run["recipe"]["stages"][:begun], run.get("facts")
+    past = {} if facts is None else {"facts": {stage["name"]: facts.get(stage["name"]) for stage in stages}}
+    return run | {"recipe": run["recipe"] | {"stages": stages}} | past
 
 
 def differences(before: Any, now: Any, key: str = "") -> list[str]:

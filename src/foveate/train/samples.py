@@ -51,7 +51,8 @@ def open_data(recipe: Recipe, setup: Setup, renderer: Renderer, state: PartialSt
     share = setup.config.share if setup.assembled else None
 
     def opened(spec: Data, name: str) -> Conversations:
-        return open_samples(recipe, spec, name, Fit(renderer, plan_image, stage.max_length, share), state, bool(stage.boxes))
+        fits = Fit(renderer, plan_image, stage.max_length, share, spells=setup.assembled)
+        return open_samples(recipe, spec, name, fits, state, bool(stage.boxes))
 
     held = None if stage.validation is None else opened(stage.validation, f"{stage.name}-validation")
     several = len(stage.sources) > 1
